@@ -1,0 +1,215 @@
+//! Adam with decoupled weight decay, in place (Loshchilov and Hutter, 2019; arXiv 1711.05101).
+
+use super::real::simd;
+use candle_core::{
+    CpuStorage, CudaStorage, DType, Device, InplaceOp2, Layout, Result, Tensor, bail,
+};
+use rayon::prelude::*;
+
+const ELEMENTS_PER_TASK: usize = 1 << 15;
+
+/// The rates of one update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Update {
+    /// Learning rate.
+    pub rate: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the mean square.
+    pub epsilon: f64,
+    /// Decoupled weight decay; zero for parameters that take none.
+    pub decay: f64,
+    /// Updates done, this one included: 1 for the first.
+    pub step: u64,
+    /// Factor on the gradient: the clipping of its norm.
+    pub gradient_scale: f64,
+}
+
+/// One parameter with its optimizer state, in f32: `(3, elements)` of value, mean and mean square.
+#[derive(Clone, Debug)]
+pub struct Parameter {
+    state: Tensor,
+    shape: candle_core::Shape,
+}
+
+impl Parameter {
+    /// A parameter with the given initial value and no history.
+    pub fn new(value: &Tensor) -> Result<Self> {
+        let flat = value.to_dtype(DType::F32)?.flatten_all()?;
+        let zeros = flat.zeros_like()?;
+        let state = Tensor::stack(&[&flat, &zeros, &zeros], 0)?;
+        Ok(Parameter { state, shape: value.shape().clone() })
+    }
+
+    /// The value: shares its memory with the parameter, so that it follows every update.
+    pub fn value(&self) -> Result<Tensor> {
+        self.state.get(0)?.reshape(self.shape.clone())
+    }
+
+    /// Mean and mean square of past gradients, in the shape of the value.
+    pub fn moments(&self) -> Result<(Tensor, Tensor)> {
+        let moment = |i| self.state.get(i)?.reshape(self.shape.clone());
+        Ok((moment(1)?, moment(2)?))
+    }
+
+    /// Restores mean and mean square.
+    pub fn set_moments(&self, mean: &Tensor, mean_square: &Tensor) -> Result<()> {
+        for (row, moment) in [(1, mean), (2, mean_square)] {
+            let flat = moment.to_dtype(DType::F32)?.reshape((1, self.shape.elem_count()))?;
+            self.state.slice_set(&flat.contiguous()?, 0, row)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the value against `gradient`, which has its shape.
+    pub fn update(&self, gradient: &Tensor, update: &Update) -> Result<()> {
+        let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.contiguous()?;
+        match self.state.device() {
+            Device::Cpu => self.state.inplace_op2(&gradient, update),
+            _ => self.update_composed(&gradient, update),
+        }
+    }
+
+    fn update_composed(&self, gradient: &Tensor, update: &Update) -> Result<()> {
+        let Update { rate, beta1, beta2, epsilon, decay, gradient_scale, .. } = *update;
+        let row = |i| self.state.get(i)?.copy();
+        let gradient = (gradient * gradient_scale)?;
+        let mean = ((row(1)? * beta1)? + (&gradient * (1.0 - beta1))?)?;
+        let mean_square = ((row(2)? * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+        let (correct1, correct2) = update.corrections();
+        let change = ((&mean * correct1)? / ((&mean_square * correct2)?.sqrt()? + epsilon)?)?;
+        let value = ((row(0)? * (1.0 - rate * decay))? - (change * rate)?)?;
+        for (i, new) in [value, mean, mean_square].iter().enumerate() {
+            self.state.slice_set(&new.unsqueeze(0)?, 0, i)?;
+        }
+        Ok(())
+    }
+}
+
+impl Update {
+    /// What undoes the bias of the two means towards their start at zero.
+    fn corrections(&self) -> (f64, f64) {
+        let step = self.step as f64;
+        (1.0 / (1.0 - self.beta1.powf(step)), 1.0 / (1.0 - self.beta2.powf(step)))
+    }
+}
+
+impl InplaceOp2 for Update {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(
+        &self,
+        state: &mut CpuStorage,
+        layout: &Layout,
+        gradient: &CpuStorage,
+        gradient_layout: &Layout,
+    ) -> Result<()> {
+        let (CpuStorage::F32(state), CpuStorage::F32(gradient)) = (state, gradient) else {
+            bail!("the optimizer state is f32")
+        };
+        let (Some((start, end)), Some((from, to))) =
+            (layout.contiguous_offsets(), gradient_layout.contiguous_offsets())
+        else {
+            bail!("the optimizer state is contiguous")
+        };
+        let (state, gradient) = (&mut state[start..end], &gradient[from..to]);
+        let (value, moments) = state.split_at_mut(gradient.len());
+        let (mean, mean_square) = moments.split_at_mut(gradient.len());
+        value
+            .par_chunks_mut(ELEMENTS_PER_TASK)
+            .zip(mean.par_chunks_mut(ELEMENTS_PER_TASK))
+            .zip(mean_square.par_chunks_mut(ELEMENTS_PER_TASK))
+            .zip(gradient.par_chunks(ELEMENTS_PER_TASK))
+            .for_each(|(((value, mean), mean_square), gradient)| {
+                simd(
+                    #[inline(always)]
+                    || step(self, value, mean, mean_square, gradient),
+                );
+            });
+        Ok(())
+    }
+
+    fn cuda_fwd(
+        &self,
+        _: &mut CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<()> {
+        bail!("parameters on a GPU are updated by composed operations")
+    }
+}
+
+#[inline(always)]
+fn step(
+    update: &Update,
+    value: &mut [f32],
+    mean: &mut [f32],
+    mean_square: &mut [f32],
+    gradient: &[f32],
+) {
+    let (correct1, correct2) = update.corrections();
+    let (beta1, beta2) = (update.beta1 as f32, update.beta2 as f32);
+    let (new1, new2) = ((1.0 - update.beta1) as f32, (1.0 - update.beta2) as f32);
+    let (correct1, correct2) = (correct1 as f32, correct2 as f32);
+    let keep = (1.0 - update.rate * update.decay) as f32;
+    let (rate, epsilon) = (update.rate as f32, update.epsilon as f32);
+    let scale = update.gradient_scale as f32;
+    for i in 0..value.len() {
+        let gradient = gradient[i] * scale;
+        mean[i] = mean[i] * beta1 + gradient * new1;
+        mean_square[i] = mean_square[i] * beta2 + gradient * gradient * new2;
+        let change = mean[i] * correct1 / ((mean_square[i] * correct2).sqrt() + epsilon);
+        value[i] = value[i] * keep - change * rate;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::twin::{close, random};
+    use super::*;
+
+    const UPDATE: Update = Update {
+        rate: 1e-2,
+        beta1: 0.9,
+        beta2: 0.95,
+        epsilon: 1e-8,
+        decay: 0.1,
+        step: 1,
+        gradient_scale: 0.5,
+    };
+
+    #[test]
+    fn the_kernel_equals_its_composed_twin() {
+        let start = random(&[70, 1000], DType::F32);
+        let (ours, twin) = (Parameter::new(&start).unwrap(), Parameter::new(&start).unwrap());
+        for step in 1..=5 {
+            let gradient = random(&[70, 1000], DType::F32);
+            let update = Update { step, ..UPDATE };
+            ours.update(&gradient, &update).unwrap();
+            twin.update_composed(&gradient.flatten_all().unwrap(), &update).unwrap();
+        }
+        close(&ours.value().unwrap(), &twin.value().unwrap(), "value");
+        close(&ours.moments().unwrap().0, &twin.moments().unwrap().0, "mean");
+        close(&ours.moments().unwrap().1, &twin.moments().unwrap().1, "mean square");
+    }
+
+    #[test]
+    fn a_value_follows_every_update() {
+        let parameter =
+            Parameter::new(&Tensor::ones(3, DType::F32, &Device::Cpu).unwrap()).unwrap();
+        let value = parameter.value().unwrap();
+        let gradient = Tensor::ones(3, DType::F32, &Device::Cpu).unwrap();
+        for step in 1..=200 {
+            let update = Update { rate: 1e-3, decay: 0.0, step, ..UPDATE };
+            parameter.update(&gradient, &update).unwrap();
+        }
+        // A steady gradient moves a value by the rate at every step.
+        let moved: Vec<f32> = value.to_vec1().unwrap();
+        assert!(moved.iter().all(|x| (x - 0.8).abs() < 1e-4), "{moved:?}");
+    }
+}

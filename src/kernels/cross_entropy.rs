@@ -1,0 +1,199 @@
+//! The output head with its cross-entropy, never holding the logits of all rows.
+//!
+//! ```text
+//! logits = hidden x weight^T      loss(row) = ln(sum(exp(logits))) - logits[target]
+//! ```
+//!
+//! The loss is a root: its gradient is known as soon as the logits are, so both passes are one call and
+//! the logits of a chunk of rows are used for everything before the next chunk is made.
+
+use super::{
+    dispatch,
+    matmul::{Into, View, multiply_parallel},
+    real::{Real, max, simd, sum},
+    storage::{elements, tensor},
+};
+use candle_core::{D, DType, Result, Tensor};
+use rayon::prelude::*;
+
+/// Rows whose logits exist at a time.
+const CHUNK: usize = 256;
+
+/// Losses, and the gradients if they were asked for.
+#[derive(Debug)]
+pub struct HeadLoss {
+    /// One loss for each row, in nats.
+    pub losses: Vec<f64>,
+    /// Gradients of hidden rows and head weight, each loss weighing `scale`.
+    pub gradients: Option<(Tensor, Tensor)>,
+}
+
+/// Whether the gradients of a loss are wanted, and the weight of each row in them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Gradients {
+    /// Losses only.
+    Skip,
+    /// The gradient of `scale` times the sum of the losses.
+    Scaled(f64),
+}
+
+/// The cross-entropy of `targets` under `hidden (rows, width) x weight^T (vocabulary, width)`.
+///
+/// # Panics
+/// If there is not one target a row, or a target lies outside the vocabulary.
+pub fn cross_entropy(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    gradients: Gradients,
+) -> Result<HeadLoss> {
+    assert_eq!(hidden.dim(0)?, targets.len(), "one target a row");
+    let vocabulary = weight.dim(0)?;
+    assert!(targets.iter().all(|&t| (t as usize) < vocabulary), "target outside the vocabulary");
+    dispatch!(
+        hidden,
+        T => kernel::<T>(hidden, weight, targets, gradients),
+        composed(hidden, weight, targets, gradients)
+    )
+}
+
+fn kernel<T: Real>(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    gradients: Gradients,
+) -> Result<HeadLoss> {
+    let (x, w) = (elements::<T>(hidden)?, elements::<T>(weight)?);
+    let (vocabulary, width) = weight.dims2()?;
+    let w = View::rows(&w, vocabulary, width, width);
+    let mut losses = Vec::with_capacity(targets.len());
+    let mut logits = vec![T::ZERO; CHUNK.min(targets.len()) * vocabulary];
+    let (mut of_x, mut of_w) = match gradients {
+        Gradients::Skip => (Vec::new(), Vec::new()),
+        Gradients::Scaled(_) => (vec![T::ZERO; x.len()], vec![T::ZERO; vocabulary * width]),
+    };
+    for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
+        let at = chunk * CHUNK * width;
+        let x = View::rows(&x[at..], targets.len(), width, width);
+        let logits = &mut logits[..targets.len() * vocabulary];
+        multiply_parallel(logits, vocabulary, x, w.transposed(), Into::Set);
+        let chunk_losses: Vec<f64> = logits
+            .par_chunks_mut(vocabulary)
+            .zip(targets)
+            .map(|(row, &target)| {
+                simd(
+                    #[inline(always)]
+                    || loss_of_row(row, target as usize, gradients),
+                )
+            })
+            .collect();
+        losses.extend(chunk_losses);
+        if gradients != Gradients::Skip {
+            let of_logits = View::rows(logits, targets.len(), vocabulary, vocabulary);
+            multiply_parallel(&mut of_x[at..], width, of_logits, w, Into::Set);
+            multiply_parallel(&mut of_w, width, of_logits.transposed(), x, Into::Add);
+        }
+    }
+    let gradients = match gradients {
+        Gradients::Skip => None,
+        Gradients::Scaled(_) => {
+            Some((tensor(of_x, hidden.shape())?, tensor(of_w, weight.shape())?))
+        }
+    };
+    Ok(HeadLoss { losses, gradients })
+}
+
+/// The loss of one row; its logits become their own gradient.
+#[inline(always)]
+fn loss_of_row<T: Real>(logits: &mut [T], target: usize, gradients: Gradients) -> f64 {
+    let top = max(logits);
+    let wanted = logits[target];
+    for logit in logits.iter_mut() {
+        *logit = (*logit - top).exp();
+    }
+    let total = sum(logits);
+    if let Gradients::Scaled(scale) = gradients {
+        let factor = T::real(scale) / total;
+        for logit in logits.iter_mut() {
+            *logit *= factor;
+        }
+        logits[target] += -T::real(scale);
+    }
+    total.to_f64().ln() + (top - wanted).to_f64()
+}
+
+fn composed(
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    gradients: Gradients,
+) -> Result<HeadLoss> {
+    let device = hidden.device();
+    let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (mut losses, mut of_x) = (Vec::new(), Vec::new());
+    let mut of_w = weight.zeros_like()?.to_dtype(wide)?;
+    for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
+        let rows = targets.len();
+        let x = hidden.narrow(0, chunk * CHUNK, rows)?;
+        let logits = x.matmul(&weight.t()?)?.to_dtype(wide)?;
+        let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
+        let index = Tensor::from_slice(targets, (rows, 1), device)?;
+        let exponentials = shifted.exp()?;
+        let totals = exponentials.sum_keepdim(D::Minus1)?;
+        let chunk_losses = (totals.log()? - shifted.gather(&index, 1)?)?;
+        losses.extend(chunk_losses.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?);
+        if let Gradients::Scaled(scale) = gradients {
+            let minus_one = Tensor::full(-1.0f32, (rows, 1), device)?.to_dtype(wide)?;
+            let of_logits = exponentials.broadcast_div(&totals)?;
+            let of_logits = (of_logits.scatter_add(&index, &minus_one, 1)? * scale)?;
+            let of_logits = of_logits.to_dtype(hidden.dtype())?;
+            of_x.push(of_logits.matmul(weight)?);
+            of_w = (of_w + of_logits.t()?.contiguous()?.matmul(&x)?.to_dtype(wide)?)?;
+        }
+    }
+    let gradients = match gradients {
+        Gradients::Skip => None,
+        Gradients::Scaled(_) if of_x.is_empty() => Some((hidden.zeros_like()?, of_w)),
+        Gradients::Scaled(_) => Some((Tensor::cat(&of_x, 0)?, of_w)),
+    };
+    Ok(HeadLoss { losses, gradients })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::twin::{close, random};
+    use super::*;
+
+    fn check(rows: usize, vocabulary: usize, dtype: DType) {
+        let (hidden, weight) = (random(&[rows, 24], dtype), random(&[vocabulary, 24], dtype));
+        let targets: Vec<u32> = (0..rows).map(|row| (row * 7 % vocabulary) as u32).collect();
+        let scaled = Gradients::Scaled(0.25);
+        let ours = cross_entropy(&hidden, &weight, &targets, scaled).unwrap();
+        let twin = composed(&hidden, &weight, &targets, scaled).unwrap();
+        let (of_ours, of_twin) = (ours.gradients.unwrap(), twin.gradients.unwrap());
+        close(&of_ours.0, &of_twin.0, "gradient of the rows");
+        close(&of_ours.1, &of_twin.1, "gradient of the head");
+        let alone = cross_entropy(&hidden, &weight, &targets, Gradients::Skip).unwrap();
+        assert_eq!(alone.losses, ours.losses);
+        for (ours, twin) in ours.losses.iter().zip(&twin.losses) {
+            assert!((ours - twin).abs() < 1e-5 * twin.abs().max(1.0), "{ours} and {twin}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_equals_its_composed_twin() {
+        for dtype in [DType::F32, DType::F64] {
+            for (rows, vocabulary) in [(1, 2), (5, 100), (300, 129), (0, 8)] {
+                check(rows, vocabulary, dtype);
+            }
+        }
+    }
+
+    #[test]
+    fn an_even_guess_costs_the_logarithm_of_the_vocabulary() {
+        let hidden = Tensor::zeros((3, 4), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let weight = random(&[50, 4], DType::F32);
+        let loss = cross_entropy(&hidden, &weight, &[0, 7, 49], Gradients::Skip).unwrap();
+        assert!(loss.losses.iter().all(|loss| (loss - 50f64.ln()).abs() < 1e-6));
+    }
+}

@@ -1,0 +1,78 @@
+//! Rows of the embedding table, and the gradient that flows back into them.
+
+use super::{
+    dispatch,
+    real::{Real, simd},
+    storage::{elements, tensor},
+};
+use candle_core::{DType, Result, Tensor};
+use rayon::prelude::*;
+
+/// Tasks that share the gradient of the table by token id.
+const STRIPES: usize = 64;
+
+/// The rows of `table (vocabulary, width)` for `ids`: `(ids, width)`.
+pub fn embed(table: &Tensor, ids: &[u32]) -> Result<Tensor> {
+    table.index_select(&Tensor::new(ids, table.device())?, 0)
+}
+
+/// Sums the rows of `gradient (ids, width)` by token id into `(vocabulary, width)`.
+///
+/// Rows of one id are added in the order in which they stand, at f32 precision or better.
+pub fn embed_backward(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<Tensor> {
+    dispatch!(
+        gradient,
+        T => kernel::<T>(gradient, ids, vocabulary),
+        composed(gradient, ids, vocabulary)
+    )
+}
+
+fn kernel<T: Real>(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<Tensor> {
+    let width = gradient.dim(1)?;
+    let rows = elements::<T>(gradient)?;
+    let rows = &*rows;
+    let mut out = vec![T::ZERO; vocabulary * width];
+    let per_stripe = vocabulary.div_ceil(STRIPES).max(1);
+    out.par_chunks_mut(per_stripe * width).enumerate().for_each(|(stripe, out)| {
+        let first = stripe * per_stripe;
+        let mine = first..first + out.len() / width;
+        simd(
+            #[inline(always)]
+            || {
+                for (id, row) in ids.iter().zip(rows.chunks_exact(width)) {
+                    if mine.contains(&(*id as usize)) {
+                        let sum = &mut out[(*id as usize - first) * width..][..width];
+                        for i in 0..width {
+                            sum[i] += row[i];
+                        }
+                    }
+                }
+            },
+        );
+    });
+    tensor(out, (vocabulary, width))
+}
+
+fn composed(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<Tensor> {
+    let wide = if gradient.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let zeros = Tensor::zeros((vocabulary, gradient.dim(1)?), wide, gradient.device())?;
+    zeros.index_add(&Tensor::new(ids, gradient.device())?, &gradient.to_dtype(wide)?, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::twin::{close, random};
+    use super::*;
+
+    #[test]
+    fn the_kernel_equals_its_composed_twin() {
+        for dtype in [DType::F32, DType::F64] {
+            for vocabulary in [1, 70, 500] {
+                let ids: Vec<u32> = (0..200).map(|i| (i * i * 13 % vocabulary) as u32).collect();
+                let gradient = random(&[200, 33], dtype);
+                let ours = embed_backward(&gradient, &ids, vocabulary).unwrap();
+                close(&ours, &composed(&gradient, &ids, vocabulary).unwrap(), "gradient");
+            }
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Fused operations with forward and backward passes.
+//!
+//! Each file holds one operation: the function the models call, a CPU kernel for f32 and f64, the same
+//! operation *composed* of plain tensor operations (used on every other device and type, and as the
+//! twin that the kernel is tested against), and its gradient. None of them records a graph: a layer
+//! calls the forward and, later, the backward function itself.
+//!
+//! Sums are taken in an order that is written down, so results do not depend on the number of threads
+//! or on other rows of a batch.
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
+mod matmul;
+mod real;
+pub mod packed;
+pub mod rms_norm;
+pub mod rope;
+mod storage;
+pub mod swiglu;
+#[cfg(test)]
+mod twin;
+
+/// Runs the CPU kernel for the element type of a tensor, or the composed operation where there is none.
+macro_rules! dispatch {
+    ($tensor:expr, $Element:ident => $kernel:expr, $composed:expr) => {
+        match ($tensor.device(), $tensor.dtype()) {
+            (candle_core::Device::Cpu, candle_core::DType::F32) => {
+                type $Element = f32;
+                $kernel
+            }
+            (candle_core::Device::Cpu, candle_core::DType::F64) => {
+                type $Element = f64;
+                $kernel
+            }
+            _ => $composed,
+        }
+    };
+}
+use dispatch;
+
+/// Rows that one task of a parallel loop works on. Fixed, so that partial sums always cover the same
+/// rows whatever the number of threads.
+const ROWS_PER_TASK: usize = 64;
+
+/// The sum of the squares of a contiguous CPU tensor, block by block in f64.
+pub fn sum_of_squares(tensor: &candle_core::Tensor) -> candle_core::Result<f64> {
+    use rayon::prelude::*;
+    fn blocks<T: real::Real>(values: &[T]) -> f64 {
+        let sums: Vec<f64> = values
+            .par_chunks(1 << 14)
+            .map(|block| {
+                real::simd(
+                    #[inline(always)]
+                    || real::dot(block, block).to_f64(),
+                )
+            })
+            .collect();
+        sums.iter().sum()
+    }
+    match tensor.dtype() {
+        candle_core::DType::F64 => Ok(blocks::<f64>(&storage::elements(tensor)?)),
+        _ => Ok(blocks::<f32>(&storage::elements(tensor)?)),
+    }
+}

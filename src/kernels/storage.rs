@@ -1,0 +1,48 @@
+//! Tensors seen as slices.
+
+use super::real::Real;
+use candle_core::{Device, Result, Storage, StorageRef, Tensor, bail};
+use std::{marker::PhantomData, ops::Deref};
+
+/// The elements of a contiguous CPU tensor, borrowed for as long as this lives.
+pub(crate) struct Elements<'a, T> {
+    storage: StorageRef<'a>,
+    start: usize,
+    end: usize,
+    element: PhantomData<T>,
+}
+
+/// Borrows the elements of `tensor`, which must be contiguous, on the CPU, and of type `T`.
+pub(crate) fn elements<T: Real>(tensor: &Tensor) -> Result<Elements<'_, T>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("a kernel wants contiguous tensors, not {layout:?}")
+    };
+    match &*storage {
+        Storage::Cpu(cpu) => T::cpu_storage_as_slice(cpu)?,
+        _ => bail!("a CPU kernel was called with a tensor on {:?}", tensor.device()),
+    };
+    Ok(Elements { storage, start, end, element: PhantomData })
+}
+
+impl<T: Real> Deref for Elements<'_, T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            Storage::Cpu(cpu) => {
+                let all = T::cpu_storage_as_slice(cpu).expect("checked when it was borrowed");
+                &all[self.start..self.end]
+            }
+            _ => unreachable!("checked when it was borrowed"),
+        }
+    }
+}
+
+/// A CPU tensor that owns `values`.
+pub(crate) fn tensor<T: Real>(
+    values: Vec<T>,
+    shape: impl Into<candle_core::Shape>,
+) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), &Device::Cpu)
+}

@@ -1,0 +1,115 @@
+//! Parameters by name, from a Hugging Face directory or from memory.
+
+// Reason: a checkpoint is mapped into memory, so that a model larger than the free memory can be loaded
+// one parameter at a time. The files must not change while they are read, as with any mapped file.
+#![expect(unsafe_code, reason = "memory-mapped checkpoints")]
+
+use crate::error::{Context, Error, Result};
+use candle_core::safetensors::{BufferedSafetensors, MmapedSafetensors};
+use candle_core::{DType, Device, Tensor};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// The parameters of a checkpoint.
+pub struct Weights {
+    files: Files,
+    origin: PathBuf,
+}
+
+enum Files {
+    Mapped(MmapedSafetensors),
+    Memory(BufferedSafetensors),
+}
+
+impl Weights {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// If neither is there, or a file is not a checkpoint.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let paths = checkpoint_files(directory)?;
+        // SAFETY: the mapping lives as long as `self`; see the reason at the top of this file.
+        let files = unsafe { MmapedSafetensors::multi(&paths) }
+            .map_err(|error| Error::malformed(directory, error))?;
+        Ok(Weights { files: Files::Mapped(files), origin: directory.to_owned() })
+    }
+
+    /// A checkpoint that is already in memory.
+    ///
+    /// # Errors
+    /// If the bytes are not a checkpoint.
+    pub fn from_bytes(bytes: Vec<u8>, origin: &str) -> Result<Self> {
+        let files = BufferedSafetensors::new(bytes)
+            .map_err(|error| Error::malformed(Path::new(origin), error))?;
+        Ok(Weights { files: Files::Memory(files), origin: origin.into() })
+    }
+
+    /// Whether the checkpoint has the parameter `name`.
+    pub fn has(&self, name: &str) -> bool {
+        match &self.files {
+            Files::Mapped(files) => files.get(name).is_ok(),
+            Files::Memory(files) => files.get(name).is_ok(),
+        }
+    }
+
+    /// Loads a parameter of a known shape.
+    ///
+    /// # Errors
+    /// If it is missing or has another shape.
+    pub fn get(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let tensor = match &self.files {
+            Files::Mapped(files) => files.load(name, device),
+            Files::Memory(files) => files.load(name, device),
+        };
+        let tensor = tensor.map_err(|_| {
+            Error::malformed(&self.origin, format!("the checkpoint has no parameter {name:?}"))
+        })?;
+        if tensor.dims() != shape {
+            let reason = format!(
+                "parameter {name:?} has shape {:?}, config.json says {shape:?}",
+                tensor.dims()
+            );
+            return Err(Error::malformed(&self.origin, reason));
+        }
+        tensor.to_dtype(dtype).context(name)
+    }
+}
+
+/// The files of a checkpoint in `directory`, in the order of their names.
+///
+/// # Errors
+/// If there are none.
+pub fn checkpoint_files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let single = directory.join("model.safetensors");
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    let index = directory.join("model.safetensors.index.json");
+    if !index.exists() {
+        let reason = "holds neither model.safetensors nor model.safetensors.index.json";
+        return Err(Error::malformed(directory, reason));
+    }
+    let text = std::fs::read_to_string(&index).map_err(Error::file("read", &index))?;
+    let json: serde_json::Value =
+        serde_json::from_str(&text).map_err(|error| Error::malformed(&index, error))?;
+    let map = json["weight_map"]
+        .as_object()
+        .ok_or_else(|| Error::malformed(&index, "has no object \"weight_map\""))?;
+    let names: BTreeSet<&str> = map.values().filter_map(serde_json::Value::as_str).collect();
+    names.into_iter().map(|name| shard(directory, &index, name)).collect()
+}
+
+/// A shard is a file of the same directory: an index cannot lead elsewhere.
+fn shard(directory: &Path, index: &Path, name: &str) -> Result<PathBuf> {
+    let plain = Path::new(name).file_name().is_some_and(|file| file == name);
+    match plain {
+        true => Ok(directory.join(name)),
+        false => Err(Error::malformed(index, format!("{name:?} is not a file name"))),
+    }
+}
