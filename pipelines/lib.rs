@@ -1,1 +1,4 @@
-//! Placeholder.
+//! The pipelines, and what they share.
+
+pub mod shell;
+pub mod tune;

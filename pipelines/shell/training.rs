@@ -1,0 +1,145 @@
+//! Drives a trainer: steps, measures, checkpoints, stops.
+
+use super::stop;
+use anyhow::{Context, Result};
+use headwater::record::Sequence;
+use headwater::tokenizer::Tokenizer;
+use headwater::train::{StepReport, Trainer, checkpoint};
+use serde_json::json;
+use std::io::{BufRead, Write};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Checkpoints that are kept.
+const CHECKPOINTS_KEPT: usize = 2;
+
+/// Where a training run writes, and how often.
+#[derive(Clone, Debug)]
+pub struct TrainingFolder {
+    /// `checkpoints/` and `metrics.jsonl` are in here.
+    pub run: PathBuf,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+}
+
+/// How a drive ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// All sequences were learned.
+    Done,
+    /// The user asked to stop; a checkpoint was written.
+    Stopped,
+}
+
+/// A trainer with its folder.
+pub struct Drive<'a> {
+    /// The model in training.
+    pub trainer: Trainer,
+    /// Written beside every checkpoint.
+    pub tokenizer: &'a Tokenizer,
+    /// Where to write.
+    pub folder: TrainingFolder,
+    metrics: std::fs::File,
+    first: Option<StepReport>,
+    last: Option<StepReport>,
+}
+
+impl TrainingFolder {
+    /// The folder of all checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.run.join("checkpoints")
+    }
+
+    /// The latest checkpoint, if there is one.
+    ///
+    /// # Errors
+    /// If the folder cannot be listed.
+    pub fn latest(&self) -> Result<Option<PathBuf>> {
+        Ok(checkpoint::list(&self.checkpoints())?.pop())
+    }
+}
+
+impl<'a> Drive<'a> {
+    /// Opens the folder for a trainer that is new or was resumed: metrics of steps that were lost in a
+    /// crash are taken back.
+    ///
+    /// # Errors
+    /// If the folder cannot be written.
+    pub fn new(
+        trainer: Trainer,
+        tokenizer: &'a Tokenizer,
+        folder: TrainingFolder,
+    ) -> Result<Self> {
+        let checkpoints = folder.checkpoints();
+        std::fs::create_dir_all(&checkpoints).context("could not create the checkpoints folder")?;
+        let path = folder.run.join("metrics.jsonl");
+        let reports = keep_metrics(&path, trainer.progress().step)?;
+        let metrics = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
+        let (first, last) = (reports.first().copied(), reports.last().copied());
+        Ok(Drive { trainer, tokenizer, folder, metrics, first, last })
+    }
+
+    /// Learns from one batch; `watch` sees the report and the seconds the step took.
+    ///
+    /// # Errors
+    /// If training diverges or the disk refuses.
+    pub fn step(
+        &mut self,
+        batch: &[Sequence],
+        watch: &mut impl FnMut(&StepReport, f64),
+    ) -> Result<Ended> {
+        let start = Instant::now();
+        let report = self.trainer.step(batch)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let mut line = serde_json::to_value(report)?;
+        line["tokens_per_s"] = json!((report.tokens as f64 / seconds * 10.0).round() / 10.0);
+        line["step_ms"] = json!((seconds * 1e4).round() / 10.0);
+        writeln!(self.metrics, "{line}")?;
+        self.first.get_or_insert(report);
+        self.last = Some(report);
+        watch(&report, seconds);
+        let stop = stop::asked();
+        if stop || report.step.is_multiple_of(self.folder.checkpoint_every) {
+            self.checkpoint()?;
+        }
+        Ok(if stop { Ended::Stopped } else { Ended::Done })
+    }
+
+    /// Writes a checkpoint of the current step.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn checkpoint(&mut self) -> Result<PathBuf> {
+        self.metrics.sync_all()?;
+        let folder = self.folder.checkpoints();
+        let path = self.trainer.save(&folder, self.tokenizer)?;
+        checkpoint::prune(&folder, CHECKPOINTS_KEPT)?;
+        Ok(path)
+    }
+
+    /// Reports of the first and the last step, those before a resume included.
+    pub fn span(&self) -> Option<(StepReport, StepReport)> {
+        self.first.zip(self.last)
+    }
+}
+
+/// Keeps the lines of steps up to `step`, and returns them.
+fn keep_metrics(path: &Path, step: u64) -> Result<Vec<StepReport>> {
+    if !path.exists() {
+        return Ok(Vec::new());
+    }
+    let file = std::io::BufReader::new(std::fs::File::open(path)?);
+    let (mut kept, mut reports) = (String::new(), Vec::new());
+    for line in file.lines() {
+        let line = line?;
+        let Ok(report) = serde_json::from_str::<StepReport>(&line) else { break };
+        if report.step > step {
+            break;
+        }
+        reports.push(report);
+        kept += &line;
+        kept.push('\n');
+    }
+    headwater::format::durable::write(path, kept.as_bytes())?;
+    Ok(reports)
+}

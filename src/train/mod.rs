@@ -1,0 +1,279 @@
+//! Training: from packed sequences to a checkpoint that Hugging Face transformers loads.
+//!
+//! ```text
+//! sequences ─▶ micro-batches ─▶ loss, gradients (summed) ─▶ clip ─▶ AdamW ─▶ next step
+//! ```
+//!
+//! A step's result depends on its sequences and the state before it, not on how they are cut into
+//! micro-batches beyond the rounding of one sum, nor on threads.
+
+pub mod checkpoint;
+pub mod optimizer;
+pub mod schedule;
+pub mod tuning;
+
+use crate::error::{Context, Error, Result};
+use crate::model::backward::{Batch, Gradients, Keep};
+use crate::model::config::ModelConfig;
+use crate::model::weights::Weights;
+use crate::model::{Form, Llama};
+use crate::record::Sequence;
+use crate::seed;
+use candle_core::{DType, Device, Tensor};
+use optimizer::{AdamW, Parameters};
+use rayon::prelude::*;
+use schedule::Schedule;
+use serde::{Deserialize, Serialize};
+
+/// Deviation of initial weights (Radford et al., 2019, as in `initializer_range` of the family).
+const INITIAL_DEVIATION: f64 = 0.02;
+
+/// How to train.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainSettings {
+    /// Sequences of one step.
+    pub batch_sequences: usize,
+    /// Tokens whose activations are held at a time.
+    pub micro_batch_tokens: usize,
+    /// The learning rate of each step.
+    pub schedule: Schedule,
+    /// The optimizer.
+    pub optimizer: AdamW,
+    /// Whether blocks are run again in the backward pass, to save memory.
+    pub recompute: bool,
+}
+
+/// What one step did.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Number of the step, from 1.
+    pub step: u64,
+    /// Mean loss of the learned tokens, in nats.
+    pub loss: f64,
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens seen in this step.
+    pub tokens: u64,
+    /// Tokens learned in this step.
+    pub learned: u64,
+    /// Tokens seen in all steps so far.
+    pub tokens_total: u64,
+    /// First sequence of the next step.
+    pub next_sequence: u64,
+}
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Trainer {
+    model: Llama,
+    parameters: Parameters,
+    /// Parameters in the type of the computation, where that is not f32.
+    copies: Vec<(String, Tensor)>,
+    settings: TrainSettings,
+    progress: Progress,
+}
+
+/// How far a training run has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// The next sequence to learn from.
+    pub next_sequence: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+}
+
+impl Trainer {
+    /// Starts from given parameters.
+    ///
+    /// # Errors
+    /// If `values` lacks a parameter of `config`, or the device fails.
+    pub fn new(
+        config: &ModelConfig,
+        values: Vec<(String, Tensor)>,
+        settings: TrainSettings,
+        compute: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let parameters = Parameters::new(values)?;
+        let mut copies = Vec::new();
+        let model = Llama::build(config, Form::Plain, device, |name, _| {
+            let missing = || Error::Setting(format!("the model has no parameter {name:?}"));
+            let value = parameters.get(name).ok_or_else(missing)?.value()?;
+            if compute == DType::F32 {
+                return Ok(value);
+            }
+            let copy = value.to_dtype(compute)?;
+            copies.push((name.to_owned(), copy.clone()));
+            Ok(copy)
+        })?;
+        Ok(Trainer { model, parameters, copies, settings, progress: Progress::default() })
+    }
+
+    /// The model as it is now.
+    pub fn model(&self) -> &Llama {
+        &self.model
+    }
+
+    /// How far training has come.
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
+    /// How to train.
+    pub fn settings(&self) -> &TrainSettings {
+        &self.settings
+    }
+
+    /// Learns from the sequences of one step.
+    ///
+    /// # Errors
+    /// If the loss or the gradient is not finite: the error names the step and the sequences, and the
+    /// parameters are as they were before.
+    pub fn step(&mut self, sequences: &[Sequence]) -> Result<StepReport> {
+        let targets: usize = sequences.iter().map(|sequence| batch([sequence]).rows.len()).sum();
+        let tokens: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
+        let keep = if self.settings.recompute { Keep::Inputs } else { Keep::Everything };
+        let (mut gradients, mut total) = (Gradients::default(), 0.0);
+        for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
+            let scale = 1.0 / targets.max(1) as f64;
+            let losses = self.model.learn(&batch(group), scale, keep, &mut gradients);
+            total += losses.context("training step")?.iter().sum::<f64>();
+        }
+        let loss = total / targets.max(1) as f64;
+        let step = self.progress.step + 1;
+        let rate = self.settings.schedule.rate(step);
+        let grad_norm = match loss.is_finite() {
+            true => self.parameters.update(&gradients, &self.settings.optimizer, rate, step)?,
+            false => f64::NAN,
+        };
+        if !(loss.is_finite() && grad_norm.is_finite()) {
+            return Err(self.diverged(loss, grad_norm, sequences));
+        }
+        for (name, copy) in &self.copies {
+            let value = self.parameters.get(name).expect("copied from there").value()?;
+            copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)?;
+        }
+        self.progress.step = step;
+        self.progress.next_sequence += sequences.len() as u64;
+        self.progress.tokens += tokens as u64;
+        Ok(StepReport {
+            step,
+            loss,
+            grad_norm,
+            lr: rate,
+            tokens: tokens as u64,
+            learned: targets as u64,
+            tokens_total: self.progress.tokens,
+            next_sequence: self.progress.next_sequence,
+        })
+    }
+
+    /// Mean loss of the learned tokens of `sequences`, without learning from them.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn evaluate(&self, sequences: &[Sequence]) -> Result<f64> {
+        let (mut total, mut count) = (0.0, 0);
+        for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
+            let losses = self.model.losses(&batch(group)).context("evaluation")?;
+            total += losses.iter().sum::<f64>();
+            count += losses.len();
+        }
+        Ok(total / count.max(1) as f64)
+    }
+
+    fn diverged(&self, loss: f64, grad_norm: f64, sequences: &[Sequence]) -> Error {
+        let first = self.progress.next_sequence;
+        let items: Vec<&str> =
+            sequences.iter().flat_map(|s| &s.segments).map(|segment| &*segment.item).collect();
+        Error::Stopped(format!(
+            "training diverged at step {}: loss {loss}, gradient norm {grad_norm}; sequences {first} \
+             to {}, items {}",
+            self.progress.step + 1,
+            first + sequences.len() as u64 - 1,
+            items.join(", "),
+        ))
+    }
+}
+
+/// The rows of some sequences, without their padding.
+pub fn batch<'a>(sequences: impl IntoIterator<Item = &'a Sequence>) -> Batch {
+    let mut batch = Batch::default();
+    for sequence in sequences {
+        let mut start = 0;
+        batch.positions.extend(sequence.positions());
+        for segment in &sequence.segments {
+            let (row, count) = (batch.ids.len(), segment.length as usize);
+            let tokens = &sequence.tokens[start..start + count];
+            for (i, &token) in tokens.iter().enumerate().skip(1) {
+                if sequence.learned[start + i] {
+                    batch.rows.push((row + i - 1) as u32);
+                    batch.targets.push(token);
+                }
+            }
+            batch.ids.extend_from_slice(tokens);
+            batch.spans.push(row..row + count);
+            start += count;
+        }
+    }
+    batch
+}
+
+/// Runs of sequences of about `tokens_max` tokens, each with one at least.
+fn micro_batches(sequences: &[Sequence], tokens_max: usize) -> Vec<&[Sequence]> {
+    let (mut groups, mut start, mut tokens) = (Vec::new(), 0, 0);
+    for (index, sequence) in sequences.iter().enumerate() {
+        if tokens > 0 && tokens + sequence.tokens.len() > tokens_max {
+            groups.push(&sequences[start..index]);
+            (start, tokens) = (index, 0);
+        }
+        tokens += sequence.tokens.len();
+    }
+    if start < sequences.len() {
+        groups.push(&sequences[start..]);
+    }
+    groups
+}
+
+/// The parameters of a checkpoint, in f32.
+///
+/// # Errors
+/// If one is missing or has another shape.
+pub fn loaded(
+    config: &ModelConfig,
+    weights: &Weights,
+    device: &Device,
+) -> Result<Vec<(String, Tensor)>> {
+    let load = |(name, shape): (String, Vec<usize>)| {
+        Ok((name.clone(), weights.get(&name, &shape, DType::F32, device)?))
+    };
+    config.parameters().into_iter().map(load).collect()
+}
+
+/// Random parameters: normal with deviation 0.02, the projections back into the stream scaled down by the
+/// root of their number (Radford et al., 2019), normalisations one.
+///
+/// # Errors
+/// If the device fails.
+pub fn initial(config: &ModelConfig, run: u64, device: &Device) -> Result<Vec<(String, Tensor)>> {
+    const CHUNK: usize = 1 << 16;
+    let into_stream = 1.0 / (2.0 * config.num_hidden_layers as f64).sqrt();
+    let value = |(name, shape): (String, Vec<usize>)| {
+        if shape.len() == 1 {
+            return Ok((name, Tensor::ones(shape, DType::F32, device)?));
+        }
+        let back = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+        let deviation = INITIAL_DEVIATION * if back { into_stream } else { 1.0 };
+        let mut values = vec![0.0f32; shape.iter().product()];
+        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+            let mut stream = seed::stream(run, &name, &format!("initial value {chunk}"));
+            values.fill_with(|| (deviation * stream.normal()) as f32);
+        });
+        Ok((name, Tensor::from_vec(values, shape, device)?))
+    };
+    config.parameters().into_iter().map(value).collect()
+}

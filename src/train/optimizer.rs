@@ -1,0 +1,76 @@
+//! All parameters of a model with their optimizer state, updated together.
+
+use crate::kernels::adamw::{Parameter, Update};
+use crate::model::backward::Gradients;
+use candle_core::{Result, Tensor, bail};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// The constants of AdamW.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AdamW {
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the mean square.
+    pub epsilon: f64,
+    /// Decoupled decay of matrices. Vectors, that is the weights of normalisations, have none.
+    pub weight_decay: f64,
+    /// The largest norm of all gradients together.
+    pub clip_norm: f64,
+}
+
+/// Parameters by name, in f32.
+#[derive(Debug)]
+pub struct Parameters {
+    by_name: BTreeMap<String, Parameter>,
+}
+
+impl Parameters {
+    /// Parameters with initial values and no history.
+    pub fn new(values: impl IntoIterator<Item = (String, Tensor)>) -> Result<Self> {
+        let by_name = values
+            .into_iter()
+            .map(|(name, value)| Ok((name, Parameter::new(&value)?)))
+            .collect::<Result<_>>()?;
+        Ok(Parameters { by_name })
+    }
+
+    /// The parameter called `name`.
+    pub fn get(&self, name: &str) -> Option<&Parameter> {
+        self.by_name.get(name)
+    }
+
+    /// All parameters, by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Parameter)> {
+        self.by_name.iter().map(|(name, parameter)| (name.as_str(), parameter))
+    }
+
+    /// Moves every parameter against its gradient; returns the norm of the gradients before clipping.
+    ///
+    /// Leaves everything as it is if that norm is not finite.
+    pub fn update(
+        &self,
+        gradients: &Gradients,
+        settings: &AdamW,
+        rate: f64,
+        step: u64,
+    ) -> Result<f64> {
+        let norm = gradients.norm()?;
+        if !norm.is_finite() {
+            return Ok(norm);
+        }
+        let gradient_scale = if norm > settings.clip_norm { settings.clip_norm / norm } else { 1.0 };
+        for (name, parameter) in &self.by_name {
+            let Some(gradient) = gradients.get(name) else {
+                bail!("parameter {name:?} has no gradient")
+            };
+            let AdamW { beta1, beta2, epsilon, weight_decay, clip_norm: _ } = *settings;
+            let decay = if gradient.rank() > 1 { weight_decay } else { 0.0 };
+            let update = Update { rate, beta1, beta2, epsilon, decay, step, gradient_scale };
+            parameter.update(gradient, &update)?;
+        }
+        Ok(norm)
+    }
+}
