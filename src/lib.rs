@@ -1,13 +1,23 @@
 //! Records, kernels and models of Headwater. Knows no dataflow.
 
+pub mod augment;
+pub mod block;
+pub mod chain;
+pub mod engine;
 pub mod error;
 pub mod format;
 pub mod kernels;
+pub mod ledger;
+pub mod mix;
 pub mod model;
 pub mod pack;
 pub mod prompt;
 pub mod record;
+pub mod run;
 pub mod seed;
+pub mod split;
+pub mod synthesizer;
+pub mod template;
 pub mod tokenizer;
 pub mod train;
 

@@ -10,6 +10,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cached;
 pub mod cross_entropy;
 pub mod embedding;
 mod matmul;

@@ -5,6 +5,7 @@
 //! ```
 
 pub mod backward;
+pub mod cache;
 pub mod config;
 pub mod device;
 pub mod layers;

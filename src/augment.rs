@@ -1,0 +1,185 @@
+//! From a finished chain to rendered documents, items, and the account of what became of everything.
+
+use crate::chain::Chain;
+use crate::ledger::Ledger;
+use crate::prompt::Pair;
+use crate::record::{Entry, Finish, Item, Rejected, Stage, excerpt};
+use crate::template::Templates;
+use crate::template::choice::Choices;
+use crate::template::render::{Rendered, render};
+use crate::tokenizer::Tokenizer;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Index of the augmented documents among the sources of a mix.
+pub const AUGMENTED: u32 = 0;
+
+/// A rendered document with its lineage: one line of `augmented/*.jsonl.zst`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Augmented {
+    /// The id of its first text.
+    pub id: String,
+    /// The ids of the documents its texts belong to.
+    pub source_ids: Vec<String>,
+    /// The round each text was synthesized in, from 0.
+    pub rounds: Vec<u32>,
+    /// The texts with their pairs.
+    pub entries: Vec<AugmentedEntry>,
+    /// What was drawn for it; none for a raw text.
+    pub choices: Option<Choices>,
+    /// The document as the language model reads it.
+    pub text: String,
+    /// Its tokens, opening and closing ids included.
+    pub tokens: u64,
+    /// The synthesizer that wrote the pairs.
+    pub synthesizer: String,
+    /// The seed of the run.
+    pub seed: u64,
+}
+
+/// One text of a rendered document.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AugmentedEntry {
+    /// Id of the text.
+    pub id: String,
+    /// The file it was read from, with record and byte.
+    pub place: String,
+    /// The text.
+    pub text: String,
+    /// The pairs that were read out of the generation.
+    pub pairs: Vec<Pair>,
+}
+
+/// What a chain became.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ChainOutput {
+    /// Number of the chain in its block.
+    pub index: u64,
+    /// Rendered documents and the items made of them, in order.
+    pub documents: Vec<(Augmented, Item)>,
+    /// What was dropped on the way.
+    pub rejected: Vec<Rejected>,
+    /// What was counted.
+    pub ledger: Ledger,
+}
+
+/// Renders chains.
+#[derive(Clone, Debug)]
+pub struct Augmenter {
+    /// The templates.
+    pub templates: Arc<Templates>,
+    /// The tokenizer of the model that is trained.
+    pub tokenizer: Tokenizer,
+    /// The name of the synthesizer.
+    pub synthesizer: String,
+    /// The seed of the run.
+    pub seed: u64,
+}
+
+impl Augmenter {
+    /// Renders a finished chain.
+    pub fn augment(&self, chain: &Chain) -> ChainOutput {
+        let mut output = ChainOutput { index: chain.index, ..ChainOutput::default() };
+        for entry in &chain.entries {
+            count_generation(entry, &mut output);
+        }
+        let mut round = 0;
+        for group in chain.groups() {
+            for rendered in render(group, &self.templates, self.seed) {
+                count_rendering(&rendered, group, &mut output);
+                let item = self.item(&rendered);
+                output.documents.push((self.lineage(&rendered, group, round, &item), item));
+            }
+            round += group.len() as u32;
+        }
+        output
+    }
+
+    fn item(&self, rendered: &Rendered) -> Item {
+        item(&rendered.id, AUGMENTED, &rendered.text, &self.tokenizer)
+    }
+
+    fn lineage(&self, rendered: &Rendered, group: &[Entry], round: u32, item: &Item) -> Augmented {
+        let entries = || rendered.entries.iter().map(|&index| &group[index]);
+        let mut source_ids: Vec<String> = entries()
+            .map(|entry| match &entry.document.part {
+                Some(part) => part.of.clone(),
+                None => entry.document.id.clone(),
+            })
+            .collect();
+        source_ids.dedup();
+        let entry = |entry: &Entry| AugmentedEntry {
+            id: entry.document.id.clone(),
+            place: entry.document.place.to_string(),
+            text: entry.document.text.clone(),
+            pairs: entry.pairs.clone(),
+        };
+        Augmented {
+            id: rendered.id.clone(),
+            source_ids,
+            rounds: rendered.entries.iter().map(|&index| round + index as u32).collect(),
+            entries: entries().map(entry).collect(),
+            choices: rendered.choices.clone(),
+            text: rendered.text.clone(),
+            tokens: item.tokens.len() as u64,
+            synthesizer: self.synthesizer.clone(),
+            seed: self.seed,
+        }
+    }
+}
+
+/// A text as an item: between the opening and closing ids of the trained model.
+pub fn item(id: &str, source: u32, text: &str, tokenizer: &Tokenizer) -> Item {
+    let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
+    tokens.extend(tokenizer.encode(text));
+    tokens.extend(tokenizer.eos());
+    Item { id: id.to_owned(), source, tokens, learned: Vec::new() }
+}
+
+fn count_generation(entry: &Entry, output: &mut ChainOutput) {
+    let ledger = &mut output.ledger;
+    ledger.add(format!("synthesize/finished/{}", entry.finish.name()), 1);
+    ledger.add("synthesize/prompt_tokens", entry.prompt_tokens);
+    ledger.add("synthesize/generated_tokens", entry.generated_tokens);
+    ledger.add("parse/pieces", (entry.pairs.len() + entry.dropped.len()) as u64);
+    ledger.add("parse/pairs", entry.pairs.len() as u64);
+    ledger.add("parse/texts_with_pairs", u64::from(!entry.pairs.is_empty()));
+    let reject = |stage, reason: &str, detail: &str, text: &str| Rejected {
+        stage,
+        reason: reason.into(),
+        detail: detail.into(),
+        ids: vec![entry.document.id.clone()],
+        place: entry.document.place.clone(),
+        excerpt: excerpt(text),
+    };
+    if let Finish::Failed(detail) = &entry.finish {
+        let text = &entry.document.text;
+        output.rejected.push(reject(Stage::Synthesize, "request_failed", detail, text));
+    }
+    for (reason, piece) in &entry.dropped {
+        ledger.add(format!("parse/rejected/{}", reason.name()), 1);
+        output.rejected.push(reject(Stage::Parse, reason.name(), "", piece));
+    }
+}
+
+fn count_rendering(rendered: &Rendered, group: &[Entry], output: &mut ChainOutput) {
+    let ledger = &mut output.ledger;
+    ledger.add("templify/documents", 1);
+    let texts = rendered.entries.len() as u64;
+    let kind = if rendered.choices.is_some() { "augmented" } else { "raw" };
+    ledger.add(format!("templify/texts/{kind}"), texts);
+    ledger.add("templify/pairs/shown", rendered.shown);
+    ledger.add("templify/pairs/answer_hidden", rendered.hidden);
+    for (index, pair, reason) in &rendered.dropped {
+        ledger.add(format!("templify/rejected/{}", reason.name()), 1);
+        let document = &group[*index].document;
+        output.rejected.push(Rejected {
+            stage: Stage::Templify,
+            reason: reason.name().into(),
+            detail: String::new(),
+            ids: vec![document.id.clone()],
+            place: document.place.clone(),
+            excerpt: excerpt(&format!("{} {}", pair.question, pair.answer)),
+        });
+    }
+}

@@ -1,0 +1,253 @@
+//! Cuts the input into blocks: the epochs of a run.
+//!
+//! ```text
+//! records ─▶ admitted: blank rejected, long split ─▶ blocks of a fixed number of texts
+//! ```
+//!
+//! A block is a function of the input alone. Chains live inside one block, and a block is what is
+//! committed together.
+
+use crate::format::documents::{Documents, Found, InputPosition};
+use crate::ledger::Ledger;
+use crate::prompt::{PromptWriter, holds_marker};
+use crate::record::{Document, Rejected, Stage, excerpt};
+use crate::split::split;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+
+/// Consecutive texts of the input, with all that was found between them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Block {
+    /// Number of the block in the run.
+    pub epoch: u64,
+    /// The texts.
+    pub documents: Vec<Document>,
+    /// What could not be used.
+    pub rejected: Vec<Rejected>,
+    /// What was counted.
+    pub ledger: Ledger,
+    /// How far the input has been read.
+    pub end: InputPosition,
+}
+
+/// What a text must be like to be admitted.
+#[derive(Clone, Debug)]
+pub struct Admission {
+    /// Writes the prompts that texts must fit into.
+    pub writer: PromptWriter,
+    /// Tokens of the longest prompt.
+    pub prompt_tokens_max: usize,
+}
+
+impl Admission {
+    fn fits(&self, text: &str) -> bool {
+        // A token has one byte at least; the frame of a prompt has a few dozen tokens at most.
+        text.len() + 64 <= self.prompt_tokens_max
+            || self.writer.question(text).len() <= self.prompt_tokens_max
+    }
+
+    /// The pieces of a document, or the document if it fits.
+    fn split(&self, document: Document) -> Vec<Document> {
+        let frame = self.writer.question("").len();
+        let room = self.prompt_tokens_max.saturating_sub(frame).max(1);
+        split(document, self.writer.tokenizer(), room, |text| self.fits(text))
+    }
+}
+
+/// Iterates over the blocks of an input.
+pub struct Blocks {
+    documents: Documents,
+    admission: Admission,
+    size: usize,
+    epoch: u64,
+    left: u64,
+    /// Pieces of the last record that are still to be given out.
+    pending: VecDeque<Document>,
+    pieces_given: u64,
+}
+
+impl Blocks {
+    /// Blocks of `size` texts from `documents`, at most `limit` records in all.
+    ///
+    /// # Panics
+    /// If the size is zero.
+    pub fn new(documents: Documents, admission: Admission, size: usize, limit: Option<u64>) -> Self {
+        assert!(size > 0, "a block holds texts");
+        Blocks {
+            documents,
+            admission,
+            size,
+            epoch: 0,
+            left: limit.unwrap_or(u64::MAX),
+            pending: VecDeque::new(),
+            pieces_given: 0,
+        }
+    }
+
+    /// Goes on behind a block that ended at `end`; `documents` has been resumed there, and `read` records
+    /// lie behind it.
+    #[must_use]
+    pub fn resume(mut self, epoch: u64, end: InputPosition, read: u64) -> Self {
+        (self.epoch, self.left) = (epoch, self.left.saturating_sub(read));
+        if end.pieces > 0 {
+            let mut block = Block::default(); // what is counted here was counted before
+            self.left += 1;
+            self.read_record(&mut block);
+            self.pending.drain(..(end.pieces as usize).min(self.pending.len()));
+            self.pieces_given = end.pieces;
+        }
+        self
+    }
+
+    /// Reads one record; false if there is none.
+    fn read_record(&mut self, block: &mut Block) -> bool {
+        if self.left == 0 {
+            return false;
+        }
+        let Some(found) = self.documents.next() else { return false };
+        self.left -= 1;
+        self.pieces_given = 0;
+        block.ledger.add("read/records", 1);
+        match found {
+            Found::Document(document) => self.admit(*document, block),
+            Found::Rejected(rejected) => {
+                block.ledger.add(format!("read/rejected/{}", rejected.reason), 1);
+                block.rejected.push(*rejected);
+            }
+            Found::Withdrawn { id, place } => {
+                block.ledger.add("read/withdrawn", 1);
+                let mut rejected = Rejected::unread("withdrawn", "", place, "");
+                rejected.ids.push(id);
+                block.rejected.push(rejected);
+            }
+        }
+        true
+    }
+
+    fn admit(&mut self, document: Document, block: &mut Block) {
+        block.ledger.add("read/documents", 1);
+        if document.text.trim().is_empty() {
+            block.ledger.add("admit/rejected/empty_text", 1);
+            block.rejected.push(Rejected {
+                stage: Stage::Admit,
+                reason: "empty_text".into(),
+                detail: String::new(),
+                ids: vec![document.id],
+                place: document.place,
+                excerpt: excerpt(&document.text),
+            });
+            return;
+        }
+        if holds_marker(&document.text) {
+            block.ledger.add("admit/marker_in_text", 1);
+        }
+        let pieces = self.admission.split(document);
+        block.ledger.add(if pieces.len() == 1 { "admit/whole" } else { "admit/split" }, 1);
+        self.pending.extend(pieces);
+    }
+}
+
+impl Iterator for Blocks {
+    type Item = Block;
+
+    fn next(&mut self) -> Option<Block> {
+        let mut block = Block { epoch: self.epoch, ..Block::default() };
+        let mut more = true;
+        while block.documents.len() < self.size && more {
+            match self.pending.pop_front() {
+                Some(piece) => {
+                    self.pieces_given += 1;
+                    block.ledger.add("admit/texts", 1);
+                    block.documents.push(piece);
+                }
+                None => more = self.read_record(&mut block),
+            }
+        }
+        if block.ledger == Ledger::default() {
+            return None;
+        }
+        self.epoch += 1;
+        block.end = self.documents.position();
+        if !self.pending.is_empty() {
+            // The record that is being given out is not behind us yet.
+            block.end.records -= 1;
+            block.end.pieces = self.pieces_given;
+        }
+        Some(block)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::jsonl::Fields;
+    use crate::tokenizer::tests::small;
+    use std::path::PathBuf;
+
+    fn file(folder: &tempfile::TempDir, texts: &[&str]) -> Vec<PathBuf> {
+        let line = |(id, text): (usize, &&str)| serde_json::json!({"id": id, "text": text}).to_string();
+        let lines: Vec<String> = texts.iter().enumerate().map(line).collect();
+        let path = folder.path().join("a.jsonl");
+        std::fs::write(&path, lines.join("\n")).unwrap();
+        vec![path]
+    }
+
+    fn admission() -> Admission {
+        Admission { writer: PromptWriter::new(small()).unwrap(), prompt_tokens_max: 60 }
+    }
+
+    fn blocks(files: &[PathBuf], size: usize, limit: Option<u64>) -> Blocks {
+        let documents = Documents::new(files.to_vec(), "s", Fields::detected());
+        Blocks::new(documents, admission(), size, limit)
+    }
+
+    fn ids(blocks: &[Block]) -> Vec<Vec<&str>> {
+        blocks.iter().map(|b| b.documents.iter().map(|d| d.id.as_str()).collect()).collect()
+    }
+
+    #[test]
+    fn blocks_have_a_fixed_number_of_texts() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = file(&folder, &["a", "b", " ", "c", "d", "e"]);
+        let found: Vec<Block> = blocks(&files, 2, None).collect();
+        assert_eq!(ids(&found), [vec!["0", "1"], vec!["3", "4"], vec!["5"]]);
+        assert_eq!(found[1].rejected[0].reason, "empty_text");
+        let limited: Vec<Block> = blocks(&files, 2, Some(4)).collect();
+        assert_eq!(ids(&limited), [vec!["0", "1"], vec!["3"]]);
+    }
+
+    #[test]
+    fn nothing_but_rejections_is_a_block_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let found: Vec<Block> = blocks(&file(&folder, &[" ", ""]), 2, None).collect();
+        assert_eq!((found.len(), found[0].rejected.len()), (1, 2));
+        assert_eq!(blocks(&file(&folder, &[]), 2, None).count(), 0);
+    }
+
+    #[test]
+    fn reading_goes_on_behind_every_block_even_inside_a_long_document() {
+        let folder = tempfile::tempdir().unwrap();
+        let long = "The rates rose by 25 points. ".repeat(30);
+        let files = file(&folder, &["a", &long, "b", " ", &long, "c"]);
+        let all: Vec<Block> = blocks(&files, 4, Some(6)).collect();
+        assert!(all.len() > 3 && all.iter().any(|block| block.end.pieces > 0));
+        let mut read = 0;
+        for (index, block) in all.iter().enumerate() {
+            read += block.ledger.get("read/records");
+            let documents =
+                Documents::resume(files.clone(), "s", Fields::detected(), block.end);
+            let rest = Blocks::new(documents, admission(), 4, Some(6)).resume(
+                index as u64 + 1,
+                block.end,
+                read,
+            );
+            assert_eq!(rest.collect::<Vec<_>>(), all[index + 1..], "behind block {index}");
+        }
+        let mut ledger = Ledger::default();
+        all.iter().for_each(|block| ledger.merge(&block.ledger));
+        assert_eq!(ledger.get("read/records"), 6);
+        assert_eq!(ledger.get("admit/split"), 2);
+        let texts: u64 = all.iter().map(|block| block.documents.len() as u64).sum();
+        assert_eq!(ledger.get("admit/texts"), texts);
+    }
+}

@@ -1,0 +1,37 @@
+//! JSON Lines in zstd frames: what a run writes for people and other programs to read.
+
+use crate::error::{Error, Result};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+/// zstd level: 3 compresses text to a third at 180 MB/s a core.
+const LEVEL: i32 = 3;
+
+/// The bytes of a file with one record a line. The same records give the same bytes.
+///
+/// # Panics
+/// If a record is not representable in JSON.
+pub fn write<T: Serialize>(records: &[T]) -> Vec<u8> {
+    let mut lines = Vec::new();
+    for record in records {
+        serde_json::to_writer(&mut lines, record).expect("records are plain values");
+        lines.push(b'\n');
+    }
+    zstd::encode_all(lines.as_slice(), LEVEL).expect("memory takes every byte")
+}
+
+/// The records of a file, one after another.
+///
+/// # Errors
+/// If the file cannot be opened; each record may be malformed.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<impl Iterator<Item = Result<T>>> {
+    let file = std::fs::File::open(path).map_err(Error::file("open", path))?;
+    let decoder = zstd::Decoder::new(file).map_err(Error::file("read", path))?;
+    let path = path.to_owned();
+    Ok(BufReader::new(decoder).lines().map(move |line| {
+        let line = line.map_err(Error::file("read", &path))?;
+        serde_json::from_str(&line).map_err(|error| Error::malformed(&path, error))
+    }))
+}

@@ -1,0 +1,217 @@
+//! The documents of files of all kinds, in the order of the files.
+
+use super::input::{self, kind};
+use super::jsonl::{self, Fields};
+use super::{pubmed, text};
+use crate::error::{Error, Result};
+use crate::record::{Document, Place, Rejected};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// What a reader finds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A document.
+    Document(Box<Document>),
+    /// A record that cannot be used.
+    Rejected(Box<Rejected>),
+    /// A document that an update file takes back.
+    Withdrawn {
+        /// Its id.
+        id: String,
+        /// Where the file says so.
+        place: Place,
+    },
+}
+
+/// What a file holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// PubMed XML, baseline or update.
+    Pubmed,
+    /// One JSON object a line.
+    Jsonl,
+    /// One document.
+    Text,
+}
+
+impl Kind {
+    /// What the name of a file says about its content.
+    ///
+    /// # Errors
+    /// If it says nothing we know.
+    pub fn of(path: &Path) -> Result<Self> {
+        match kind(path).as_str() {
+            "xml" => Ok(Kind::Pubmed),
+            "jsonl" | "ndjson" | "json" => Ok(Kind::Jsonl),
+            "txt" | "md" | "text" => Ok(Kind::Text),
+            _ => Err(Error::Setting(format!(
+                "cannot tell from its name what {path:?} holds; known are .xml, .jsonl, .ndjson, \
+                 .json (one object a line), .txt and .md, each also with .gz or .zst behind"
+            ))),
+        }
+    }
+
+    /// The name in plans.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Pubmed => "PubMed XML",
+            Kind::Jsonl => "JSON Lines",
+            Kind::Text => "text",
+        }
+    }
+}
+
+/// How far a reader has come: part of a run's manifest.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct InputPosition {
+    /// Files behind it.
+    pub file: usize,
+    /// Records of the next file behind it.
+    pub records: u64,
+    /// Pieces of the next record behind it, where that is split.
+    pub pieces: u64,
+}
+
+/// Reads the documents of files one after another.
+pub struct Documents {
+    files: Vec<PathBuf>,
+    source: String,
+    fields: Fields,
+    open: Option<Box<dyn Iterator<Item = Found> + Send>>,
+    position: InputPosition,
+}
+
+impl Documents {
+    /// The documents of `files`, in their order, as members of the corpus `source`.
+    pub fn new(files: Vec<PathBuf>, source: &str, fields: Fields) -> Self {
+        let position = InputPosition::default();
+        Documents { files, source: source.to_owned(), fields, open: None, position }
+    }
+
+    /// Goes on behind an earlier position. Pieces of a record are the caller's business.
+    pub fn resume(
+        files: Vec<PathBuf>,
+        source: &str,
+        fields: Fields,
+        position: InputPosition,
+    ) -> Self {
+        let mut documents = Self::new(files, source, fields);
+        documents.position.file = position.file;
+        while documents.position.records < position.records && documents.next_of_file().is_some() {}
+        documents
+    }
+
+    /// How far it has come.
+    pub fn position(&self) -> InputPosition {
+        self.position
+    }
+
+    /// The next record of the current file, which is opened if it is not.
+    fn next_of_file(&mut self) -> Option<Found> {
+        if self.open.is_none() {
+            let path = self.files.get(self.position.file)?.clone();
+            match self.open(&path) {
+                Ok(open) => self.open = Some(open),
+                // A file that vanished or cannot be read costs that file, not the run.
+                Err(error) => {
+                    let place = Place { file: path.display().to_string(), record: 0, byte: 0 };
+                    let rejected = Rejected::unread("unreadable_input", error, place, "");
+                    self.open = Some(Box::new(std::iter::empty()));
+                    self.position.records += 1;
+                    return Some(Found::Rejected(Box::new(rejected)));
+                }
+            }
+        }
+        let found = self.open.as_mut()?.next()?;
+        self.position.records += 1;
+        Some(found)
+    }
+
+    fn open(&self, path: &Path) -> Result<Box<dyn Iterator<Item = Found> + Send>> {
+        let source = self.source.clone();
+        Ok(match Kind::of(path)? {
+            Kind::Pubmed => Box::new(pubmed::read(path, source)?),
+            Kind::Jsonl => Box::new(jsonl::read(path, source, self.fields.clone())?),
+            Kind::Text => Box::new(text::read(path, source)?),
+        })
+    }
+}
+
+impl Iterator for Documents {
+    type Item = Found;
+
+    fn next(&mut self) -> Option<Found> {
+        while self.position.file < self.files.len() {
+            if let Some(found) = self.next_of_file() {
+                return Some(found);
+            }
+            self.open = None;
+            self.position = InputPosition { file: self.position.file + 1, ..Default::default() };
+        }
+        None
+    }
+}
+
+/// The files below `paths`, each of a kind we know.
+///
+/// # Errors
+/// If a path does not exist, or its name says nothing about what it holds.
+pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let files = input::expand(paths)?;
+    for file in &files {
+        Kind::of(file)?;
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reader_goes_on_where_another_stopped() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let line = |id: u32| format!("{{\"id\":{id},\"text\":\"t\"}}\n");
+        let files = vec![
+            file("a.jsonl", &(line(1) + "?\n" + &line(2))),
+            file("b.jsonl", ""),
+            folder.path().join("gone.jsonl"),
+            file("c.jsonl", &line(3)),
+        ];
+        let read = |documents: Documents| -> Vec<String> {
+            documents
+                .map(|found| match found {
+                    Found::Document(document) => document.id,
+                    Found::Rejected(rejected) => format!("{}!", rejected.reason),
+                    Found::Withdrawn { id, .. } => id,
+                })
+                .collect()
+        };
+        let all = read(Documents::new(files.clone(), "s", Fields::detected()));
+        assert_eq!(all, ["1", "malformed_json!", "2", "unreadable_input!", "3"]);
+        for count in 0..=all.len() {
+            let mut first = Documents::new(files.clone(), "s", Fields::detected());
+            assert_eq!(first.by_ref().take(count).count(), count);
+            let position = first.position();
+            let rest = Documents::resume(files.clone(), "s", Fields::detected(), position);
+            assert_eq!(read(rest), all[count..], "behind {count} at {position:?}");
+        }
+    }
+
+    #[test]
+    fn names_say_what_a_file_holds() {
+        let kind = |name: &str| Kind::of(Path::new(name)).ok();
+        assert_eq!(kind("pubmed26n0001.xml.gz"), Some(Kind::Pubmed));
+        assert_eq!(kind("a.jsonl.zst"), Some(Kind::Jsonl));
+        assert_eq!(kind("a.md"), Some(Kind::Text));
+        assert_eq!(kind("a.pdf"), None);
+    }
+}

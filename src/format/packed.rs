@@ -1,0 +1,208 @@
+//! Packed sequences as Parquet, one row a sequence.
+//!
+//! ```text
+//! input_ids      list<int32>     token ids of all segments, without padding
+//! position_ids   list<int32>     position of each token in its segment: attention stays within segments
+//! loss_mask      list<boolean>   whether the token is to be learned from those before it
+//! segments       list<struct<item: string, source: int32, offset: int32, length: int32>>
+//! ```
+//!
+//! Written and read column by column: the Arrow half of the format library is not needed for this, and is
+//! most of its weight.
+
+use crate::error::{Error, Result};
+use crate::record::{Segment, Sequence};
+use bytes::Bytes;
+use parquet::basic::{Compression, ZstdLevel};
+use parquet::column::reader::ColumnReaderImpl;
+use parquet::column::writer::ColumnWriterImpl;
+use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DataType, Int32Type};
+use parquet::errors::ParquetError;
+use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
+use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
+use parquet::schema::parser::parse_message_type;
+use std::path::Path;
+use std::sync::Arc;
+
+const SCHEMA: &str = "
+message sequence {
+  REQUIRED GROUP input_ids (LIST) { REPEATED GROUP list { REQUIRED INT32 element; } }
+  REQUIRED GROUP position_ids (LIST) { REPEATED GROUP list { REQUIRED INT32 element; } }
+  REQUIRED GROUP loss_mask (LIST) { REPEATED GROUP list { REQUIRED BOOLEAN element; } }
+  REQUIRED GROUP segments (LIST) { REPEATED GROUP list { REQUIRED GROUP element {
+    REQUIRED BYTE_ARRAY item (UTF8);
+    REQUIRED INT32 source;
+    REQUIRED INT32 offset;
+    REQUIRED INT32 length;
+  } } }
+}";
+
+/// Sequences of one row group.
+const ROWS_PER_GROUP: usize = 1024;
+
+/// The bytes of a file that holds `sequences`. The same sequences give the same bytes.
+///
+/// # Errors
+/// If the format library refuses.
+pub fn write(sequences: &[Sequence]) -> Result<Vec<u8>> {
+    encode(sequences).map_err(|error| Error::Stopped(format!("could not write sequences: {error}")))
+}
+
+/// The sequences of a file.
+///
+/// # Errors
+/// If the file cannot be read or does not hold sequences.
+pub fn read(path: &Path) -> Result<Vec<Sequence>> {
+    let bytes = std::fs::read(path).map_err(Error::file("read", path))?;
+    decode(bytes.into()).map_err(|error| Error::malformed(path, error))
+}
+
+fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> {
+    let schema = Arc::new(parse_message_type(SCHEMA)?);
+    let properties = WriterProperties::builder()
+        .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
+        .set_statistics_enabled(EnabledStatistics::None)
+        .set_created_by(concat!("headwater ", env!("CARGO_PKG_VERSION")).into())
+        .build();
+    let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))?;
+    for group in sequences.chunks(ROWS_PER_GROUP) {
+        let mut rows = file.next_row_group()?;
+        let ids = |sequence: &Sequence| sequence.tokens.iter().map(|&id| id as i32).collect();
+        put::<Int32Type>(&mut rows, group, ids)?;
+        let positions = |sequence: &Sequence| sequence.positions().map(|p| p as i32).collect();
+        put::<Int32Type>(&mut rows, group, positions)?;
+        put::<BoolType>(&mut rows, group, |sequence| sequence.learned.clone())?;
+        put::<ByteArrayType>(&mut rows, group, |sequence| {
+            sequence.segments.iter().map(|segment| segment.item.as_str().into()).collect()
+        })?;
+        for field in [
+            |segment: &Segment| segment.source,
+            |segment: &Segment| segment.offset,
+            |segment: &Segment| segment.length,
+        ] {
+            put::<Int32Type>(&mut rows, group, |sequence| {
+                sequence.segments.iter().map(|segment| field(segment) as i32).collect()
+            })?;
+        }
+        rows.close()?;
+    }
+    file.into_inner()
+}
+
+/// Writes the next column: a list of values for each sequence.
+fn put<T: DataType>(
+    rows: &mut SerializedRowGroupWriter<'_, Vec<u8>>,
+    sequences: &[Sequence],
+    list: impl Fn(&Sequence) -> Vec<T::T>,
+) -> std::result::Result<(), ParquetError> {
+    let (mut values, mut defined, mut repeated) = (Vec::new(), Vec::new(), Vec::new());
+    for sequence in sequences {
+        let list = list(sequence);
+        let entries = list.len().max(1); // an empty list is one undefined entry
+        defined.extend(std::iter::repeat_n(i16::from(!list.is_empty()), entries));
+        repeated.extend((0..entries).map(|entry| i16::from(entry > 0)));
+        values.extend(list);
+    }
+    let mut column = rows.next_column()?.ok_or_else(|| ParquetError::EOF("no column".into()))?;
+    let writer: &mut ColumnWriterImpl<'_, T> = column.typed();
+    writer.write_batch(&values, Some(&defined), Some(&repeated))?;
+    column.close()
+}
+
+fn decode(bytes: Bytes) -> std::result::Result<Vec<Sequence>, ParquetError> {
+    let file = SerializedFileReader::new(bytes)?;
+    let mut sequences = Vec::new();
+    for index in 0..file.num_row_groups() {
+        let rows = file.get_row_group(index)?;
+        let ids = get::<Int32Type>(&*rows, 0)?;
+        let learned = get::<BoolType>(&*rows, 2)?;
+        let items = get::<ByteArrayType>(&*rows, 3)?;
+        let [sources, offsets, lengths] =
+            [4, 5, 6].map(|column| get::<Int32Type>(&*rows, column));
+        let (sources, offsets, lengths) = (sources?, offsets?, lengths?);
+        for row in 0..ids.len() {
+            let segment = |i: usize| -> std::result::Result<Segment, ParquetError> {
+                let item: &ByteArray = &items[row][i];
+                Ok(Segment {
+                    item: item.as_utf8()?.to_owned(),
+                    source: sources[row][i] as u32,
+                    offset: offsets[row][i] as u32,
+                    length: lengths[row][i] as u32,
+                })
+            };
+            sequences.push(Sequence {
+                tokens: ids[row].iter().map(|&id| id as u32).collect(),
+                learned: learned[row].clone(),
+                segments: (0..items[row].len()).map(segment).collect::<std::result::Result<_, _>>()?,
+            });
+        }
+    }
+    Ok(sequences)
+}
+
+/// Reads a column of a row group: a list of values for each sequence.
+fn get<T: DataType>(
+    rows: &dyn RowGroupReader,
+    column: usize,
+) -> std::result::Result<Vec<Vec<T::T>>, ParquetError> {
+    let count = rows.metadata().num_rows() as usize;
+    let reader = rows.get_column_reader(column)?;
+    let mut reader: ColumnReaderImpl<T> = parquet::column::reader::get_typed_column_reader(reader);
+    let (mut values, mut defined, mut repeated) = (Vec::new(), Vec::new(), Vec::new());
+    let mut read = 0;
+    while read < count {
+        let (records, _, _) = reader.read_records(
+            count - read,
+            Some(&mut defined),
+            Some(&mut repeated),
+            &mut values,
+        )?;
+        if records == 0 {
+            return Err(ParquetError::EOF(format!("column {column} ends after {read} rows")));
+        }
+        read += records;
+    }
+    let mut values = values.into_iter();
+    let mut lists: Vec<Vec<T::T>> = Vec::with_capacity(count);
+    for (defined, repeated) in defined.into_iter().zip(repeated) {
+        if repeated == 0 {
+            lists.push(Vec::new());
+        }
+        if defined > 0 {
+            let list = lists.last_mut().expect("the first entry of a column starts a list");
+            list.extend(values.next());
+        }
+    }
+    Ok(lists)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(sequences: &[Sequence]) {
+        let bytes = write(sequences).unwrap();
+        assert_eq!(bytes, write(sequences).unwrap());
+        assert_eq!(decode(bytes.into()).unwrap(), sequences);
+    }
+
+    fn sequence(segments: &[u32]) -> Sequence {
+        let mut sequence = Sequence::default();
+        for (index, &length) in segments.iter().enumerate() {
+            let tokens = (0..length).map(|token| token * 7 + index as u32);
+            sequence.tokens.extend(tokens);
+            sequence.learned.extend((0..length).map(|token| token % 2 == 0));
+            let item = format!("item ä {index}");
+            sequence.segments.push(Segment { item, source: 1, offset: 5, length });
+        }
+        sequence
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        check(&[]);
+        check(&[sequence(&[3, 1, 200]), sequence(&[]), sequence(&[1])]);
+        check(&vec![sequence(&[10, 20]); 2500]);
+    }
+}

@@ -1,0 +1,411 @@
+//! The run folder: what is in it, how an epoch is committed, how a run goes on.
+//!
+//! ```text
+//! commit:    files of the epoch (written, synced, renamed) ─▶ one line of the manifest (synced)
+//! recovery:  last whole line of the manifest ─▶ unreferenced files are deleted ─▶ next epoch
+//! ```
+//!
+//! The manifest is the state: everything behind it is redone, nothing before it is done twice.
+
+use crate::augment::Augmented;
+use crate::error::{Error, Result};
+use crate::format::documents::InputPosition;
+use crate::format::{compressed, durable, packed};
+use crate::ledger::Ledger;
+use crate::mix::MixState;
+use crate::record::{Rejected, Sequence};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_128;
+
+const DATA_FOLDERS: [&str; 3] = ["augmented", "packed", "rejected"];
+
+/// A committed epoch: one line of `manifest.jsonl`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EpochRecord {
+    /// Number of the epoch.
+    pub epoch: u64,
+    /// Its files.
+    pub files: Vec<FileRecord>,
+    /// Number of its first sequence in the run.
+    pub first_sequence: u64,
+    /// Its sequences.
+    pub sequences: u64,
+    /// How far each lane has come.
+    pub lanes: Vec<LaneState>,
+    /// How far the input has been read.
+    pub input: InputPosition,
+    /// What was counted in this epoch.
+    pub ledger: Ledger,
+}
+
+/// A file of a committed epoch.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Path in the run folder.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// xxh3-128 of its bytes.
+    pub digest: String,
+}
+
+/// How far a lane has come.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LaneState {
+    /// Tokens and items taken from each source.
+    pub mix: MixState,
+    /// Records read from each side source, usable or not.
+    pub side_records: Vec<u64>,
+}
+
+/// Everything that one epoch produced.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EpochOutput {
+    /// Number of the epoch.
+    pub epoch: u64,
+    /// Rendered documents, in order.
+    pub augmented: Vec<Augmented>,
+    /// Packed sequences of each lane.
+    pub lanes: Vec<(LaneState, Vec<Sequence>)>,
+    /// What was rejected, in whatever order.
+    pub rejected: Vec<Rejected>,
+    /// How far the input has been read.
+    pub input: InputPosition,
+    /// What was counted.
+    pub ledger: Ledger,
+}
+
+/// The committed part of a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Manifest {
+    /// The committed epochs, in order.
+    pub epochs: Vec<EpochRecord>,
+}
+
+impl Manifest {
+    /// Number of the next epoch.
+    pub fn next_epoch(&self) -> u64 {
+        self.epochs.len() as u64
+    }
+
+    /// Sequences committed so far.
+    pub fn sequences(&self) -> u64 {
+        self.epochs.last().map_or(0, |last| last.first_sequence + last.sequences)
+    }
+
+    /// How far the input has been read.
+    pub fn input(&self) -> InputPosition {
+        self.epochs.last().map_or_else(InputPosition::default, |last| last.input)
+    }
+
+    /// What was counted so far.
+    pub fn ledger(&self) -> Ledger {
+        let mut ledger = Ledger::default();
+        self.epochs.iter().for_each(|epoch| ledger.merge(&epoch.ledger));
+        ledger
+    }
+}
+
+/// The folder of a run.
+#[derive(Clone, Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+}
+
+impl RunFolder {
+    /// Opens the folder for a run of this configuration: creates it, or goes on in it.
+    ///
+    /// # Errors
+    /// If the folder holds a run of another configuration: the differences are shown.
+    pub fn open(path: &Path, configuration: &Value) -> Result<Self> {
+        fs::create_dir_all(path).map_err(Error::file("create", path))?;
+        let file = path.join("run.json");
+        if file.exists() {
+            let text = fs::read_to_string(&file).map_err(Error::file("read", &file))?;
+            let found: Value =
+                serde_json::from_str(&text).map_err(|error| Error::malformed(&file, error))?;
+            let differences = differences("", &found, configuration);
+            if !differences.is_empty() {
+                return Err(Error::Setting(format!(
+                    "{path:?} holds a run of another configuration; use another --out, or the same \
+                     settings:\n  {}",
+                    differences.join("\n  ")
+                )));
+            }
+        } else {
+            durable::write(&file, format!("{configuration:#}\n").as_bytes())?;
+        }
+        for folder in DATA_FOLDERS {
+            let folder = path.join(folder);
+            fs::create_dir_all(&folder).map_err(Error::file("create", &folder))?;
+        }
+        Ok(RunFolder { path: path.to_owned() })
+    }
+
+    /// Looks at an existing run.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn existing(path: &Path) -> Result<Self> {
+        match path.join("run.json").is_file() {
+            true => Ok(RunFolder { path: path.to_owned() }),
+            false => Err(Error::malformed(path, "is no run folder: it has no run.json")),
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The configuration of the run.
+    ///
+    /// # Errors
+    /// If `run.json` cannot be read.
+    pub fn configuration(&self) -> Result<Value> {
+        let file = self.path.join("run.json");
+        let text = fs::read_to_string(&file).map_err(Error::file("read", &file))?;
+        serde_json::from_str(&text).map_err(|error| Error::malformed(&file, error))
+    }
+
+    /// What has been committed, as it can be read without changing anything.
+    ///
+    /// # Errors
+    /// If the manifest is damaged elsewhere than at its end.
+    pub fn manifest(&self) -> Result<Manifest> {
+        Ok(self.read_manifest()?.0)
+    }
+
+    /// What has been committed; removes what an interrupted commit left behind.
+    ///
+    /// # Errors
+    /// If the manifest is damaged elsewhere than at its end, or a file it names is missing or has another
+    /// size.
+    pub fn recover(&self) -> Result<Manifest> {
+        let (manifest, whole) = self.read_manifest()?;
+        let file = self.path.join("manifest.jsonl");
+        if file.exists() {
+            let text = fs::read(&file).map_err(Error::file("read", &file))?;
+            if text.len() > whole {
+                durable::write(&file, &text[..whole])?;
+            }
+        }
+        let mut known = BTreeSet::new();
+        for record in manifest.epochs.iter().flat_map(|epoch| &epoch.files) {
+            let path = self.path.join(&record.name);
+            let size = fs::metadata(&path).map_err(Error::file("open", &path))?.len();
+            if size != record.bytes {
+                let reason = format!("has {size} bytes, the manifest says {}", record.bytes);
+                return Err(Error::malformed(&path, reason));
+            }
+            known.insert(path);
+        }
+        for folder in DATA_FOLDERS {
+            let folder = self.path.join(folder);
+            for entry in fs::read_dir(&folder).map_err(Error::file("list", &folder))? {
+                let path = entry.map_err(Error::file("list", &folder))?.path();
+                if !known.contains(&path) {
+                    fs::remove_file(&path).map_err(Error::file("remove", &path))?;
+                }
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Writes an epoch; when this returns, it is there for good.
+    ///
+    /// # Errors
+    /// If the disk refuses: the run is then as it was before.
+    pub fn commit(&self, output: &EpochOutput, manifest: &Manifest) -> Result<EpochRecord> {
+        assert_eq!(output.epoch, manifest.next_epoch(), "epochs are committed in order");
+        let epoch = output.epoch;
+        let mut files = Vec::new();
+        let mut put = |name: String, bytes: Vec<u8>| -> Result<()> {
+            durable::write(&self.path.join(&name), &bytes)?;
+            let digest = format!("{:032x}", xxh3_128(&bytes));
+            files.push(FileRecord { name, bytes: bytes.len() as u64, digest });
+            Ok(())
+        };
+        if !output.augmented.is_empty() {
+            let bytes = compressed::write(&output.augmented);
+            put(format!("augmented/epoch-{epoch:06}.jsonl.zst"), bytes)?;
+        }
+        for (lane, (_, sequences)) in output.lanes.iter().enumerate() {
+            if !sequences.is_empty() {
+                let name = format!("packed/epoch-{epoch:06}-lane-{lane:02}.parquet");
+                put(name, packed::write(sequences)?)?;
+            }
+        }
+        if !output.rejected.is_empty() {
+            let mut rejected: Vec<&Rejected> = output.rejected.iter().collect();
+            rejected.sort();
+            put(format!("rejected/epoch-{epoch:06}.jsonl.zst"), compressed::write(&rejected))?;
+        }
+        let record = EpochRecord {
+            epoch,
+            files,
+            first_sequence: manifest.sequences(),
+            sequences: output.lanes.iter().map(|(_, sequences)| sequences.len() as u64).sum(),
+            lanes: output.lanes.iter().map(|(state, _)| state.clone()).collect(),
+            input: output.input,
+            ledger: output.ledger.clone(),
+        };
+        let line = serde_json::to_string(&record).expect("records are plain values");
+        durable::append_line(&self.path.join("manifest.jsonl"), &line)?;
+        Ok(record)
+    }
+
+    /// The sequences of a committed epoch, in order.
+    ///
+    /// # Errors
+    /// If a shard cannot be read.
+    pub fn sequences(&self, epoch: &EpochRecord) -> Result<Vec<Sequence>> {
+        let mut sequences = Vec::new();
+        for file in epoch.files.iter().filter(|file| file.name.starts_with("packed/")) {
+            sequences.extend(packed::read(&self.path.join(&file.name))?);
+        }
+        Ok(sequences)
+    }
+
+    /// The rendered documents of a committed epoch, in order.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn augmented(&self, epoch: &EpochRecord) -> Result<Vec<Augmented>> {
+        let mut all = Vec::new();
+        for file in epoch.files.iter().filter(|file| file.name.starts_with("augmented/")) {
+            for record in compressed::read(&self.path.join(&file.name))? {
+                all.push(record?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// The manifest, and how many bytes of its file are whole lines.
+    fn read_manifest(&self) -> Result<(Manifest, usize)> {
+        let file = self.path.join("manifest.jsonl");
+        if !file.exists() {
+            return Ok((Manifest::default(), 0));
+        }
+        let text = fs::read_to_string(&file).map_err(Error::file("read", &file))?;
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let mut manifest = Manifest::default();
+        for (number, line) in text[..whole].lines().enumerate() {
+            let record: EpochRecord = serde_json::from_str(line)
+                .map_err(|error| Error::malformed(&file, format!("line {}: {error}", number + 1)))?;
+            if record.epoch != number as u64 {
+                let reason = format!("line {} is epoch {}", number + 1, record.epoch);
+                return Err(Error::malformed(&file, reason));
+            }
+            manifest.epochs.push(record);
+        }
+        Ok((manifest, whole))
+    }
+}
+
+/// What differs between two configurations, a line each.
+fn differences(path: &str, found: &Value, wanted: &Value) -> Vec<String> {
+    match (found, wanted) {
+        (Value::Object(found), Value::Object(wanted)) => {
+            let keys: BTreeSet<&String> = found.keys().chain(wanted.keys()).collect();
+            let value = |object: &serde_json::Map<String, Value>, key: &String| {
+                object.get(key).cloned().unwrap_or(Value::Null)
+            };
+            keys.into_iter()
+                .flat_map(|key| {
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                    differences(&path, &value(found, key), &value(wanted, key))
+                })
+                .collect()
+        }
+        (found, wanted) if found == wanted => Vec::new(),
+        (found, wanted) => vec![format!("{path}: {found} in the folder, {wanted} now")],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn output(epoch: u64) -> EpochOutput {
+        let mut ledger = Ledger::default();
+        ledger.add("read/records", epoch + 1);
+        let sequence = Sequence { tokens: vec![1, 2], learned: vec![true; 2], segments: vec![] };
+        let rejected = Rejected::unread("no_text", "", crate::record::Place::default(), "x");
+        EpochOutput {
+            epoch,
+            lanes: vec![(LaneState::default(), vec![sequence; epoch as usize])],
+            rejected: vec![rejected; epoch as usize],
+            ledger,
+            ..EpochOutput::default()
+        }
+    }
+
+    fn commit(folder: &RunFolder, manifest: &mut Manifest, epoch: u64) {
+        let record = folder.commit(&output(epoch), manifest).unwrap();
+        manifest.epochs.push(record);
+    }
+
+    #[test]
+    fn what_is_committed_is_found_again() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = RunFolder::open(place.path(), &json!({"seed": 1})).unwrap();
+        let mut manifest = folder.recover().unwrap();
+        for epoch in 0..4 {
+            commit(&folder, &mut manifest, epoch);
+        }
+        assert_eq!(folder.recover().unwrap(), manifest);
+        assert_eq!((manifest.sequences(), manifest.next_epoch()), (6, 4));
+        assert_eq!(manifest.ledger().get("read/records"), 10);
+        let sequences = folder.sequences(&manifest.epochs[3]).unwrap();
+        assert_eq!(sequences, output(3).lanes[0].1);
+    }
+
+    #[test]
+    fn what_an_interrupted_commit_left_is_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = RunFolder::open(place.path(), &json!({})).unwrap();
+        let mut manifest = Manifest::default();
+        commit(&folder, &mut manifest, 0);
+        commit(&folder, &mut manifest, 1);
+        let file = place.path().join("manifest.jsonl");
+        let whole = fs::read_to_string(&file).unwrap();
+        fs::write(&file, whole.clone() + "{\"epoch\":2,\"fil").unwrap();
+        fs::write(place.path().join("packed/epoch-000002-lane-00.parquet"), "torn").unwrap();
+        fs::write(place.path().join("packed/epoch-000003-lane-00.tmp"), "torn").unwrap();
+        assert_eq!(folder.manifest().unwrap(), manifest);
+        assert_eq!(folder.recover().unwrap(), manifest);
+        assert_eq!(fs::read_to_string(&file).unwrap(), whole);
+        assert_eq!(fs::read_dir(place.path().join("packed")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_shard_of_another_size_is_an_error() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = RunFolder::open(place.path(), &json!({})).unwrap();
+        let mut manifest = Manifest::default();
+        commit(&folder, &mut manifest, 0);
+        commit(&folder, &mut manifest, 1);
+        fs::write(place.path().join("packed/epoch-000001-lane-00.parquet"), "short").unwrap();
+        let error = folder.recover().unwrap_err().to_string();
+        assert!(error.contains("has 5 bytes"), "{error}");
+    }
+
+    #[test]
+    fn another_configuration_is_refused_with_the_difference() {
+        let place = tempfile::tempdir().unwrap();
+        let configuration = json!({"seed": 1, "mix": {"ratio": [1, 1]}, "rounds": 3});
+        RunFolder::open(place.path(), &configuration).unwrap();
+        RunFolder::open(place.path(), &configuration).unwrap();
+        let other = json!({"seed": 1, "mix": {"ratio": [1, 4]}, "length": 2048, "rounds": 3});
+        let error = RunFolder::open(place.path(), &other).unwrap_err().to_string();
+        assert!(error.contains("mix.ratio: [1,1] in the folder, [1,4] now"), "{error}");
+        assert!(error.contains("length: null in the folder, 2048 now"), "{error}");
+        assert!(!error.contains("seed"), "{error}");
+    }
+}

@@ -1,0 +1,118 @@
+//! Cuts documents that are too long for the synthesizer into pieces, losing no byte.
+//!
+//! A piece ends behind a paragraph where there is one in its second half, else behind a sentence, else
+//! between two tokens. The pieces together are the document.
+
+use crate::record::{Document, Part};
+use crate::tokenizer::Tokenizer;
+use std::ops::Range;
+
+/// The pieces of a document such that `fits` holds for the text of each, or the document itself.
+///
+/// `tokens_max` is about how many tokens a fitting piece has.
+pub fn split(
+    document: Document,
+    tokenizer: &Tokenizer,
+    tokens_max: usize,
+    fits: impl Fn(&str) -> bool,
+) -> Vec<Document> {
+    if fits(&document.text) {
+        return vec![document];
+    }
+    let ranges = cut(&document.text, tokenizer, tokens_max, &fits);
+    let count = ranges.len() as u32;
+    let piece = |(index, range): (usize, Range<usize>)| Document {
+        id: format!("{}#{index}", document.id),
+        text: document.text[range].to_owned(),
+        part: Some(Part { of: document.id.clone(), index: index as u32, count }),
+        ..document.clone()
+    };
+    ranges.into_iter().enumerate().map(piece).collect()
+}
+
+fn cut(
+    text: &str,
+    tokenizer: &Tokenizer,
+    tokens_max: usize,
+    fits: &impl Fn(&str) -> bool,
+) -> Vec<Range<usize>> {
+    let (_, mut starts) = tokenizer.encode_with_starts(text);
+    starts.retain(|&start| text.is_char_boundary(start));
+    starts.dedup();
+    let (mut ranges, mut from) = (Vec::new(), 0);
+    let mut room = tokens_max.max(1);
+    while from < text.len() {
+        let first = starts.partition_point(|&start| start <= from);
+        let end = starts.get(first + room - 1).copied().unwrap_or(text.len());
+        let end = best_end(text, from, end);
+        if room > 1 && !fits(&text[from..end]) {
+            room -= (room / 8).max(1); // tokens at the cut changed, or the frame takes more than thought
+            continue;
+        }
+        ranges.push(from..end);
+        from = end;
+        room = tokens_max.max(1);
+    }
+    ranges
+}
+
+/// The best place to end a piece that starts at `from` and may reach to `end`.
+fn best_end(text: &str, from: usize, end: usize) -> usize {
+    if end == text.len() {
+        return end;
+    }
+    let half = from + (end - from) / 2;
+    let tail = &text[text.ceil_char_boundary(half)..end];
+    let behind = |mark: &str| tail.rfind(mark).map(|at| end - tail.len() + at + mark.len());
+    let paragraph = behind("\n\n").or_else(|| behind("\n"));
+    let sentence = || [". ", "! ", "? ", "。"].into_iter().filter_map(behind).max();
+    paragraph.or_else(sentence).unwrap_or(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tokenizer::tests::small;
+
+    fn check(text: &str, tokens_max: usize, pieces: usize) -> Vec<String> {
+        let tokenizer = small();
+        let document = Document { id: "d".into(), text: text.into(), ..Document::default() };
+        let fits = |text: &str| tokenizer.encode(text).len() <= tokens_max;
+        let found = split(document, &tokenizer, tokens_max, fits);
+        let texts: Vec<String> = found.iter().map(|piece| piece.text.clone()).collect();
+        assert_eq!(texts.concat(), text, "bytes were lost");
+        assert!(texts.iter().all(|text| fits(text)), "a piece is too long: {texts:?}");
+        assert_eq!(found.len(), pieces, "{texts:?}");
+        for (index, piece) in found.iter().enumerate().filter(|_| pieces > 1) {
+            let (index, count) = (index as u32, pieces as u32);
+            assert_eq!(piece.id, format!("d#{index}"));
+            assert_eq!(piece.part, Some(Part { of: "d".into(), index, count }));
+        }
+        texts
+    }
+
+    #[test]
+    fn a_short_document_stays_whole() {
+        assert_eq!(check("Rates rose.", 50, 1), ["Rates rose."]);
+        check("", 50, 1);
+    }
+
+    #[test]
+    fn pieces_end_behind_paragraphs_where_they_can() {
+        let text = format!("{}\n\n{}", "Rates rose. ".repeat(6), "Rates rose. ".repeat(8));
+        let texts = check(&text, 50, 2);
+        assert!(texts[0].ends_with("\n\n"), "{texts:?}");
+    }
+
+    #[test]
+    fn else_behind_sentences() {
+        let texts = check(&"The rates rose by 25 points. ".repeat(10), 60, 2);
+        assert!(texts.iter().all(|text| text.ends_with(". ")), "{texts:?}");
+    }
+
+    #[test]
+    fn else_between_tokens() {
+        check(&"x".repeat(100), 10, 10);
+        check(&"漢字🙂".repeat(40), 12, 40);
+    }
+}
