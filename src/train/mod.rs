@@ -8,6 +8,7 @@
 //! micro-batches beyond the rounding of one sum, nor on threads.
 
 pub mod checkpoint;
+pub mod feed;
 pub mod optimizer;
 pub mod schedule;
 pub mod tuning;
