@@ -2,13 +2,19 @@
 
 use super::stop;
 use anyhow::{Context, Result};
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 use headwater::record::Sequence;
+use headwater::run::{EpochRecord, RunFolder};
 use headwater::tokenizer::Tokenizer;
 use headwater::train::{StepReport, Trainer, checkpoint};
 use serde_json::json;
+use std::collections::VecDeque;
 use std::io::{BufRead, Write};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often an idle trainer looks whether it is to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// Checkpoints that are kept.
 const CHECKPOINTS_KEPT: usize = 2;
@@ -121,6 +127,64 @@ impl<'a> Drive<'a> {
     pub fn span(&self) -> Option<(StepReport, StepReport)> {
         self.first.zip(self.last)
     }
+}
+
+/// Trains on the sequences of a run: those of `epochs` that are on disk already, then those that come
+/// through `feed`, until it ends. The last step takes what is left.
+///
+/// # Errors
+/// If training diverges or the disk refuses.
+pub fn train_on(
+    drive: &mut Drive<'_>,
+    folder: &RunFolder,
+    epochs: &[EpochRecord],
+    feed: &Receiver<Vec<Sequence>>,
+    mut watch: impl FnMut(&StepReport, f64),
+) -> Result<Ended> {
+    let mut waiting: VecDeque<Sequence> = VecDeque::new();
+    let behind = drive.trainer.progress().next_sequence;
+    for epoch in epochs.iter().filter(|epoch| epoch.first_sequence + epoch.sequences > behind) {
+        let skip = behind.saturating_sub(epoch.first_sequence) as usize;
+        waiting.extend(folder.sequences(epoch)?.into_iter().skip(skip));
+        if learn(drive, &mut waiting, &mut watch)? == Ended::Stopped {
+            return Ok(Ended::Stopped);
+        }
+    }
+    loop {
+        match feed.recv_timeout(LOOK_EVERY) {
+            Ok(sequences) => waiting.extend(sequences),
+            Err(RecvTimeoutError::Timeout) if !stop::asked() => continue,
+            Err(RecvTimeoutError::Timeout) => {
+                drive.checkpoint()?;
+                return Ok(Ended::Stopped);
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if learn(drive, &mut waiting, &mut watch)? == Ended::Stopped {
+            return Ok(Ended::Stopped);
+        }
+    }
+    if !waiting.is_empty() && drive.step(waiting.make_contiguous(), &mut watch)? == Ended::Stopped {
+        return Ok(Ended::Stopped);
+    }
+    drive.checkpoint()?;
+    Ok(Ended::Done)
+}
+
+/// Learns from whole batches while there are any.
+fn learn(
+    drive: &mut Drive<'_>,
+    waiting: &mut VecDeque<Sequence>,
+    watch: &mut impl FnMut(&StepReport, f64),
+) -> Result<Ended> {
+    let size = drive.trainer.settings().batch_sequences;
+    while waiting.len() >= size {
+        let batch: Vec<Sequence> = waiting.drain(..size).collect();
+        if drive.step(&batch, watch)? == Ended::Stopped {
+            return Ok(Ended::Stopped);
+        }
+    }
+    Ok(Ended::Done)
 }
 
 /// Keeps the lines of steps up to `step`, and returns them.

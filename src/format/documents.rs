@@ -1,6 +1,6 @@
 //! The documents of files of all kinds, in the order of the files.
 
-use super::input::{self, kind};
+use super::input::{self, Counter, kind};
 use super::jsonl::{self, Fields};
 use super::{pubmed, text};
 use crate::error::{Error, Result};
@@ -82,13 +82,19 @@ pub struct Documents {
     fields: Fields,
     open: Option<Box<dyn Iterator<Item = Found> + Send>>,
     position: InputPosition,
+    counter: Counter,
 }
 
 impl Documents {
     /// The documents of `files`, in their order, as members of the corpus `source`.
     pub fn new(files: Vec<PathBuf>, source: &str, fields: Fields) -> Self {
+        Self::counted(files, source, fields, Counter::default())
+    }
+
+    /// [`Documents::new`], counting the bytes that are read from disk.
+    pub fn counted(files: Vec<PathBuf>, source: &str, fields: Fields, counter: Counter) -> Self {
         let position = InputPosition::default();
-        Documents { files, source: source.to_owned(), fields, open: None, position }
+        Documents { files, source: source.to_owned(), fields, open: None, position, counter }
     }
 
     /// Goes on behind an earlier position. Pieces of a record are the caller's business.
@@ -131,11 +137,11 @@ impl Documents {
     }
 
     fn open(&self, path: &Path) -> Result<Box<dyn Iterator<Item = Found> + Send>> {
-        let source = self.source.clone();
+        let (source, counter) = (self.source.clone(), self.counter.clone());
         Ok(match Kind::of(path)? {
-            Kind::Pubmed => Box::new(pubmed::read(path, source)?),
-            Kind::Jsonl => Box::new(jsonl::read(path, source, self.fields.clone())?),
-            Kind::Text => Box::new(text::read(path, source)?),
+            Kind::Pubmed => Box::new(pubmed::read(path, source, counter)?),
+            Kind::Jsonl => Box::new(jsonl::read(path, source, self.fields.clone(), counter)?),
+            Kind::Text => Box::new(text::read(path, source, counter)?),
         })
     }
 }

@@ -5,18 +5,52 @@ use flate2::bufread::MultiGzDecoder;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 const BUFFER_BYTES: usize = 1 << 18;
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+
+/// Bytes that have been read from disk.
+#[derive(Clone, Debug, Default)]
+pub struct Counter(Arc<AtomicU64>);
+
+impl Counter {
+    /// How many so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+struct Counted<R> {
+    inner: R,
+    counter: Counter,
+}
+
+impl<R: Read> Read for Counted<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.counter.0.fetch_add(count as u64, Relaxed);
+        Ok(count)
+    }
+}
 
 /// Opens a file, plain or compressed with gzip or zstd. The first bytes decide, not the name.
 ///
 /// # Errors
 /// If the file cannot be opened or read.
 pub fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
+    open_counted(path, Counter::default())
+}
+
+/// [`open`], counting the bytes that are read from disk.
+///
+/// # Errors
+/// If the file cannot be opened or read.
+pub fn open_counted(path: &Path, counter: Counter) -> Result<Box<dyn BufRead + Send>> {
     let file = File::open(path).map_err(Error::file("open", path))?;
-    let mut raw = BufReader::with_capacity(BUFFER_BYTES, file);
+    let mut raw = BufReader::with_capacity(BUFFER_BYTES, Counted { inner: file, counter });
     let start = raw.fill_buf().map_err(Error::file("read", path))?;
     Ok(if start.starts_with(&GZIP) {
         Box::new(BufReader::with_capacity(BUFFER_BYTES, MultiGzDecoder::new(raw)))

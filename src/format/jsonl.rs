@@ -1,6 +1,7 @@
 //! Documents as JSON Lines: `{"id": …, "text": …, …}`.
 
 use super::documents::Found;
+use super::input::Counter;
 use super::lines::Lines;
 use crate::error::Result;
 use crate::record::{Document, Place, Rejected};
@@ -33,8 +34,9 @@ pub fn read(
     path: &Path,
     source: String,
     fields: Fields,
+    counter: Counter,
 ) -> Result<impl Iterator<Item = Found> + use<>> {
-    Ok(Lines::open(path)?.map(move |line| match line {
+    Ok(Lines::open_counted(path, counter)?.map(move |line| match line {
         Err(rejected) => Found::Rejected(rejected),
         Ok((line, place)) => match parse(&line, &source, &fields, &place) {
             Ok(document) => Found::Document(Box::new(document)),

@@ -1,6 +1,6 @@
 //! Lines of a text file, each with its place, never more than one in memory.
 
-use super::input;
+use super::input::{self, Counter};
 use crate::error::Result;
 use crate::record::{Place, Rejected};
 use std::io::{BufRead, ErrorKind};
@@ -36,7 +36,16 @@ impl Lines {
     /// # Errors
     /// If it cannot be opened.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self::new(input::open(path)?, path.display().to_string(), LINE_BYTES_MAX))
+        Self::open_counted(path, Counter::default())
+    }
+
+    /// [`Lines::open`], counting the bytes that are read from disk.
+    ///
+    /// # Errors
+    /// If the file cannot be opened.
+    pub fn open_counted(path: &Path, counter: Counter) -> Result<Self> {
+        let reader = input::open_counted(path, counter)?;
+        Ok(Self::new(reader, path.display().to_string(), LINE_BYTES_MAX))
     }
 
     /// Reads lines of at most `limit` bytes.

@@ -1,5 +1,6 @@
 //! Files: what is read, and what is written.
 
+pub mod census;
 pub mod compressed;
 pub mod documents;
 pub mod durable;

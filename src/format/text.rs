@@ -1,7 +1,7 @@
 //! Plain text: one document a file.
 
 use super::documents::Found;
-use super::input;
+use super::input::{self, Counter};
 use super::lines::LINE_BYTES_MAX;
 use crate::error::Result;
 use crate::record::{Document, Place, Rejected};
@@ -12,12 +12,16 @@ use std::path::Path;
 ///
 /// # Errors
 /// If the file cannot be opened.
-pub fn read(path: &Path, source: String) -> Result<impl Iterator<Item = Found> + use<>> {
+pub fn read(
+    path: &Path,
+    source: String,
+    counter: Counter,
+) -> Result<impl Iterator<Item = Found> + use<>> {
     let file = path.display().to_string();
     let place = Place { file: file.clone(), record: 1, byte: 0 };
     let mut bytes = Vec::new();
     let limit = LINE_BYTES_MAX as u64;
-    let outcome = input::open(path)?.take(limit + 1).read_to_end(&mut bytes);
+    let outcome = input::open_counted(path, counter)?.take(limit + 1).read_to_end(&mut bytes);
     let reject = |reason: &str, detail: String, bytes: &[u8]| {
         let start = String::from_utf8_lossy(&bytes[..bytes.len().min(1000)]).into_owned();
         Found::Rejected(Box::new(Rejected::unread(reason, detail, place.clone(), &start)))
@@ -52,7 +56,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         std::fs::write(&path, bytes).unwrap();
-        let found: Vec<Found> = read(&path, "s".into()).unwrap().collect();
+        let found: Vec<Found> = read(&path, "s".into(), Counter::default()).unwrap().collect();
         let found: Vec<Result<&str, &str>> = found
             .iter()
             .map(|found| match found {

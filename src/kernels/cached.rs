@@ -1,8 +1,8 @@
 //! Attention over a cache of keys and values, kept in blocks of 64 positions.
 //!
 //! ```text
-//! keys    [block][head][column][64 positions]     a query meets 64 positions in one sweep of columns
-//! values  [block][head][64 positions][columns]
+//! keys    [block][head][column][64 positions]          a query meets 64 positions in one sweep
+//! values  [block][head][stripe][64 positions][32 columns]
 //! ```
 //!
 //! A query walks through its blocks in order and folds each into a running maximum, sum and weighted value
@@ -13,6 +13,7 @@
 use super::attention::Heads;
 use super::real::{LANES, Real, max, simd, sum};
 use super::storage::{elements, tensor};
+use super::tiles::{PANEL, PARTIAL, ScoreTile, ValueTile};
 use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
@@ -46,8 +47,12 @@ pub struct LayerCache {
 impl LayerCache {
     /// Room for `blocks` blocks.
     pub fn new(blocks: usize, heads: Heads) -> Self {
-        let elements = blocks * heads.key_value * heads.width * BLOCK;
-        LayerCache { keys: vec![0.0; elements], values: vec![0.0; elements], heads }
+        let pages = blocks * heads.key_value;
+        LayerCache {
+            keys: vec![0.0; pages * heads.width * BLOCK],
+            values: vec![0.0; pages * heads.width.div_ceil(PANEL) * PANEL * BLOCK],
+            heads,
+        }
     }
 
     /// Stores the rows' keys and values, then attends: `(rows, query heads * width)`.
@@ -68,21 +73,43 @@ impl LayerCache {
         tensor(out, (rows, width))
     }
 
+    /// The keys `[column][position]` of a block and head.
+    fn keys(&mut self, block: usize, head: usize) -> &mut [f32] {
+        let page = self.heads.width * BLOCK;
+        let at = (block * self.heads.key_value + head) * page;
+        &mut self.keys[at..at + page]
+    }
+
+    /// The values `[stripe][position][column in stripe]` of a block and head.
+    fn values(&mut self, block: usize, head: usize) -> &mut [f32] {
+        let page = self.heads.width.div_ceil(PANEL) * PANEL * BLOCK;
+        let at = (block * self.heads.key_value + head) * page;
+        &mut self.values[at..at + page]
+    }
+
     fn store(&mut self, k: &[f32], v: &[f32], runs: &[Run]) {
         let Heads { key_value, width, .. } = self.heads;
         for run in runs {
             for row in 0..run.rows {
                 let position = run.position + row;
                 let (block, lane) = (run.table[position / BLOCK] as usize, position % BLOCK);
-                let from = (run.first_row + row) * key_value * width;
                 for head in 0..key_value {
-                    let at = (block * key_value + head) * width * BLOCK;
-                    let key = &k[from + head * width..][..width];
-                    for (column, &value) in key.iter().enumerate() {
-                        self.keys[at + column * BLOCK + lane] = value;
+                    let from = ((run.first_row + row) * key_value + head) * width;
+                    let keys = self.keys(block, head);
+                    if lane == 0 {
+                        keys.fill(0.0); // nothing is left of whoever had the block before
                     }
-                    let value = &v[from + head * width..][..width];
-                    self.values[at + lane * width..][..width].copy_from_slice(value);
+                    for (column, &key) in k[from..from + width].iter().enumerate() {
+                        keys[column * BLOCK + lane] = key;
+                    }
+                    let values = self.values(block, head);
+                    if lane == 0 {
+                        values.fill(0.0);
+                    }
+                    for (stripe, value) in v[from..from + width].chunks(PANEL).enumerate() {
+                        let at = (stripe * BLOCK + lane) * PANEL;
+                        values[at..at + value.len()].copy_from_slice(value);
+                    }
                 }
             }
         }
@@ -97,8 +124,7 @@ impl LayerCache {
                 tasks.extend((0..key_value).map(|head| Task { run, first, count, head }));
             }
         }
-        let parts: Vec<Vec<f32>> =
-            tasks.par_iter().map(|task| simd(#[inline(always)] || task.attend(self, q))).collect();
+        let parts: Vec<Vec<f32>> = tasks.par_iter().map(|task| task.attend(self, q)).collect();
         let mut out = vec![0.0; rows * query * width];
         let group = self.heads.group();
         for (task, part) in tasks.iter().zip(parts) {
@@ -131,11 +157,10 @@ struct Query<'a> {
 
 impl Task<'_> {
     /// `[row][head in group][width]`
-    #[inline(always)]
     fn attend(&self, cache: &LayerCache, q: &[f32]) -> Vec<f32> {
         let heads = &cache.heads;
         let (width, group) = (heads.width, heads.group());
-        let mut out = vec![0.0; self.count * group * width];
+        let padded = width.div_ceil(PANEL) * PANEL;
         let mut queries: Vec<Query<'_>> = (0..self.count * group)
             .map(|index| {
                 let (row, member) = (self.first + index / group, index % group);
@@ -151,31 +176,40 @@ impl Task<'_> {
                 }
             })
             .collect();
+        let mut sums = vec![0.0; queries.len() * padded];
+        let mut weights = [0.0; 4 * BLOCK];
         let last = self.run.position + self.first + self.count - 1;
         let from = queries[0].first_visible / BLOCK;
         for block in from..=last / BLOCK {
-            let at = (self.run.table[block] as usize * heads.key_value + self.head) * width * BLOCK;
-            let keys = &cache.keys[at..at + width * BLOCK];
-            let values = &cache.values[at..at + width * BLOCK];
-            let scale = heads.scale() as f32;
-            let mut rest = (queries.as_mut_slice(), out.as_mut_slice());
-            while !rest.0.is_empty() {
-                let fold = Fold { keys, values, start: block * BLOCK, width, scale };
-                let taken = if rest.0.len() >= 4 { 4 } else { 1 };
-                let (queries, more) = rest.0.split_at_mut(taken);
-                let (out, more_out) = rest.1.split_at_mut(taken * width);
+            let page = self.run.table[block] as usize * heads.key_value + self.head;
+            let fold = Fold {
+                keys: &cache.keys[page * width * BLOCK..(page + 1) * width * BLOCK],
+                values: &cache.values[page * padded * BLOCK..(page + 1) * padded * BLOCK],
+                start: block * BLOCK,
+                padded,
+                scale: heads.scale() as f32,
+            };
+            let (mut queries, mut sums) = (queries.as_mut_slice(), sums.as_mut_slice());
+            while !queries.is_empty() {
+                let taken = match queries.len() {
+                    4.. => 4,
+                    2.. => 2,
+                    _ => 1,
+                };
+                let (own, more) = queries.split_at_mut(taken);
+                let (own_sums, more_sums) = sums.split_at_mut(taken * padded);
                 match taken {
-                    4 => fold.run::<4>(queries, out),
-                    _ => fold.run::<1>(queries, out),
+                    4 => fold.run::<4>(own, own_sums, &mut weights),
+                    2 => fold.run::<2>(own, own_sums, &mut weights),
+                    _ => fold.run::<1>(own, own_sums, &mut weights),
                 }
-                rest = (more, more_out);
+                (queries, sums) = (more, more_sums);
             }
         }
-        for (query, out) in queries.iter().zip(out.chunks_exact_mut(width)) {
+        let mut out = Vec::with_capacity(queries.len() * width);
+        for (query, sums) in queries.iter().zip(sums.chunks_exact(padded)) {
             let inverse = 1.0 / query.total;
-            for value in out {
-                *value *= inverse;
-            }
+            out.extend(sums[..width].iter().map(|sum| sum * inverse));
         }
         out
     }
@@ -186,69 +220,78 @@ struct Fold<'a> {
     keys: &'a [f32],
     values: &'a [f32],
     start: usize,
-    width: usize,
+    padded: usize,
     scale: f32,
 }
 
 impl Fold<'_> {
     /// `COUNT` queries share the loads of the block; each computes as if alone.
-    #[inline(always)]
-    fn run<const COUNT: usize>(&self, queries: &mut [Query<'_>], out: &mut [f32]) {
-        let mut scores = [[0.0f32; BLOCK]; COUNT];
-        let (columns, _) = self.keys.as_chunks::<BLOCK>();
-        for (column, keys) in columns.iter().enumerate() {
-            for (query, scores) in queries.iter().zip(&mut scores) {
-                let x = query.columns[column];
-                for lane in 0..BLOCK {
-                    scores[lane] = x.mul_add(keys[lane], scores[lane]);
-                }
-            }
-        }
-        for (index, (query, weights)) in queries.iter_mut().zip(&mut scores).enumerate() {
+    fn run<const COUNT: usize>(
+        &self,
+        queries: &mut [Query<'_>],
+        sums: &mut [f32],
+        weights: &mut [f32],
+    ) {
+        let arch = pulp::Arch::new();
+        let weights = &mut weights[..COUNT * BLOCK];
+        let columns = std::array::from_fn(|index| queries[index].columns);
+        arch.dispatch(ScoreTile::<COUNT> { queries: columns, keys: self.keys, out: weights });
+        let (mut keep, mut end) = ([1.0; COUNT], 0);
+        let (rows, _) = weights.as_chunks_mut::<BLOCK>();
+        for ((query, weights), keep) in queries.iter_mut().zip(rows).zip(&mut keep) {
             let from = query.first_visible.max(self.start) - self.start;
             let to = (query.position + 1).min(self.start + BLOCK).saturating_sub(self.start);
-            if from >= to {
-                continue;
+            if from < to {
+                *keep = simd(
+                    #[inline(always)]
+                    || weigh(query, weights, from, to, self.scale),
+                );
+                end = end.max(to);
+            } else {
+                weights.fill(0.0);
             }
-            let out = &mut out[index * self.width..(index + 1) * self.width];
-            self.fold(query, weights, from, to, out);
+        }
+        // Behind the last visible position weights are zero, and values those of nobody.
+        let end = end.div_ceil(PARTIAL) * PARTIAL * PANEL;
+        for (stripe, values) in self.values.chunks_exact(BLOCK * PANEL).enumerate() {
+            let mut own = sums.chunks_exact_mut(self.padded);
+            let sums = std::array::from_fn(|_| {
+                let own = own.next().expect("one for each query");
+                &mut own[stripe * PANEL..(stripe + 1) * PANEL]
+            });
+            arch.dispatch(ValueTile::<COUNT> { weights, values: &values[..end], keep, sums });
         }
     }
+}
 
-    /// Turns scores of positions `from..to` into weights and adds the values they weigh.
-    #[inline(always)]
-    fn fold(
-        &self,
-        query: &mut Query<'_>,
-        weights: &mut [f32; BLOCK],
-        from: usize,
-        to: usize,
-        out: &mut [f32],
-    ) {
-        for score in &mut weights[..] {
-            *score *= self.scale;
-        }
-        let top = max(&weights[from..to]).max(query.top);
-        let keep = match query.top == f32::NEG_INFINITY {
-            true => 0.0,
-            false => Real::exp(query.top - top),
-        };
-        for (lane, weight) in weights.iter_mut().enumerate() {
-            let exponential = Real::exp(*weight - top);
-            *weight = if lane >= from && lane < to { exponential } else { 0.0 };
-        }
-        query.top = top;
-        query.total = query.total * keep + sum(&weights[..]);
-        for value in out.iter_mut() {
-            *value *= keep;
-        }
-        for (lane, values) in self.values.chunks_exact(self.width).enumerate().take(to).skip(from) {
-            let weight = weights[lane];
-            for (out, &value) in out.iter_mut().zip(values) {
-                *out = weight.mul_add(value, *out);
-            }
-        }
+/// Turns scores of positions `from..to` into weights, the others into zeros; returns what earlier blocks
+/// are to be multiplied with.
+#[inline(always)]
+fn weigh(
+    query: &mut Query<'_>,
+    weights: &mut [f32; BLOCK],
+    from: usize,
+    to: usize,
+    scale: f32,
+) -> f32 {
+    for lane in 0..BLOCK {
+        weights[lane] *= scale;
     }
+    weights[..from].fill(f32::NEG_INFINITY);
+    weights[to..].fill(f32::NEG_INFINITY);
+    let top = max(&weights[..]).max(query.top);
+    let keep = match query.top == f32::NEG_INFINITY {
+        true => 0.0,
+        false => Real::exp(query.top - top),
+    };
+    for lane in 0..BLOCK {
+        weights[lane] = Real::exp(weights[lane] - top);
+    }
+    weights[..from].fill(0.0);
+    weights[to..].fill(0.0);
+    query.top = top;
+    query.total = query.total * keep + sum(&weights[..]);
+    keep
 }
 
 #[cfg(test)]

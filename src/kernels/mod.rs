@@ -20,6 +20,7 @@ pub mod rms_norm;
 pub mod rope;
 mod storage;
 pub mod swiglu;
+mod tiles;
 #[cfg(test)]
 mod twin;
 

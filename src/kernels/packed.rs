@@ -11,12 +11,12 @@
 
 use super::real::simd;
 use super::storage::{elements, tensor};
+use super::tiles::{PANEL, PanelTile};
 use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
+use std::cell::RefCell;
 use std::sync::Arc;
 
-/// Outputs of one panel: two 512-bit registers of f32.
-const PANEL: usize = 32;
 /// Rows of one task where there are many rows: threads share the rows.
 const ROWS_PER_TASK: usize = 48;
 /// Panels of one task where there are few rows: threads share the panels.
@@ -42,20 +42,33 @@ struct Bf16(u16);
 
 /// What a panel is made of.
 trait Element: Copy + Default + Send + Sync {
-    fn widen(self) -> f32;
+    /// Hands the panel out in f32.
+    fn with_wide(panel: &[Self], work: impl FnOnce(&[f32]));
 }
 
 impl Element for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
+    fn with_wide(panel: &[f32], work: impl FnOnce(&[f32])) {
+        work(panel);
     }
 }
 
 impl Element for Bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.0) << 16)
+    fn with_wide(panel: &[Bf16], work: impl FnOnce(&[f32])) {
+        thread_local! {
+            static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+        }
+        WIDE.with_borrow_mut(|wide| {
+            wide.resize(panel.len(), 0.0);
+            simd(
+                #[inline(always)]
+                || {
+                    for (wide, narrow) in wide.iter_mut().zip(panel) {
+                        *wide = f32::from_bits(u32::from(narrow.0) << 16);
+                    }
+                },
+            );
+            work(wide);
+        });
     }
 }
 
@@ -105,7 +118,7 @@ impl PackedWeight {
                     let mut column = [[0.0; PANEL]; ROWS_PER_TASK];
                     let column = &mut column[..out.len() / self.outputs];
                     for (index, panel) in panels.chunks_exact(panel_len).enumerate() {
-                        fill_column(column, x, self.inputs, panel);
+                        fill_column(column, x, panel);
                         for (out, values) in out.chunks_exact_mut(self.outputs).zip(&*column) {
                             let out = &mut out[index * PANEL..];
                             let width = out.len().min(PANEL);
@@ -120,7 +133,7 @@ impl PackedWeight {
             .with_min_len(PANELS_PER_TASK)
             .map(|panel| {
                 let mut column = vec![[0.0; PANEL]; rows];
-                fill_column(&mut column, x, self.inputs, panel);
+                fill_column(&mut column, x, panel);
                 column
             })
             .collect();
@@ -146,51 +159,12 @@ fn panels<E: Element>(inputs: usize, outputs: usize, weight: impl Fn(usize) -> E
     all.into()
 }
 
-/// Computes the 32 outputs of one panel for each row of `x`.
-fn fill_column<E: Element>(column: &mut [[f32; PANEL]], x: &[f32], inputs: usize, panel: &[E]) {
-    simd(
-        #[inline(always)]
-        || {
-            let mut row = 0;
-            // Tiles of 12 rows fill the registers of a 512-bit unit; the rest are cut smaller.
-            while row < column.len() {
-                let (x, out) = (&x[row * inputs..], &mut column[row..]);
-                row += match out.len() {
-                    12.. => tile::<12, E>(out, x, inputs, panel),
-                    6.. => tile::<6, E>(out, x, inputs, panel),
-                    4.. => tile::<4, E>(out, x, inputs, panel),
-                    2.. => tile::<2, E>(out, x, inputs, panel),
-                    _ => tile::<1, E>(out, x, inputs, panel),
-                };
-            }
-        },
-    );
-}
-
-/// The first `ROWS` rows; returns how many that are.
-///
-/// The sums leave the function in one copy of fixed size: this is what lets them live in registers.
-#[inline(always)]
-fn tile<const ROWS: usize, E: Element>(
-    out: &mut [[f32; PANEL]],
-    x: &[f32],
-    inputs: usize,
-    panel: &[E],
-) -> usize {
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * inputs..(row + 1) * inputs]);
-    let mut sums = [[0.0f32; PANEL]; ROWS];
-    let (weights, _) = panel.as_chunks::<PANEL>();
-    for (input, weights) in weights[..inputs].iter().enumerate() {
-        let weights = weights.map(E::widen);
-        for row in 0..ROWS {
-            let x = rows[row][input];
-            for lane in 0..PANEL {
-                sums[row][lane] = x.mul_add(weights[lane], sums[row][lane]);
-            }
-        }
-    }
-    out[..ROWS].copy_from_slice(&sums);
-    ROWS
+/// Computes the 32 outputs of one panel for each row of `x`. bf16 panels are widened first, once for all
+/// rows.
+fn fill_column<E: Element>(column: &mut [[f32; PANEL]], x: &[f32], panel: &[E]) {
+    E::with_wide(panel, |panel| {
+        pulp::Arch::new().dispatch(PanelTile { x, panel, out: column });
+    });
 }
 
 #[cfg(test)]

@@ -54,11 +54,16 @@ impl Real for f32 {
     }
 
     /// Cody-Waite reduction and the degree-6 polynomial of Cephes' `expf`: relative error below 2e-7
-    /// on [-87, 88], clamped outside. Free of branches, so that it vectorises.
+    /// on [-87, 88], clamped outside.
+    ///
+    /// The exponent is rounded, and moved into place, by adding 1.5 * 2^23: its integer then stands in
+    /// the low bits. A conversion with `as` would keep the loop from being vectorised.
     #[inline(always)]
     fn exp(self) -> Self {
+        const SHIFT: f32 = 12_582_912.0;
         let x = self.clamp(-87.0, 88.0);
-        let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+        let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFT);
+        let n = shifted - SHIFT;
         let r = n.mul_add(-0.693_359_4, x);
         let r = n.mul_add(2.121_944_4e-4, r);
         let mut p = 1.987_569_1e-4f32;
@@ -68,7 +73,8 @@ impl Real for f32 {
         p = p.mul_add(r, 0.166_666_66);
         p = p.mul_add(r, 0.5);
         let p = p.mul_add(r * r, r) + 1.0;
-        p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+        let exponent = shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127);
+        p * f32::from_bits(exponent << 23)
     }
 
     #[inline(always)]
@@ -118,7 +124,7 @@ impl Real for f64 {
     }
 }
 
-/// The sum of products, in [`LANES`] interleaved partial sums that are then added in order.
+/// The sum of products, in [`LANES`] interleaved partial sums that are then added pairwise.
 #[inline(always)]
 pub(crate) fn dot<T: Real>(left: &[T], right: &[T]) -> T {
     debug_assert_eq!(left.len(), right.len());
@@ -130,7 +136,7 @@ pub(crate) fn dot<T: Real>(left: &[T], right: &[T]) -> T {
             lanes[lane] = left[lane].mul_add(right[lane], lanes[lane]);
         }
     }
-    let mut total = fold(&lanes);
+    let mut total = fold(lanes, #[inline(always)] |a, b| a + b);
     for (&left, &right) in left_rest.iter().zip(right_rest) {
         total = left.mul_add(right, total);
     }
@@ -147,7 +153,7 @@ pub(crate) fn sum<T: Real>(values: &[T]) -> T {
             lanes[lane] += block[lane];
         }
     }
-    let mut total = fold(&lanes);
+    let mut total = fold(lanes, #[inline(always)] |a, b| a + b);
     for &value in rest {
         total += value;
     }
@@ -161,19 +167,28 @@ pub(crate) fn max<T: Real>(values: &[T]) -> T {
     let (blocks, rest) = values.as_chunks::<LANES>();
     for block in blocks {
         for lane in 0..LANES {
-            lanes[lane] = if block[lane] > lanes[lane] { block[lane] } else { lanes[lane] };
+            lanes[lane] = larger(block[lane], lanes[lane]);
         }
     }
-    lanes.iter().chain(rest).fold(T::MINUS_INFINITY, |top, &x| if x > top { x } else { top })
+    rest.iter().fold(fold(lanes, larger), |top, &x| larger(x, top))
 }
 
 #[inline(always)]
-fn fold<T: Real>(lanes: &[T; LANES]) -> T {
-    let mut total = T::ZERO;
-    for &lane in lanes {
-        total += lane;
+fn larger<T: Real>(left: T, right: T) -> T {
+    if left > right { left } else { right }
+}
+
+/// Halves the lanes until one is left: a fixed order that needs six steps, not sixty-four.
+#[inline(always)]
+fn fold<T: Real>(mut lanes: [T; LANES], join: impl Fn(T, T) -> T) -> T {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = join(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
     }
-    total
+    lanes[0]
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ mod article;
 mod fragments;
 
 use super::documents::Found;
-use super::input;
+use super::input::{self, Counter};
 use crate::error::Result;
 use crate::record::{Document, Place, Rejected, excerpt};
 use article::{Article, Content};
@@ -23,8 +23,12 @@ use std::path::Path;
 ///
 /// # Errors
 /// If the file cannot be opened.
-pub fn read(path: &Path, source: String) -> Result<impl Iterator<Item = Found> + use<>> {
-    let fragments = Fragments::new(input::open(path)?, path.display().to_string());
+pub fn read(
+    path: &Path,
+    source: String,
+    counter: Counter,
+) -> Result<impl Iterator<Item = Found> + use<>> {
+    let fragments = Fragments::new(input::open_counted(path, counter)?, path.display().to_string());
     Ok(Reader { fragments, source, found: VecDeque::new() })
 }
 
@@ -106,7 +110,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.xml");
         std::fs::write(&path, xml).unwrap();
-        let found: Vec<String> = read(&path, "s".into())
+        let found: Vec<String> = read(&path, "s".into(), Counter::default())
             .unwrap()
             .map(|found| match found {
                 Found::Document(document) => format!("{} {}", document.id, document.text),

@@ -1,0 +1,159 @@
+//! Finds the models a command names: a directory, a shape, or the one inside the program.
+
+use super::bundled::{self, BundledModel};
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device, Tensor};
+use headwater::format::input;
+use headwater::model::Llama;
+use headwater::model::config::ModelConfig;
+use headwater::model::shape::Shape;
+use headwater::model::weights::{Weights, checkpoint_files};
+use headwater::tokenizer::Tokenizer;
+use headwater::train;
+use std::path::{Path, PathBuf};
+use xxhash_rust::xxh3::xxh3_128;
+
+/// The name of the model inside the program.
+pub const BUNDLED: &str = "bundled";
+
+/// A model with its tokenizer, not yet loaded.
+#[derive(Clone, Debug)]
+pub struct Model {
+    /// What the command called it.
+    pub name: String,
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    origin: Origin,
+}
+
+#[derive(Clone, Debug)]
+enum Origin {
+    Bundled,
+    Directory(PathBuf),
+    /// Random weights.
+    Shape,
+}
+
+impl Model {
+    /// The model called `name`: `bundled`, or a Hugging Face directory.
+    ///
+    /// # Errors
+    /// If it is neither, or a file is missing or malformed.
+    pub fn trained(name: &str) -> Result<Self> {
+        if name == BUNDLED {
+            return Self::bundled();
+        }
+        let directory = PathBuf::from(name);
+        if !directory.is_dir() {
+            bail!("{name:?} is not a directory; give a Hugging Face model directory or {BUNDLED:?}");
+        }
+        let mut config = ModelConfig::read(&directory)?;
+        let tokenizer = Tokenizer::read(&directory)?;
+        config.eos_token_ids = ends(&directory, &config, &tokenizer);
+        let origin = Origin::Directory(directory);
+        Ok(Model { name: name.to_owned(), config, tokenizer, origin })
+    }
+
+    /// The model called `name`: a shape with random weights and the tokenizer of `tokenizer`, or whatever
+    /// [`Model::trained`] finds.
+    ///
+    /// # Errors
+    /// If it is nothing we know.
+    pub fn named(name: &str, tokenizer: &Tokenizer, length: usize) -> Result<Self> {
+        let Some(shape) = Shape::named(name) else {
+            return Self::trained(name).with_context(|| {
+                format!("--model {name:?} is also none of the shapes {}", Shape::names())
+            });
+        };
+        let config = shape.config();
+        let config = ModelConfig {
+            vocab_size: tokenizer.vocabulary(),
+            max_position_embeddings: config.max_position_embeddings.max(length),
+            bos_token_id: tokenizer.bos(),
+            eos_token_ids: tokenizer.eos().into_iter().collect(),
+            ..config
+        };
+        let tokenizer = tokenizer.clone();
+        Ok(Model { name: name.to_owned(), config, tokenizer, origin: Origin::Shape })
+    }
+
+    fn bundled() -> Result<Self> {
+        let BundledModel { config, tokenizer, weights: _ } = bundled::synthesizer();
+        let mut config = ModelConfig::parse(config).map_err(anyhow::Error::msg)?;
+        let tokenizer = Tokenizer::from_files(tokenizer).map_err(anyhow::Error::msg)?;
+        config.eos_token_ids = tokenizer.eos().into_iter().collect();
+        Ok(Model { name: BUNDLED.into(), config, tokenizer, origin: Origin::Bundled })
+    }
+
+    /// A digest of the weights: the bytes of the files, or the name of the shape.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn digest(&self) -> Result<String> {
+        let mut digests = String::new();
+        match &self.origin {
+            Origin::Bundled => {
+                digests = format!("{:032x}", xxh3_128(bundled::synthesizer().weights));
+            }
+            Origin::Shape => digests = format!("random {}", self.name),
+            Origin::Directory(directory) => {
+                for file in checkpoint_files(directory)? {
+                    digests += &format!("{:032x}", input::digest(&file)?);
+                }
+            }
+        }
+        Ok(digests)
+    }
+
+    /// Loads the model to generate with.
+    ///
+    /// # Errors
+    /// If the weights do not fit the shape, or the device has no room.
+    pub fn load(&self, dtype: DType, device: &Device) -> Result<Llama> {
+        let weights = self.weights()?.context("random weights have nothing to say")?;
+        Ok(Llama::load(&self.config, &weights, dtype, device)?)
+    }
+
+    /// The parameters to start training from.
+    ///
+    /// # Errors
+    /// If the weights do not fit the shape, or the device has no room.
+    pub fn parameters(&self, seed: u64, device: &Device) -> Result<Vec<(String, Tensor)>> {
+        Ok(match self.weights()? {
+            Some(weights) => train::loaded(&self.config, &weights, device)?,
+            None => train::initial(&self.config, seed, device)?,
+        })
+    }
+
+    fn weights(&self) -> Result<Option<Weights>> {
+        Ok(match &self.origin {
+            Origin::Shape => None,
+            Origin::Directory(directory) => Some(Weights::open(directory)?),
+            Origin::Bundled => {
+                let bytes = bundled::synthesizer().weights.to_vec();
+                Some(Weights::from_bytes(bytes, "the bundled synthesizer")?)
+            }
+        })
+    }
+}
+
+/// The ids that end a generation: those of `generation_config.json`, of `config.json`, and the
+/// tokenizer's own.
+fn ends(directory: &Path, config: &ModelConfig, tokenizer: &Tokenizer) -> Vec<u32> {
+    let mut ends = config.eos_token_ids.clone();
+    let text = std::fs::read_to_string(directory.join("generation_config.json"));
+    let json: serde_json::Value =
+        text.ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
+    match &json["eos_token_id"] {
+        serde_json::Value::Array(ids) => {
+            ends.extend(ids.iter().filter_map(|id| id.as_u64().map(|id| id as u32)));
+        }
+        id => ends.extend(id.as_u64().map(|id| id as u32)),
+    }
+    ends.extend(tokenizer.eos());
+    ends.sort_unstable();
+    ends.dedup();
+    ends
+}

@@ -1,0 +1,188 @@
+//! Everything a dataflow is wired from, opened once and shared by its workers.
+
+use super::plan::Plan;
+use super::settings::Settings;
+use anyhow::Result;
+use headwater::augment::Augmenter;
+use headwater::block::{Admission, Blocks};
+use headwater::commit::Committer;
+use headwater::engine::{self, EngineCounters};
+use headwater::format::documents::Documents;
+use headwater::meter::Meters;
+use headwater::pack::OPEN_MAX;
+use headwater::prompt::PromptWriter;
+use headwater::run::{LaneState, Manifest, RunFolder};
+use headwater::side::SideSource;
+use headwater::synthesizer::{Queue, Synthesizer, Waker};
+use headwater::template::Templates;
+use headwater::train::feed::Feed;
+use headwater_operators::commit::Committing;
+use headwater_operators::credit::Credit;
+use headwater_operators::mix::Mixing;
+use headwater_operators::pack::Packing;
+use headwater_operators::read::Reading;
+use headwater_operators::synthesize::Synthesis;
+use serde_json::json;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+/// The parts of a run.
+pub struct Parts {
+    /// The run folder.
+    pub folder: RunFolder,
+    /// What has been committed before.
+    pub manifest: Manifest,
+    /// Counts for whoever watches.
+    pub meters: Arc<Meters>,
+    /// Writes prompts.
+    pub writer: PromptWriter,
+    /// Tokens of the longest prompt.
+    pub prompt_tokens_max: usize,
+    /// What is asked of the synthesizer.
+    pub synthesis: Synthesis,
+    /// Renders chains.
+    pub augmenter: Augmenter,
+    /// What is mixed with what.
+    pub mixing: Mixing,
+    /// How sequences are made.
+    pub packing: Packing,
+    /// Counts of the engine.
+    pub engine: Arc<EngineCounters>,
+    rounds: usize,
+    window: u64,
+    queue: Queue,
+    blocks: Mutex<Option<Blocks>>,
+    feed: Mutex<Option<Feed>>,
+}
+
+impl Parts {
+    /// Opens the run folder, loads the synthesizer, and finds out where to go on.
+    ///
+    /// # Errors
+    /// If the folder holds another run, or a model cannot be loaded.
+    pub fn open(settings: &Settings, plan: &Plan, feed: Option<Feed>) -> Result<Self> {
+        let templates = Arc::new(Templates::built_in());
+        let training = plan.training.as_ref().map(|training| json!(training));
+        let configuration = settings.configuration(&templates, training)?;
+        let folder = RunFolder::open(&settings.out, &configuration)?;
+        let manifest = folder.recover()?;
+        let meters = Arc::new(Meters::default());
+        let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
+        let engine = Arc::new(EngineCounters::default());
+        let model = settings.synthesizer.load(settings.dtype, &settings.device)?;
+        let ends = settings.synthesizer.config.eos_token_ids.clone();
+        let (queue, _) = engine::start(model, ends, settings.engine(), engine.clone(), |error| {
+            fail(&format!("the synthesis engine failed: {error}"));
+        })?;
+        let prompt_tokens_max = settings.prompt_tokens_max();
+        let admission = Admission { writer: writer.clone(), prompt_tokens_max };
+        Ok(Parts {
+            blocks: Mutex::new(Some(blocks(settings, admission, &manifest))),
+            synthesis: Synthesis {
+                tokenizer: settings.synthesizer.tokenizer.clone(),
+                new_tokens_max: settings.augment.new_tokens,
+                meters: meters.clone(),
+            },
+            augmenter: Augmenter {
+                templates,
+                tokenizer: settings.model.tokenizer.clone(),
+                synthesizer: settings.synthesizer.name.clone(),
+                seed: settings.machine.seed,
+            },
+            mixing: mixing(settings, &manifest, &meters),
+            packing: Packing { length: settings.augment.length, open_max: OPEN_MAX },
+            rounds: settings.preset.rounds,
+            window: settings.augment.epochs_in_flight,
+            feed: Mutex::new(feed),
+            folder,
+            manifest,
+            meters,
+            writer,
+            prompt_tokens_max,
+            engine,
+            queue,
+        })
+    }
+
+    /// The input, for the worker that reads it; none for the others.
+    pub fn blocks(&self) -> Option<Blocks> {
+        self.blocks.lock().ok()?.take()
+    }
+
+    /// The trainer's feed, for the worker that commits; none for the others.
+    pub fn feed(&self, worker: usize) -> Option<Feed> {
+        if worker == 0 { self.feed.lock().ok()?.take() } else { None }
+    }
+
+    /// Credit for the source.
+    pub fn credit(&self) -> Rc<Credit> {
+        Credit::new(self.manifest.next_epoch(), self.window)
+    }
+
+    /// How the source cuts and counts.
+    pub fn reading(&self) -> Reading {
+        Reading {
+            rounds: self.rounds,
+            first_epoch: self.manifest.next_epoch(),
+            meters: self.meters.clone(),
+        }
+    }
+
+    /// Where epochs go on from.
+    pub fn committing(&self) -> Committing {
+        Committing { lanes: self.mixing.lanes.clone(), meters: self.meters.clone() }
+    }
+
+    /// Gives a worker its synthesizer.
+    pub fn synthesizer(&self) -> impl FnOnce(Waker) -> Box<dyn Synthesizer> + use<> {
+        let queue = self.queue.clone();
+        move |waker| Box::new(queue.open(waker))
+    }
+
+    /// Gives the committing worker its thread.
+    pub fn committer(&self) -> impl FnOnce(Waker) -> Committer + use<> {
+        let (folder, manifest) = (self.folder.clone(), self.manifest.clone());
+        move |waker| {
+            Committer::start(folder, manifest, waker, |error| {
+                fail(&format!("could not commit an epoch: {error}"));
+            })
+        }
+    }
+}
+
+/// Ends the run: what is committed is safe.
+pub fn fail(reason: &str) -> ! {
+    eprintln!("error: {reason}");
+    eprintln!("what is committed is safe; run the same command again to go on");
+    std::process::exit(1)
+}
+
+fn blocks(settings: &Settings, admission: Admission, manifest: &Manifest) -> Blocks {
+    let (files, fields) = (settings.inputs.clone(), settings.fields.clone());
+    let documents = Documents::resume(files, settings.preset.corpus, fields, manifest.input());
+    let read = manifest.ledger().get("read/records");
+    Blocks::new(documents, admission, settings.preset.epoch_documents, settings.limit).resume(
+        manifest.next_epoch(),
+        manifest.input(),
+        read,
+    )
+}
+
+fn mixing(settings: &Settings, manifest: &Manifest, meters: &Arc<Meters>) -> Mixing {
+    let side = SideSource {
+        source: 1,
+        name: "general".into(),
+        files: settings.general.clone(),
+        tokenizer: settings.model.tokenizer.clone(),
+    };
+    let lanes = match manifest.epochs.last() {
+        Some(last) => last.lanes.clone(),
+        None => vec![LaneState::default(); settings.augment.lanes],
+    };
+    Mixing {
+        weights: settings.weights.clone(),
+        sides: if settings.general.is_empty() { Vec::new() } else { vec![side] },
+        lanes,
+        meters: meters.clone(),
+    }
+}

@@ -1,0 +1,275 @@
+//! What a run would do: counted and estimated before anything is spent.
+
+use super::args::TrainArgs;
+use super::settings::Settings;
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use headwater::format::census::{Census, census};
+use headwater::model::cache::Cache;
+use headwater::model::config::ModelConfig;
+use headwater::train::TrainSettings;
+use headwater::train::optimizer::AdamW;
+use headwater::train::schedule::Schedule;
+use std::fmt::Write;
+use std::time::Instant;
+
+/// Pairs a text yields, and their tokens, as published for the method (recipe (j)): 5 of 52. Small
+/// synthesizers write less; this only sizes the plan.
+const PAIR_TOKENS_PER_TEXT: u64 = 260;
+
+/// Counts and estimates of a run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What the input holds.
+    pub census: Census,
+    /// Tokens of its texts, for the model that is trained.
+    pub text_tokens: u64,
+    /// Tokens of a mean text, for the synthesizer.
+    pub prompt_tokens: u64,
+    /// Tokens of the mix.
+    pub mix_tokens: u64,
+    /// Packed sequences.
+    pub sequences: u64,
+    /// How to train; none if nothing is trained.
+    pub training: Option<TrainSettings>,
+}
+
+impl Plan {
+    /// Looks at the start of the input.
+    ///
+    /// # Errors
+    /// If a file cannot be opened.
+    pub fn new(settings: &Settings) -> Result<Self> {
+        let census = census(&settings.inputs, &settings.fields, settings.limit)?;
+        let sampled: usize = census.sample.iter().map(String::len).sum::<usize>().max(1);
+        let per_byte = |tokens: usize| tokens as f64 / sampled as f64;
+        let count = |model: &super::models::Model| -> usize {
+            census.sample.iter().map(|text| model.tokenizer.encode(text).len()).sum()
+        };
+        let trained = per_byte(count(&settings.model));
+        let prompted = per_byte(count(&settings.synthesizer));
+        let text_tokens = (census.text_bytes as f64 * trained) as u64;
+        let prompt_tokens =
+            (census.text_bytes as f64 * prompted) as u64 / census.documents.max(1);
+        let pairs = PAIR_TOKENS_PER_TEXT.min(settings.augment.new_tokens as u64);
+        let augmented = text_tokens + census.documents * pairs;
+        let shares: u64 = settings.weights.iter().sum();
+        let mix_tokens = augmented * shares / settings.weights[0];
+        let sequences = mix_tokens.div_ceil(settings.augment.length as u64);
+        let training = settings.train.as_ref().map(|args| training(args, settings, sequences));
+        Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
+    }
+
+    /// The plan as text.
+    pub fn describe(&self, settings: &Settings) -> String {
+        let mut text = String::new();
+        let about = if self.census.exact { "" } else { "about " };
+        let mut line = |name: &str, value: String| {
+            let _ = writeln!(text, "  {name:<13} {value}");
+        };
+        line(
+            "input",
+            format!(
+                "{} files, {} ({}); {about}{} documents, {about}{} of text, about {} tokens",
+                self.census.files,
+                bytes(self.census.bytes),
+                settings.kinds().join(", "),
+                count(self.census.documents),
+                bytes(self.census.text_bytes),
+                count(self.text_tokens),
+            ),
+        );
+        let synthesizer = &settings.synthesizer;
+        let dtype = settings.dtype;
+        line(
+            "synthesizer",
+            format!(
+                "{}: {} parameters ({}), context {}, {} new tokens a text at most, {}",
+                synthesizer.name,
+                count(synthesizer.config.parameter_count()),
+                bytes(synthesizer.config.parameter_count() * dtype.size_in_bytes() as u64),
+                synthesizer.config.max_position_embeddings,
+                settings.augment.new_tokens,
+                settings.machine.device,
+            ),
+        );
+        line(
+            "rounds",
+            format!(
+                "{}; epochs of {} texts, {} under way",
+                settings.preset.rounds,
+                settings.preset.epoch_documents,
+                settings.augment.epochs_in_flight
+            ),
+        );
+        line("mix", self.describe_mix(settings));
+        line(
+            "packing",
+            format!(
+                "about {} sequences of {} tokens",
+                count(self.sequences),
+                settings.augment.length
+            ),
+        );
+        line("training", self.describe_training(settings));
+        line("memory", format!("about {}", bytes(self.memory(settings))));
+        line("output", format!("{}", settings.out.display()));
+        text
+    }
+
+    /// Seconds the models would compute if this machine did nothing but matrix products, as measured now.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn seconds_at_least(&self, settings: &Settings) -> Result<f64> {
+        let rate = matrix_rate(&settings.device)?;
+        let synthesizer = &settings.synthesizer.config;
+        let rounds = settings.preset.rounds as u64;
+        let shown = self.prompt_tokens * rounds.div_ceil(2) + PAIR_TOKENS_PER_TEXT;
+        let tokens = (self.census.documents * shown) as f64;
+        let synthesis = tokens * synthesizer.training_flops_per_token(shown as usize) / 3.0;
+        let training = match self.training {
+            None => 0.0,
+            Some(_) => {
+                let flops = settings.model.config.training_flops_per_token(settings.augment.length);
+                self.mix_tokens as f64 * flops
+            }
+        };
+        Ok((synthesis + training) / rate)
+    }
+
+    fn describe_mix(&self, settings: &Settings) -> String {
+        match settings.weights.as_slice() {
+            [augmented, general] => format!(
+                "augmented : general = {augmented}:{general} by tokens, {} files; about {} tokens",
+                settings.general.len(),
+                count(self.mix_tokens)
+            ),
+            _ => format!(
+                "augmented documents only (no --general); about {} tokens",
+                count(self.mix_tokens)
+            ),
+        }
+    }
+
+    fn describe_training(&self, settings: &Settings) -> String {
+        let Some(training) = &self.training else { return "none (--no-train)".into() };
+        let config = &settings.model.config;
+        let flops = config.training_flops_per_token(settings.augment.length);
+        format!(
+            "{}: {} parameters, {} steps of {} sequences, peak rate {:.1e}, warm-up {}; {:.2e} FLOPs",
+            settings.model.name,
+            count(config.parameter_count()),
+            training.schedule.total_steps,
+            training.batch_sequences,
+            training.schedule.peak,
+            training.schedule.warmup_steps,
+            flops * self.mix_tokens as f64,
+        )
+    }
+
+    fn memory(&self, settings: &Settings) -> u64 {
+        let synthesizer = &settings.synthesizer.config;
+        let element = settings.dtype.size_in_bytes() as u64;
+        let blocks = settings.machine.sequences
+            * synthesizer.max_position_embeddings.div_ceil(headwater::kernels::cached::BLOCK);
+        let cache = blocks * Cache::block_bytes(synthesizer, DType::F32);
+        let cache = cache.min(settings.machine.cache_mib << 20) as u64;
+        let training = self.training.as_ref().map_or(0, |training| {
+            training_bytes(&settings.model.config, training.micro_batch_tokens)
+        });
+        synthesizer.parameter_count() * element + cache + training
+    }
+}
+
+/// Parameters with their state, gradients, and the activations of one micro-batch.
+fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
+    let state = config.parameter_count() * 4 * 4;
+    let narrow = (config.num_key_value_heads * config.head_dim) as u64;
+    let wide = (config.num_attention_heads * config.head_dim) as u64;
+    let (hidden, middle) = (config.hidden_size as u64, config.intermediate_size as u64);
+    let row = 2 * hidden + 2 * wide + 2 * narrow + 2 * middle;
+    let logits = 256 * config.vocab_size as u64;
+    state + 4 * (rows as u64 * row * config.num_hidden_layers as u64 + logits)
+}
+
+fn training(args: &TrainArgs, settings: &Settings, sequences: u64) -> TrainSettings {
+    let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch as u64)).max(1);
+    let random = headwater::model::shape::Shape::named(&settings.model.name).is_some();
+    TrainSettings {
+        batch_sequences: args.batch,
+        micro_batch_tokens: args.micro_batch_tokens,
+        schedule: Schedule {
+            peak: args.rate.unwrap_or(if random { 1e-3 } else { 1e-5 }),
+            warmup_steps: args.warmup.unwrap_or_else(|| (total_steps / 10).min(1000)),
+            total_steps,
+            floor_share: 0.1,
+        },
+        optimizer: OPTIMIZER,
+        recompute: args.recompute,
+    }
+}
+
+/// The constants of the paper's runs (recipe (g), (h)).
+pub const OPTIMIZER: AdamW =
+    AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 };
+
+/// Floating-point operations a second in a large matrix product.
+fn matrix_rate(device: &Device) -> Result<f64> {
+    const SIDE: usize = 1024;
+    let matrix = Tensor::ones((SIDE, SIDE), DType::F32, device)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..4 {
+        let start = Instant::now();
+        matrix.matmul(&matrix)?.sum_all()?.to_scalar::<f32>()?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (SIDE as f64).powi(3) / best)
+}
+
+/// A count for people: 1,234 or 5.6M.
+pub fn count(number: u64) -> String {
+    match number {
+        0..10_000 => {
+            let digits = number.to_string();
+            let cut = digits.len().saturating_sub(3);
+            if cut == 0 { digits } else { format!("{},{}", &digits[..cut], &digits[cut..]) }
+        }
+        10_000..1_000_000 => format!("{:.1}K", number as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1}M", number as f64 / 1e6),
+        _ => format!("{:.2}B", number as f64 / 1e9),
+    }
+}
+
+/// A size for people.
+pub fn bytes(number: u64) -> String {
+    match number {
+        0..10_000 => format!("{number} B"),
+        10_000..10_000_000 => format!("{:.1} kB", number as f64 / 1e3),
+        10_000_000..10_000_000_000 => format!("{:.1} MB", number as f64 / 1e6),
+        _ => format!("{:.1} GB", number as f64 / 1e9),
+    }
+}
+
+/// A duration for people.
+pub fn seconds(number: f64) -> String {
+    let whole = number.round() as u64;
+    match whole {
+        0..100 => format!("{number:.0} s"),
+        100..6000 => format!("{} min {:02} s", whole / 60, whole % 60),
+        _ => format!("{} h {:02} min", whole / 3600, whole / 60 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_read_well() {
+        let counts = [7, 1234, 45_678, 7_241_732_096].map(count);
+        assert_eq!(counts, ["7", "1,234", "45.7K", "7.24B"]);
+        assert_eq!([900, 12_345, 3_000_000_000].map(bytes), ["900 B", "12.3 kB", "3000.0 MB"]);
+        assert_eq!([3.4, 125.0, 7200.0].map(seconds), ["3 s", "2 min 05 s", "2 h 00 min"]);
+    }
+}

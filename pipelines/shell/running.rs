@@ -1,0 +1,193 @@
+//! Runs a dataflow with its trainer beside it, from the plan to the summary.
+
+use super::parts::{Parts, fail};
+use super::plan::{Plan, seconds};
+use super::progress::{Expected, Progress, TrainMeter};
+use super::settings::Settings;
+use super::stop;
+use super::summary::Summary;
+use super::training::{Drive, Ended, TrainingFolder, train_on};
+use anyhow::{Context, Result, anyhow};
+use candle_core::DType;
+use crossbeam_channel::Receiver;
+use headwater::record::Sequence;
+use headwater::train::feed::Feed;
+use headwater::train::{StepReport, TrainSettings, Trainer};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use timely::worker::Worker;
+
+/// How often workers look whether they are to stop.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// How a run ended.
+pub enum Outcome {
+    /// It was only planned.
+    Planned,
+    /// It went through.
+    Done(Box<Summary>),
+}
+
+type Span = Option<(StepReport, StepReport)>;
+
+/// Plans, runs and sums up. `dataflow` wires the parts on each worker.
+///
+/// # Errors
+/// If the run cannot start; later failures end the process, with everything committed safe.
+pub fn run(
+    settings: &Settings,
+    dataflow: impl Fn(&mut Worker, &Parts) + Send + Sync + 'static,
+) -> Result<Outcome> {
+    let plan = Plan::new(settings)?;
+    eprint!("{}", plan.describe(settings));
+    if settings.machine.dry_run {
+        let least = plan.seconds_at_least(settings)?;
+        eprintln!("  time          {} at least, at this machine's matrix rate", seconds(least));
+        return Ok(Outcome::Planned);
+    }
+    let start = Instant::now();
+    abort_on_panic();
+    let (feed, sequences) = Feed::new();
+    let feed = plan.training.is_some().then_some(feed);
+    let parts = Arc::new(Parts::open(settings, &plan, feed)?);
+    if parts.manifest.next_epoch() > 0 {
+        let epochs = parts.manifest.next_epoch();
+        eprintln!("going on in {} behind {epochs} epochs", settings.out.display());
+    }
+    let train_meter = Arc::new(TrainMeter::default());
+    let progress = Progress::start(
+        &settings.machine.progress,
+        parts.meters.clone(),
+        train_meter.clone(),
+        expected(settings, &plan, &parts),
+    );
+    let trainer = match plan.training {
+        Some(training) => Some(spawn_trainer(settings, training, &parts, sequences, train_meter)?),
+        None => {
+            stop_without_trainer();
+            None
+        }
+    };
+    work(settings.machine.workers, parts.clone(), dataflow)?;
+    let span = match trainer {
+        Some(trainer) => trainer.join().map_err(|_| anyhow!("the trainer's thread failed"))?,
+        None => None,
+    };
+    drop(progress);
+    let manifest = parts.folder.manifest()?;
+    let summary = Summary::new(settings, &parts, manifest, span, start.elapsed().as_secs_f64())?;
+    summary.write_ledger(&parts.folder)?;
+    Ok(Outcome::Done(Box::new(summary)))
+}
+
+/// What progress is measured against: what is expected, less what was done before.
+fn expected(settings: &Settings, plan: &Plan, parts: &Parts) -> Expected {
+    let before = parts.manifest.ledger().get("admit/texts");
+    Expected {
+        texts: plan.census.documents.saturating_sub(before).max(1),
+        sequences: plan.sequences.saturating_sub(parts.manifest.sequences()).max(1),
+        trained: settings.train.is_some(),
+    }
+}
+
+/// A panic in one worker would leave the others waiting for ever: it ends the process instead.
+fn abort_on_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        eprintln!("what is committed is safe; run the same command again to go on");
+        std::process::abort();
+    }));
+}
+
+fn work(
+    workers: usize,
+    parts: Arc<Parts>,
+    dataflow: impl Fn(&mut Worker, &Parts) + Send + Sync + 'static,
+) -> Result<()> {
+    let config = match workers {
+        1 => timely::Config::thread(),
+        workers => timely::Config::process(workers),
+    };
+    let guards = timely::execute(config, move |worker| {
+        dataflow(worker, &parts);
+        while worker.has_dataflows() {
+            if stop::asked() {
+                loop {
+                    std::thread::park(); // whoever watches for the stop ends the process
+                }
+            }
+            worker.step_or_park(Some(LOOK_EVERY));
+        }
+    });
+    for worker in guards.map_err(|error| anyhow!(error))?.join() {
+        worker.map_err(|error| anyhow!(error))?;
+    }
+    Ok(())
+}
+
+fn spawn_trainer(
+    settings: &Settings,
+    training: TrainSettings,
+    parts: &Arc<Parts>,
+    sequences: Receiver<Vec<Sequence>>,
+    meter: Arc<TrainMeter>,
+) -> Result<JoinHandle<Span>> {
+    let args = settings.train.as_ref().context("planned with training")?;
+    let folder = TrainingFolder {
+        run: settings.out.clone(),
+        checkpoint_every: args.checkpoint_every,
+    };
+    let device = settings.device.clone();
+    let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let trainer = match folder.latest()? {
+        Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, &device)?,
+        None => {
+            let values = settings.model.parameters(settings.machine.seed, &device)?;
+            Trainer::new(&settings.model.config, values, training, compute, &device)?
+        }
+    };
+    let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
+    let train = move || -> Result<(Ended, Span)> {
+        let mut drive = Drive::new(trainer, &tokenizer, folder)?;
+        let epochs = parts.manifest.epochs.clone();
+        let ended = train_on(&mut drive, &parts.folder, &epochs, &sequences, |report, _| {
+            meter.note(report.step, report.loss);
+            parts.meters.learned.add(drive_sequences(report, &training));
+        })?;
+        if ended == Ended::Stopped {
+            std::mem::forget(sequences); // nobody is to mistake the stop for a failure
+        }
+        Ok((ended, drive.span()))
+    };
+    let thread = std::thread::Builder::new().name("trainer".into()).spawn(move || match train() {
+        Ok((Ended::Done, span)) => span,
+        Ok((Ended::Stopped, _)) => stopped(),
+        Err(error) => fail(&format!("training failed: {error:#}")),
+    })?;
+    Ok(thread)
+}
+
+/// Sequences of a step: a whole batch, but for the last one.
+fn drive_sequences(report: &StepReport, training: &TrainSettings) -> u64 {
+    let batch = training.batch_sequences as u64;
+    report.next_sequence - (report.step - 1) * batch
+}
+
+/// Without a trainer nothing needs to be brought to an end: a stop is one at once.
+fn stop_without_trainer() {
+    std::thread::spawn(|| {
+        loop {
+            std::thread::sleep(LOOK_EVERY);
+            if stop::asked() {
+                stopped();
+            }
+        }
+    });
+}
+
+fn stopped() -> ! {
+    eprintln!("stopped; run the same command again to go on");
+    std::process::exit(130)
+}

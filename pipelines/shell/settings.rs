@@ -1,0 +1,204 @@
+//! Everything that decides a run, in one place.
+
+use super::args::{AugmentArgs, InputArgs, MachineArgs, TrainArgs, ratio};
+use super::models::Model;
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device};
+use headwater::engine::EngineSettings;
+use headwater::format::documents::{Kind, files};
+use headwater::format::input;
+use headwater::format::jsonl::Fields;
+use headwater::model::device;
+use headwater::template::Templates;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// What a pipeline sets where its user does not.
+#[derive(Clone, Copy, Debug)]
+pub struct Preset {
+    /// The name of the command.
+    pub command: &'static str,
+    /// The name of the corpus.
+    pub corpus: &'static str,
+    /// Texts that may see each other.
+    pub rounds: usize,
+    /// Shares by tokens of augmented documents and general instructions.
+    pub ratio: [u64; 2],
+    /// Texts that are committed together.
+    pub epoch_documents: usize,
+}
+
+/// Everything that decides a run.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// What the pipeline sets.
+    pub preset: Preset,
+    /// Files to read.
+    pub inputs: Vec<PathBuf>,
+    /// Where ids and texts are in JSON.
+    pub fields: Fields,
+    /// Records to read at most.
+    pub limit: Option<u64>,
+    /// Files of general instructions.
+    pub general: Vec<PathBuf>,
+    /// Shares by tokens: of augmented documents and, if there are any, of general instructions.
+    pub weights: Vec<u64>,
+    /// Flags of augmentation.
+    pub augment: AugmentArgs,
+    /// Flags of training; none if nothing is trained.
+    pub train: Option<TrainArgs>,
+    /// Flags of the machine.
+    pub machine: MachineArgs,
+    /// The run folder.
+    pub out: PathBuf,
+    /// The synthesizer.
+    pub synthesizer: Model,
+    /// The model whose tokenizer makes items, and which is trained.
+    pub model: Model,
+    /// Where models compute.
+    pub device: Device,
+    /// Type of the synthesizer's weights.
+    pub dtype: DType,
+}
+
+impl Settings {
+    /// Checks flags against each other and the world, before anything is read or spent.
+    ///
+    /// # Errors
+    /// Says which flag cannot work, and why.
+    pub fn new(
+        preset: Preset,
+        input: &InputArgs,
+        augment: AugmentArgs,
+        train: (TrainArgs, bool),
+        machine: MachineArgs,
+    ) -> Result<Self> {
+        let (train, no_train) = train;
+        let rounds = augment.rounds.unwrap_or(preset.rounds);
+        ensure!(rounds > 0, "--rounds must be 1 at least");
+        let epoch_documents = augment.epoch_documents.unwrap_or_else(|| {
+            preset.epoch_documents.div_ceil(rounds) * rounds // a multiple for any number of rounds
+        });
+        ensure!(
+            epoch_documents > 0 && epoch_documents.is_multiple_of(rounds),
+            "--epoch-documents {epoch_documents} is not a multiple of the {rounds} rounds"
+        );
+        ensure!(augment.length >= 16, "--length must be 16 at least");
+        ensure!(machine.workers > 0, "--workers must be 1 at least");
+        ensure!((1..=99).contains(&augment.lanes), "--lanes takes 1 to 99");
+        ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
+        ensure!(train.batch > 0, "--batch must be 1 at least");
+        ensure!(
+            ["auto", "plain", "none"].contains(&machine.progress.as_str()),
+            "--progress takes auto, plain or none, not {:?}",
+            machine.progress
+        );
+        let ratio = match &augment.ratio {
+            Some(text) => ratio(text)?,
+            None => preset.ratio,
+        };
+        let general = input::expand(&augment.general)?;
+        ensure!(
+            augment.ratio.is_none() || ratio[1] == 0 || !general.is_empty(),
+            "--ratio wants general instructions: name their files with --general"
+        );
+        let device = device::device(&machine.device)?;
+        let dtype = device::dtype(&machine.dtype, &device)?;
+        let synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
+        let model = train.model(augment.length)?;
+        let context = synthesizer.config.max_position_embeddings;
+        ensure!(
+            augment.new_tokens > 0 && augment.new_tokens + 64 < context,
+            "--new-tokens {} leaves no room for a prompt in the synthesizer's context of {context}",
+            augment.new_tokens
+        );
+        let settings = Settings {
+            preset: Preset { rounds, ratio, epoch_documents, ..preset },
+            inputs: files(&input.input)?,
+            fields: input.fields(),
+            limit: input.limit,
+            weights: if general.is_empty() { vec![1] } else { ratio.to_vec() },
+            general,
+            augment,
+            train: (!no_train).then_some(train),
+            machine,
+            out: input.out.clone(),
+            synthesizer,
+            model,
+            device,
+            dtype,
+        };
+        ensure!(!settings.inputs.is_empty(), "--input names no files");
+        Ok(settings)
+    }
+
+    /// Tokens of the longest prompt.
+    pub fn prompt_tokens_max(&self) -> usize {
+        self.synthesizer.config.max_position_embeddings - self.augment.new_tokens
+    }
+
+    /// How the engine uses the device.
+    pub fn engine(&self) -> EngineSettings {
+        EngineSettings {
+            sequences_max: self.machine.sequences,
+            step_tokens_max: self.machine.step_tokens,
+            cache_bytes: self.machine.cache_mib << 20,
+            queue_max: 2 * self.machine.sequences,
+        }
+    }
+
+    /// Kinds of the input files, each once.
+    pub fn kinds(&self) -> Vec<&'static str> {
+        let mut kinds: Vec<&str> =
+            self.inputs.iter().filter_map(|file| Kind::of(file).ok()).map(Kind::name).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        kinds
+    }
+
+    /// What decides the bytes of the output: `run.json`.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn configuration(&self, templates: &Templates, training: Option<Value>) -> Result<Value> {
+        let files = |paths: &[PathBuf]| -> Result<Vec<Value>> {
+            let file = |path: &PathBuf| {
+                let bytes = std::fs::metadata(path)?.len();
+                let digest = format!("{:032x}", input::digest(path)?);
+                Ok(json!({ "file": path, "bytes": bytes, "xxh3": digest }))
+            };
+            paths.iter().map(file).collect()
+        };
+        let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
+        let kind = if self.device.is_cpu() { "cpu" } else { "cuda" };
+        Ok(json!({
+            "headwater": env!("CARGO_PKG_VERSION"),
+            "command": self.preset.command,
+            "seed": self.machine.seed,
+            "input": {
+                "files": files(&self.inputs)?,
+                "fields": self.fields,
+                "limit": self.limit,
+            },
+            "synthesizer": {
+                "name": self.synthesizer.name,
+                "weights": self.synthesizer.digest()?,
+                "tokenizer": tokenizer(&self.synthesizer),
+                "context": self.synthesizer.config.max_position_embeddings,
+                "new_tokens": self.augment.new_tokens,
+                "arithmetic": format!("{kind} {}", self.dtype.as_str()),
+            },
+            "rounds": self.preset.rounds,
+            "epoch_documents": self.preset.epoch_documents,
+            "templates": format!("{:032x}", templates.digest()),
+            "mix": { "weights": self.weights, "general": files(&self.general)? },
+            "lanes": self.augment.lanes,
+            "length": self.augment.length,
+            "model": {
+                "name": self.model.name,
+                "tokenizer": tokenizer(&self.model),
+            },
+            "training": training,
+        }))
+    }
+}

@@ -1,0 +1,286 @@
+//! What a run came to: the account, the figures, and where everything lies.
+
+use super::parts::Parts;
+use super::plan::{bytes, count, seconds};
+use super::settings::Settings;
+use anyhow::Result;
+use headwater::augment::Augmented;
+use headwater::format::durable;
+use headwater::ledger::Ledger;
+use headwater::mix::Mixer;
+use headwater::run::{Manifest, RunFolder};
+use headwater::train::StepReport;
+use serde_json::{Value, json};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// The closing account of a run.
+pub struct Summary {
+    ledger: Ledger,
+    manifest: Manifest,
+    training: Option<(StepReport, StepReport)>,
+    seconds: f64,
+    generated: u64,
+    weights: Vec<u64>,
+    out: PathBuf,
+    strict: bool,
+}
+
+impl Summary {
+    /// Sums up what was committed.
+    ///
+    /// # Errors
+    /// If the manifest does not add up to what was trained on.
+    pub fn new(
+        settings: &Settings,
+        parts: &Parts,
+        manifest: Manifest,
+        training: Option<(StepReport, StepReport)>,
+        seconds: f64,
+    ) -> Result<Self> {
+        let mut ledger = manifest.ledger();
+        let trained = training.map_or(0, |(_, last)| last.next_sequence);
+        ledger.add("train/sequences", trained);
+        ledger.add("train/waiting", manifest.sequences().saturating_sub(trained));
+        ledger.add("train/tokens", training.map_or(0, |(_, last)| last.tokens_total));
+        Ok(Summary {
+            ledger,
+            manifest,
+            training,
+            seconds,
+            generated: parts.meters.generations.get(),
+            weights: settings.weights.clone(),
+            out: settings.out.clone(),
+            strict: settings.machine.strict,
+        })
+    }
+
+    /// Writes `ledger.json`.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn write_ledger(&self, folder: &RunFolder) -> Result<()> {
+        let text = format!("{:#}\n", self.ledger_json());
+        durable::write(&folder.path().join("ledger.json"), text.as_bytes())?;
+        Ok(())
+    }
+
+    /// The run folder.
+    pub fn run(&self) -> &std::path::Path {
+        &self.out
+    }
+
+    /// Whether anything was rejected and that was not to be.
+    pub fn is_too_much_rejected(&self) -> bool {
+        self.strict && self.rejected() > 0
+    }
+
+    /// Everything as JSON.
+    pub fn json(&self) -> Value {
+        json!({
+            "ledger": self.ledger_json(),
+            "seconds": self.seconds,
+            "documents_per_s": self.generated as f64 / self.seconds,
+            "utilisation": self.utilisation(),
+            "mix_error_tokens": self.mix_errors(),
+            "peak_memory_bytes": peak_memory(),
+            "training": self.training.map(|(first, last)| json!({ "first": first, "last": last })),
+            "run": self.out,
+        })
+    }
+
+    /// The account and the figures as text.
+    pub fn describe(&self) -> String {
+        let mut text = String::new();
+        let ledger = &self.ledger;
+        let get = |name: &str| ledger.get(name);
+        let mut line = |name: &str, value: String| {
+            let _ = writeln!(text, "  {name:<12} {value}");
+        };
+        line(
+            "read",
+            format!(
+                "{} records = {} documents + {} rejected{} + {} withdrawn",
+                get("read/records"),
+                get("read/documents"),
+                ledger.sum("read/rejected/"),
+                reasons(ledger, "read/rejected/"),
+                get("read/withdrawn"),
+            ),
+        );
+        line(
+            "admit",
+            format!(
+                "{} texts from {} whole and {} split documents; {} rejected{}; {} hold markers",
+                get("admit/texts"),
+                get("admit/whole"),
+                get("admit/split"),
+                ledger.sum("admit/rejected/"),
+                reasons(ledger, "admit/rejected/"),
+                get("admit/marker_in_text"),
+            ),
+        );
+        let texts = get("admit/texts").max(1) as f64;
+        line(
+            "synthesize",
+            format!(
+                "{} prompt and {} generated tokens; ended by{}",
+                count(get("synthesize/prompt_tokens")),
+                count(get("synthesize/generated_tokens")),
+                reasons(ledger, "synthesize/finished/"),
+            ),
+        );
+        line(
+            "parse",
+            format!(
+                "{} pieces = {} pairs + {} rejected{}; {:.1} % of texts have a pair, {:.2} on average",
+                get("parse/pieces"),
+                get("parse/pairs"),
+                ledger.sum("parse/rejected/"),
+                reasons(ledger, "parse/rejected/"),
+                100.0 * get("parse/texts_with_pairs") as f64 / texts,
+                get("parse/pairs") as f64 / texts,
+            ),
+        );
+        line(
+            "templify",
+            format!(
+                "{} documents: {} texts augmented, {} raw; pairs{}; rejected {}{}",
+                get("templify/documents"),
+                get("templify/texts/augmented"),
+                get("templify/texts/raw"),
+                reasons(ledger, "templify/pairs/"),
+                ledger.sum("templify/rejected/"),
+                reasons(ledger, "templify/rejected/"),
+            ),
+        );
+        line(
+            "mix",
+            format!(
+                "{} tokens{}; error {} tokens; {} rejected{}",
+                get("mix/tokens"),
+                reasons(ledger, "mix/tokens_of/"),
+                self.mix_errors().iter().max().copied().unwrap_or(0),
+                ledger.sum("mix/rejected/"),
+                reasons(ledger, "mix/rejected/"),
+            ),
+        );
+        line(
+            "pack",
+            format!(
+                "{} sequences, {:.2} % full ({} padding, {} items cut)",
+                get("pack/sequences"),
+                100.0 * self.utilisation(),
+                get("pack/padding"),
+                get("pack/cuts"),
+            ),
+        );
+        line("train", self.describe_training());
+        line("unknown", ledger.unknown().to_string());
+        line(
+            "run",
+            format!(
+                "{}, {:.1} documents/s synthesized, {} peak memory",
+                seconds(self.seconds),
+                self.generated as f64 / self.seconds,
+                bytes(peak_memory()),
+            ),
+        );
+        text
+    }
+
+    /// Where everything lies.
+    pub fn places(&self) -> String {
+        let out = self.out.display();
+        let model = match self.training {
+            Some((_, last)) => {
+                format!("\n  the model      {out}/checkpoints/step-{:08}/", last.step)
+            }
+            None => String::new(),
+        };
+        format!(
+            "  documents      {out}/augmented/   (zstd, one JSON object a line)\n  sequences      \
+             {out}/packed/      (Parquet)\n  rejected       {out}/rejected/\n  account        \
+             {out}/ledger.json\n  configuration  {out}/run.json{model}\n"
+        )
+    }
+
+    /// A document to look at: the first with texts of several rounds and pairs, if there is one.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn example(&self, folder: &RunFolder) -> Result<Option<Augmented>> {
+        let mut best: Option<Augmented> = None;
+        for epoch in &self.manifest.epochs {
+            for document in folder.augmented(epoch)? {
+                let rank = |document: &Augmented| {
+                    (document.choices.is_some(), document.entries.len().min(2))
+                };
+                if best.as_ref().is_none_or(|best| rank(&document) > rank(best)) {
+                    best = Some(document);
+                }
+            }
+            if best.as_ref().is_some_and(|best| best.entries.len() > 1) {
+                break;
+            }
+        }
+        Ok(best)
+    }
+
+    fn describe_training(&self) -> String {
+        match self.training {
+            None => format!("nothing; {} sequences wait", self.ledger.get("train/waiting")),
+            Some((first, last)) => format!(
+                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end",
+                last.step,
+                last.next_sequence,
+                count(last.tokens_total),
+                first.loss,
+                last.loss,
+            ),
+        }
+    }
+
+    fn ledger_json(&self) -> Value {
+        json!({
+            "unknown": self.ledger.unknown(),
+            "counts": self.ledger,
+            "balances": self.ledger.balances(),
+        })
+    }
+
+    fn rejected(&self) -> u64 {
+        self.ledger.iter().filter(|(name, _)| name.contains("/rejected/")).map(|(_, n)| n).sum()
+    }
+
+    fn utilisation(&self) -> f64 {
+        self.ledger.get("pack/tokens") as f64 / self.ledger.get("pack/room").max(1) as f64
+    }
+
+    /// Distance of each lane from the asked ratio, in tokens.
+    fn mix_errors(&self) -> Vec<u64> {
+        let lanes = self.manifest.epochs.last().map_or(&[][..], |last| &last.lanes);
+        let started = lanes.iter().filter(|lane| !lane.mix.tokens.is_empty());
+        started
+            .map(|lane| Mixer::resume(&self.weights, lane.mix.clone()).error_tokens())
+            .collect()
+    }
+}
+
+/// ` (a 1, b 2)` for the counts under a name; nothing if there are none.
+fn reasons(ledger: &Ledger, prefix: &str) -> String {
+    let counts: Vec<String> =
+        ledger.under(prefix).map(|(name, amount)| format!("{name} {amount}")).collect();
+    match counts.is_empty() {
+        true => String::new(),
+        false => format!(" ({})", counts.join(", ")),
+    }
+}
+
+/// The most memory this process ever held; zero where the system does not say.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kilobytes.unwrap_or(0) * 1024
+}
