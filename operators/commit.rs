@@ -53,60 +53,75 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
         open: impl FnOnce(Waker) -> Committer + 'static,
     ) -> StreamVec<'scope, u64, Committed> {
         let scope = self.scope();
-        let (to_one, accounts_to_one) =
-            (Exchange::new(|_: &PackedLane| 0), Exchange::new(|_: &Account| 0));
-        self.binary_frontier(accounts, to_one, accounts_to_one, "Commit", move |_capability, info| {
-            let wake = waker(scope.worker().sync_activator_for(info.address.to_vec()));
-            let again = scope.activator_for(info.address);
-            let committer = (scope.index() == 0).then(|| open(wake));
-            let mut lanes = committing.lanes;
-            // The epochs that are being gathered, and those handed over: each with its capability.
-            let mut gathering: BTreeMap<u64, (Capability<u64>, Gathered)> = BTreeMap::new();
-            let mut handed_over: BTreeMap<u64, Capability<u64>> = BTreeMap::new();
+        let (to_one, accounts_to_one) = (
+            Exchange::new(|_: &PackedLane| 0),
+            Exchange::new(|_: &Account| 0),
+        );
+        self.binary_frontier(
+            accounts,
+            to_one,
+            accounts_to_one,
+            "Commit",
+            move |_capability, info| {
+                let wake = waker(scope.worker().sync_activator_for(info.address.to_vec()));
+                let again = scope.activator_for(info.address);
+                let committer = (scope.index() == 0).then(|| open(wake));
+                let mut lanes = committing.lanes;
+                // The epochs that are being gathered, and those handed over: each with its capability.
+                let mut gathering: BTreeMap<u64, (Capability<u64>, Gathered)> = BTreeMap::new();
+                let mut handed_over: BTreeMap<u64, Capability<u64>> = BTreeMap::new();
 
-            move |(packed, packed_frontier), (accounts, accounts_frontier), output| {
-                let port = output.output_index();
-                packed.for_each_stamp(|capability, batches| {
-                    let held = capability.retain_least(port).expect("packed at a time");
-                    let (_, gathered) = gathering
-                        .entry(*held.time())
-                        .or_insert_with(|| (held, Gathered::default()));
-                    gathered.lanes.extend(batches.flat_map(|batch| batch.drain(..)));
-                });
-                accounts.for_each_stamp(|capability, batches| {
-                    let held = capability.retain_least(port).expect("accounts have a time");
-                    let (_, gathered) = gathering
-                        .entry(*held.time())
-                        .or_insert_with(|| (held, Gathered::default()));
-                    gathered.accounts.extend(batches.flat_map(|batch| batch.drain(..)));
-                });
-                let Some(committer) = &committer else { return };
-                while let Some(entry) = gathering.first_entry()
-                    && !packed_frontier.less_equal(entry.key())
-                    && !accounts_frontier.less_equal(entry.key())
-                {
-                    let epoch = *entry.key();
-                    let (capability, gathered) = entry.remove();
-                    let whole = gathered.into_output(epoch, &mut lanes);
-                    match committer.offer(whole) {
-                        Ok(()) => drop(handed_over.insert(epoch, capability)),
-                        Err(whole) => {
-                            let gathered = Gathered { whole: Some(whole), ..Gathered::default() };
-                            gathering.insert(epoch, (capability, gathered));
-                            again.activate_after(RETRY);
-                            break;
+                move |(packed, packed_frontier), (accounts, accounts_frontier), output| {
+                    let port = output.output_index();
+                    packed.for_each_stamp(|capability, batches| {
+                        let held = capability.retain_least(port).expect("packed at a time");
+                        let (_, gathered) = gathering
+                            .entry(*held.time())
+                            .or_insert_with(|| (held, Gathered::default()));
+                        gathered
+                            .lanes
+                            .extend(batches.flat_map(|batch| batch.drain(..)));
+                    });
+                    accounts.for_each_stamp(|capability, batches| {
+                        let held = capability.retain_least(port).expect("accounts have a time");
+                        let (_, gathered) = gathering
+                            .entry(*held.time())
+                            .or_insert_with(|| (held, Gathered::default()));
+                        gathered
+                            .accounts
+                            .extend(batches.flat_map(|batch| batch.drain(..)));
+                    });
+                    let Some(committer) = &committer else { return };
+                    while let Some(entry) = gathering.first_entry()
+                        && !packed_frontier.less_equal(entry.key())
+                        && !accounts_frontier.less_equal(entry.key())
+                    {
+                        let epoch = *entry.key();
+                        let (capability, gathered) = entry.remove();
+                        let whole = gathered.into_output(epoch, &mut lanes);
+                        match committer.offer(whole) {
+                            Ok(()) => drop(handed_over.insert(epoch, capability)),
+                            Err(whole) => {
+                                let gathered = Gathered {
+                                    whole: Some(whole),
+                                    ..Gathered::default()
+                                };
+                                gathering.insert(epoch, (capability, gathered));
+                                again.activate_after(RETRY);
+                                break;
+                            }
                         }
                     }
+                    while let Some(committed) = committer.poll() {
+                        let epoch = committed.record.epoch;
+                        let capability = handed_over.remove(&epoch).expect("handed over before");
+                        committing.meters.epochs.add(1);
+                        committing.meters.sequences.add(committed.record.sequences);
+                        output.session(&capability).give(committed);
+                    }
                 }
-                while let Some(committed) = committer.poll() {
-                    let epoch = committed.record.epoch;
-                    let capability = handed_over.remove(&epoch).expect("handed over before");
-                    committing.meters.epochs.add(1);
-                    committing.meters.sequences.add(committed.record.sequences);
-                    output.session(&capability).give(committed);
-                }
-            }
-        })
+            },
+        )
     }
 }
 
@@ -125,9 +140,15 @@ impl Gathered {
         if let Some(whole) = self.whole {
             return whole;
         }
-        let mut output = EpochOutput { epoch, ..EpochOutput::default() };
-        let mut lanes: BTreeMap<u64, PackedLane> =
-            self.lanes.into_iter().map(|lane| (lane.lane, lane)).collect();
+        let mut output = EpochOutput {
+            epoch,
+            ..EpochOutput::default()
+        };
+        let mut lanes: BTreeMap<u64, PackedLane> = self
+            .lanes
+            .into_iter()
+            .map(|lane| (lane.lane, lane))
+            .collect();
         let mut documents = Vec::new();
         for (index, state) in states.iter_mut().enumerate() {
             let Some(lane) = lanes.remove(&(index as u64)) else {

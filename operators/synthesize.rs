@@ -76,8 +76,7 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                 });
                 while let Some(completion) = synthesizer.poll() {
                     in_flight.settle(completion.key);
-                    let (slot, mut turn) =
-                        submitted.remove(&completion.key).expect("settled once");
+                    let (slot, mut turn) = submitted.remove(&completion.key).expect("settled once");
                     synthesis.meters.generations.add(1);
                     turn.generation = Generation {
                         text: synthesis.tokenizer.decode(&completion.tokens),
@@ -91,7 +90,11 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                     let key = in_flight.issue();
                     let tokens = turn.prompt.tokens.clone();
                     let new_tokens_max = synthesis.new_tokens_max;
-                    match synthesizer.submit(Request { key, tokens, new_tokens_max }) {
+                    match synthesizer.submit(Request {
+                        key,
+                        tokens,
+                        new_tokens_max,
+                    }) {
                         Ok(()) => drop(submitted.insert(key, (slot, turn))),
                         Err(request) => {
                             in_flight.settle(request.key);
@@ -115,7 +118,11 @@ struct Held<T: Timestamp> {
 
 impl<T: Timestamp> Default for Held<T> {
     fn default() -> Self {
-        Held { slots: BTreeMap::new(), under_way: BTreeMap::new(), next: 0 }
+        Held {
+            slots: BTreeMap::new(),
+            under_way: BTreeMap::new(),
+            next: 0,
+        }
     }
 }
 

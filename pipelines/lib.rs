@@ -1,5 +1,8 @@
 //! The pipelines, and what they share.
 
+pub mod demo;
+pub mod inspect;
 pub mod pubmed;
 pub mod shell;
+pub mod train;
 pub mod tune;

@@ -1,7 +1,7 @@
 //! The program `headwater`.
 
 use clap::{Parser, Subcommand};
-use headwater_pipelines::{pubmed, shell, tune};
+use headwater_pipelines::{demo, inspect, pubmed, shell, train, tune};
 use std::process::ExitCode;
 
 #[global_allocator]
@@ -17,20 +17,23 @@ struct Headwater {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Demo),
     Pubmed(pubmed::Pubmed),
     Tune(tune::Tune),
+    Train(train::Train),
+    Inspect(inspect::Inspect),
 }
 
 fn main() -> ExitCode {
     let run = || -> anyhow::Result<ExitCode> {
         shell::stop::listen()?;
         match Headwater::parse().command {
+            Command::Demo(args) => demo::run(args),
             Command::Pubmed(args) => pubmed::run(args),
-            Command::Tune(args) => tune::run(&args).map(|()| ExitCode::SUCCESS),
+            Command::Tune(args) => tune::run(&args),
+            Command::Train(args) => train::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
         }
     };
-    run().unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        ExitCode::FAILURE
-    })
+    run().unwrap_or_else(|error| shell::report(&error))
 }

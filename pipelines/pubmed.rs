@@ -10,11 +10,11 @@
 //!                       └───────────────────────── credit ◀────────────────────────────────────────────┘
 //! ```
 
-use crate::shell::args::{AugmentArgs, InputArgs, MachineArgs, TrainArgs};
+use crate::shell::args::{AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs};
 use crate::shell::parts::Parts;
-use crate::shell::finish;
 use crate::shell::running::run as run_dataflow;
 use crate::shell::settings::{Preset, Settings};
+use crate::shell::{finish, wrong_use};
 use anyhow::Result;
 use clap::Args;
 use headwater::chain::Chain;
@@ -28,23 +28,32 @@ use headwater_operators::read::{Admitted, read};
 use headwater_operators::synthesize::Synthesize;
 use headwater_operators::templify::Templify;
 use headwater_operators::train::Train;
-use timely::dataflow::operators::{Concat, ConnectLoop, Enter, Leave, LoopVariable, OkErr};
 use std::process::ExitCode;
+use timely::dataflow::operators::{Concat, ConnectLoop, Enter, Leave, LoopVariable, OkErr};
 use timely::worker::Worker;
 
 /// The recipe for a domain (arXiv 2406.14491, table 2).
-const PRESET: Preset =
-    Preset { command: "pubmed", corpus: "pubmed", rounds: 3, ratio: [1, 1], epoch_documents: 240 };
+const PRESET: Preset = Preset {
+    command: "pubmed",
+    corpus: "pubmed",
+    rounds: 3,
+    ratio: [1, 1],
+    epoch_documents: 240,
+};
 
 /// Augment biomedical abstracts, mix them with general instructions, pack and train
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Example:\n  headwater pubmed --input pubmed26n0001.xml.gz --general \
-                        instructions.jsonl --model 110m --out runs/pubmed")]
+#[command(
+    after_help = "Example:\n  headwater pubmed --input pubmed26n0001.xml.gz --general \
+                        instructions.jsonl --model 110m --out runs/pubmed"
+)]
 pub struct Pubmed {
     #[command(flatten)]
     input: InputArgs,
     #[command(flatten)]
     augment: AugmentArgs,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     train: TrainArgs,
     /// Write shards only
@@ -59,9 +68,23 @@ pub struct Pubmed {
 /// # Errors
 /// If the flags cannot work or the run cannot start.
 pub fn run(args: Pubmed) -> Result<ExitCode> {
-    let Pubmed { input, augment, train, no_train, machine } = args;
+    let Pubmed {
+        input,
+        augment,
+        engine,
+        train,
+        no_train,
+        machine,
+    } = args;
     let json = machine.json;
-    let settings = Settings::new(PRESET, &input, augment, (train, no_train), machine)?;
+    let settings = Settings::new(
+        PRESET,
+        &input,
+        (augment, engine),
+        (train, no_train),
+        machine,
+    )
+    .map_err(wrong_use)?;
     finish(&run_dataflow(&settings, dataflow)?, json, false)
 }
 
@@ -85,8 +108,13 @@ pub fn dataflow(worker: &mut Worker, parts: &Parts) {
                 .prompt(parts.writer.clone(), parts.prompt_tokens_max)
                 .synthesize(parts.synthesis.clone(), parts.synthesizer())
                 .parse(parts.meters.clone());
-            let (done, more) =
-                chains.ok_err(|chain| if chain.is_done() { Ok(chain) } else { Err(chain) });
+            let (done, more) = chains.ok_err(|chain| {
+                if chain.is_done() {
+                    Ok(chain)
+                } else {
+                    Err(chain)
+                }
+            });
             more.connect_loop(again);
             done.leave(scope)
         });

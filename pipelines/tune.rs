@@ -1,172 +1,358 @@
-//! Tunes an instruction synthesizer.
+//! Tunes an instruction synthesizer (recipe (f)).
 //!
 //! ```text
-//! task rows ─▶ lessons (few-shot, one dataset an item) ─▶ packed sequences ─▶ trainer ─▶ model/
+//! task rows ─▶ lessons (few-shot, one dataset an item) ─▶ packed sequences ─▶ trainer ─▶ model/ ─▶ exam
 //! ```
 
+use crate::shell::args::{MachineArgs, check_progress};
+use crate::shell::evaluation::evaluate;
+use crate::shell::models::Model;
+use crate::shell::plan::{OPTIMIZER, count, seconds};
+use crate::shell::progress::{Expected, Progress, TrainMeter};
+use crate::shell::running::abort_on_panic;
+use crate::shell::settings::digests;
+use crate::shell::stop::STOPPED;
 use crate::shell::training::{Drive, Ended, TrainingFolder};
-use anyhow::{Context, Result, bail};
+use crate::shell::{has_rejected, wrong_use};
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use clap::Args;
-use headwater::format::{input, tasks};
-use headwater::model::config::ModelConfig;
-use headwater::model::shape::Shape;
-use headwater::model::weights::Weights;
+use headwater::eval::{Exam, ExamBounds, Scores};
+use headwater::format::{compressed, durable, input, tasks};
+use headwater::ledger::Ledger;
+use headwater::meter::Meters;
 use headwater::model::device;
+use headwater::model::shape::Shape;
 use headwater::prompt::PromptWriter;
 use headwater::record::{Rejected, Sequence};
+use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
-use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
 use headwater::train::tuning::{LessonSettings, Lessons, LossOn};
-use headwater::train::{TrainSettings, Trainer, initial, loaded};
+use headwater::train::{StepReport, TrainSettings, Trainer};
+use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
 
-/// Tune an instruction synthesizer on task rows.
+/// Tune an instruction synthesizer on task rows
 #[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Example:\n  headwater tune --input tasks.jsonl --held-out held-out.jsonl --base \
+                        models/mistral-7b --out runs/synthesizer"
+)]
 pub struct Tune {
     /// Files of task rows: one JSON object a line with a text and its question-answer pairs
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
-    pub input: Vec<PathBuf>,
-    /// Rows to measure the loss on, never learned from
+    input: Vec<PathBuf>,
+    /// Rows to measure the loss and the answers on, never learned from
     #[arg(long, num_args = 1.., value_name = "FILE")]
-    pub held_out: Vec<PathBuf>,
-    /// The model to start from: a Hugging Face directory, or a shape for random weights
+    held_out: Vec<PathBuf>,
+    /// The model to start from: a Hugging Face directory, "bundled", or a shape for random weights
     #[arg(long, value_name = "DIR|SHAPE")]
-    pub base: String,
+    base: String,
     /// The run folder; the tuned model is in its model/
     #[arg(long, value_name = "DIR")]
-    pub out: PathBuf,
+    out: PathBuf,
     /// Tokens of a sequence
     #[arg(long, default_value_t = 2048)]
-    pub length: usize,
+    length: usize,
     /// Rows that may follow each other in one prompt
     #[arg(long, default_value_t = 3)]
-    pub shots: usize,
+    shots: usize,
     /// Passes over the rows
     #[arg(long, default_value_t = 5)]
-    pub epochs: u64,
+    epochs: u64,
     /// Sequences of one step
     #[arg(long, default_value_t = 8)]
-    pub batch: usize,
+    batch: usize,
     /// Peak learning rate
     #[arg(long, default_value_t = 5e-6)]
-    pub rate: f64,
+    rate: f64,
     /// Steps of warm-up
     #[arg(long, default_value_t = 1000)]
-    pub warmup: u64,
+    warmup: u64,
     /// What to learn of each row: its pairs, or everything (to make a base model)
     #[arg(long, default_value = "pairs")]
-    pub loss_on: String,
+    loss_on: String,
     /// Tokens of the tokenizer that is trained when the base is a shape
     #[arg(long, default_value_t = 6144)]
-    pub vocabulary: usize,
+    vocabulary: usize,
     /// Rows used of each dataset
     #[arg(long, default_value_t = 10_000)]
-    pub rows_per_dataset: usize,
+    rows_per_dataset: usize,
     /// Steps between checkpoints
     #[arg(long, default_value_t = 100)]
-    pub checkpoint_every: u64,
+    checkpoint_every: u64,
     /// Type of the tuned model's parameters on disk
     #[arg(long, default_value = "f32")]
-    pub dtype: String,
-    /// Seed of all random choices
-    #[arg(long, default_value_t = 1)]
-    pub seed: u64,
-    /// Where to compute: cpu or cuda:0
-    #[arg(long, default_value = "cpu")]
-    pub device: String,
+    dtype: String,
+    /// Rows of the held-out files that the tuned model is asked about; 0 for none
+    #[arg(long, default_value_t = 200, value_name = "N")]
+    exam_rows: usize,
+    #[command(flatten)]
+    machine: MachineArgs,
 }
 
 /// Runs the pipeline.
 ///
 /// # Errors
 /// If the settings cannot work, training diverges, or the disk refuses.
-pub fn run(args: &Tune) -> Result<()> {
-    let device = device::device(&args.device)?;
-    let (rows, mut rejected) = read(&args.input)?;
-    let base = Base::open(args, &rows)?;
-    let writer = PromptWriter::new(base.tokenizer.clone())?;
-    let lesson_settings = LessonSettings {
-        length: args.length,
-        shots_max: args.shots,
-        rows_per_dataset_max: args.rows_per_dataset,
-        loss_on: match args.loss_on.as_str() {
-            "pairs" => LossOn::Pairs,
-            "everything" => LossOn::Everything,
-            other => bail!("--loss-on takes pairs or everything, not {other:?}"),
-        },
-        seed: args.seed,
-    };
-    let (lessons, unused) = Lessons::new(rows, &writer, lesson_settings.clone());
-    rejected.extend(unused);
-    let held_out = held_out(args, &writer, &lesson_settings)?;
-    let (tokens, learned) = lessons.tokens();
-    let total_steps = (tokens * args.epochs).div_ceil((args.length * args.batch) as u64);
-    eprintln!(
-        "{} rows of {tokens} tokens, {learned} of them learned; {} rejected; {total_steps} steps; \
-         {} parameters",
-        lessons.rows(),
-        rejected.len(),
-        base.config.parameter_count(),
-    );
-    let settings = settings(args, total_steps);
-    let folder =
-        TrainingFolder { run: args.out.clone(), checkpoint_every: args.checkpoint_every };
-    let trainer = match folder.latest()? {
-        Some(checkpoint) => Trainer::resume(&checkpoint, settings, DType::F32, &device)?,
-        None => base.start(args, settings, &device)?,
-    };
-    let mut drive = Drive::new(trainer, &base.tokenizer, folder)?;
-    if train(&mut drive, &lessons, args, &held_out)? == Ended::Stopped {
-        eprintln!("stopped; the same command goes on from the last checkpoint");
-        return Ok(());
+pub fn run(args: &Tune) -> Result<ExitCode> {
+    let class = Class::open(args).map_err(wrong_use)?;
+    eprint!("{}", class.describe(args));
+    if args.machine.dry_run {
+        return Ok(ExitCode::SUCCESS);
     }
-    drive.checkpoint()?;
-    let dtype = device::dtype(&args.dtype, &device)?;
+    abort_on_panic();
+    RunFolder::claim(&args.out, &class.configuration(args)?)?;
+    class.write_rejected(args)?;
+    let start = Instant::now();
+    let folder = class.folder(args);
+    let trainer = match folder.latest()? {
+        Some(checkpoint) => Trainer::resume(
+            &checkpoint,
+            class.training,
+            compute(&class.device),
+            &class.device,
+        )?,
+        None => {
+            let values = class.model.parameters(args.machine.seed, &class.device)?;
+            let (config, training) = (&class.model.config, class.training);
+            Trainer::new(
+                config,
+                values,
+                training,
+                compute(&class.device),
+                &class.device,
+            )?
+        }
+    };
+    let mut drive = Drive::new(trainer, &class.model.tokenizer, folder)?;
     let model = args.out.join("model");
-    drive.trainer.export(&model, &base.tokenizer, dtype)?;
-    eprintln!("the tuned model is in {}", model.display());
-    Ok(())
+    let scores = match class.teach(&mut drive, args)? {
+        Ended::Stopped => None,
+        Ended::Done => {
+            drive.checkpoint()?;
+            let dtype = device::dtype(&args.dtype, &class.device)?;
+            drive
+                .trainer
+                .export(&model, &class.model.tokenizer, dtype)?;
+            evaluate(&class.exam(args)?, &model, &class.device)?
+        }
+    };
+    let Some(scores) = scores else {
+        eprintln!("stopped; run the same command again to go on");
+        return Ok(ExitCode::from(STOPPED));
+    };
+    let held_out_loss = match class.held_out.is_empty() {
+        true => None,
+        false => Some(drive.trainer.evaluate(&class.held_out)?),
+    };
+    let (first, last) = drive.span().context("there was nothing to learn")?;
+    let report = Report {
+        first,
+        last,
+        held_out_loss,
+        scores,
+        spent: start.elapsed().as_secs_f64(),
+    };
+    report.close(args, &class)?;
+    Ok(has_rejected(
+        !class.rejected.is_empty(),
+        args.machine.strict,
+    ))
 }
 
-fn train(
-    drive: &mut Drive<'_>,
-    lessons: &Lessons,
-    args: &Tune,
-    held_out: &[Sequence],
-) -> Result<Ended> {
-    let done = drive.trainer.progress().next_sequence as usize;
-    let mut seen = 0;
-    for epoch in 0..args.epochs {
-        let sequences = lessons.epoch(epoch);
-        for batch in sequences.chunks(args.batch) {
-            seen += batch.len();
-            if seen <= done {
-                continue;
-            }
-            let ended = drive.step(batch, &mut |report, seconds| {
-                if report.step.is_multiple_of(10) {
-                    eprintln!(
-                        "step {} epoch {epoch} loss {:.4} norm {:.2} rate {:.2e} {:.0} tokens/s",
-                        report.step,
-                        report.loss,
-                        report.grad_norm,
-                        report.lr,
-                        report.tokens as f64 / seconds
-                    );
-                }
-            })?;
-            let step = drive.trainer.progress().step;
-            if !held_out.is_empty() && step.is_multiple_of(args.checkpoint_every) {
-                eprintln!("step {step} held-out loss {:.4}", drive.trainer.evaluate(held_out)?);
-            }
-            if ended == Ended::Stopped {
-                return Ok(ended);
-            }
+/// What is learned, and who learns it.
+struct Class {
+    model: Model,
+    device: Device,
+    writer: PromptWriter,
+    lesson_settings: LessonSettings,
+    lessons: Lessons,
+    rows_read: u64,
+    held_out_rows: Vec<tasks::Task>,
+    held_out: Vec<Sequence>,
+    rejected: Vec<Rejected>,
+    training: TrainSettings,
+}
+
+impl Class {
+    fn open(args: &Tune) -> Result<Self> {
+        check_progress(&args.machine.progress)?;
+        ensure!(
+            args.epochs > 0 && args.batch > 0,
+            "--epochs and --batch must be 1 at least"
+        );
+        let device = device::device(&args.machine.device)?;
+        let (rows, mut rejected) = read(&args.input)?;
+        let rows_read = (rows.len() + rejected.len()) as u64;
+        let model =
+            Model::named(&args.base, &tokenizer(args, &rows)?, args.length).context("--base")?;
+        let writer = PromptWriter::new(model.tokenizer.clone())?;
+        let lesson_settings = LessonSettings {
+            length: args.length,
+            shots_max: args.shots,
+            rows_per_dataset_max: args.rows_per_dataset,
+            loss_on: match args.loss_on.as_str() {
+                "pairs" => LossOn::Pairs,
+                "everything" => LossOn::Everything,
+                other => bail!("--loss-on takes pairs or everything, not {other:?}"),
+            },
+            seed: args.machine.seed,
+        };
+        let (lessons, unused) = Lessons::new(rows, &writer, lesson_settings.clone());
+        rejected.extend(unused);
+        ensure!(
+            lessons.rows() > 0,
+            "no row of the input can be used; the first: {:?}",
+            rejected.first()
+        );
+        let (held_out_rows, _) = read(&args.held_out)?;
+        let held_out = Lessons::new(held_out_rows.clone(), &writer, lesson_settings.clone())
+            .0
+            .epoch(0);
+        let training = training(args, lessons.tokens().0);
+        Ok(Class {
+            model,
+            device,
+            writer,
+            lesson_settings,
+            lessons,
+            rows_read,
+            held_out_rows,
+            held_out,
+            rejected,
+            training,
+        })
+    }
+
+    fn describe(&self, args: &Tune) -> String {
+        let (tokens, learned) = self.lessons.tokens();
+        format!(
+            "  rows          {} of {} read; {} tokens, {} of them learned\n  held out      {} rows\n  \
+             base          {}: {} parameters\n  training      {} passes, {} steps of {} sequences of {} \
+             tokens, peak rate {:.1e}, warm-up {}\n  output        {}\n",
+            self.lessons.rows(),
+            self.rows_read,
+            count(tokens),
+            count(learned),
+            self.held_out_rows.len(),
+            self.model.name,
+            count(self.model.config.parameter_count()),
+            args.epochs,
+            self.training.schedule.total_steps,
+            args.batch,
+            args.length,
+            args.rate,
+            args.warmup,
+            args.out.display(),
+        )
+    }
+
+    fn configuration(&self, args: &Tune) -> Result<Value> {
+        Ok(json!({
+            "headwater": env!("CARGO_PKG_VERSION"),
+            "command": "tune",
+            "seed": args.machine.seed,
+            "input": digests(&input::expand(&args.input)?)?,
+            "base": {
+                "name": self.model.name,
+                "weights": self.model.digest()?,
+                "tokenizer": format!("{:032x}", self.model.tokenizer.digest()),
+            },
+            "lessons": self.lesson_settings,
+            "passes": args.epochs,
+            "training": self.training,
+        }))
+    }
+
+    fn folder(&self, args: &Tune) -> TrainingFolder {
+        TrainingFolder {
+            run: args.out.clone(),
+            checkpoint_every: args.checkpoint_every,
         }
     }
-    Ok(Ended::Done)
+
+    fn write_rejected(&self, args: &Tune) -> Result<()> {
+        let folder = args.out.join("rejected");
+        std::fs::create_dir_all(&folder).with_context(|| format!("could not create {folder:?}"))?;
+        durable::write(
+            &folder.join("rows.jsonl.zst"),
+            &compressed::write(&self.rejected),
+        )?;
+        Ok(())
+    }
+
+    fn exam(&self, args: &Tune) -> Result<Exam> {
+        let bounds = ExamBounds {
+            rows_max: args.exam_rows,
+            new_tokens_max: EXAM_NEW_TOKENS,
+            context: self.model.config.max_position_embeddings,
+        };
+        let rows = if args.exam_rows > 0 {
+            &self.held_out_rows[..]
+        } else {
+            &[]
+        };
+        Ok(Exam::new(rows, &self.writer, bounds))
+    }
+
+    /// Goes through the lessons from where the trainer stands.
+    fn teach(&self, drive: &mut Drive<'_>, args: &Tune) -> Result<Ended> {
+        let done = drive.trainer.progress().next_sequence as usize;
+        let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
+        let sequences = self.training.schedule.total_steps * args.batch as u64;
+        let sequences = sequences.saturating_sub(done as u64);
+        let expected = Expected {
+            texts: 0,
+            sequences,
+            synthesized: false,
+            trained: true,
+        };
+        let how = &args.machine.progress;
+        let _progress = Progress::start(how, meters.clone(), meter.clone(), expected);
+        let mut seen = 0;
+        for epoch in 0..args.epochs {
+            for batch in self.lessons.epoch(epoch).chunks(args.batch) {
+                seen += batch.len();
+                if seen <= done {
+                    continue;
+                }
+                let ended = drive.step(batch, &mut |report, _| {
+                    meter.note(report.step, report.loss);
+                    meters.learned.add(batch.len() as u64);
+                })?;
+                if ended == Ended::Stopped {
+                    return Ok(ended);
+                }
+            }
+        }
+        Ok(Ended::Done)
+    }
+
+    fn ledger(&self) -> Ledger {
+        let mut ledger = Ledger::default();
+        ledger.add("tune/rows", self.rows_read);
+        ledger.add("tune/used", self.lessons.rows() as u64);
+        for rejected in &self.rejected {
+            ledger.add(format!("tune/rejected/{}", rejected.reason), 1);
+        }
+        ledger
+    }
+}
+
+/// Tokens that an exam lets the synthesizer write for a text.
+const EXAM_NEW_TOKENS: usize = 400;
+
+fn compute(device: &Device) -> DType {
+    if device.is_cpu() {
+        DType::F32
+    } else {
+        DType::BF16
+    }
 }
 
 fn read(paths: &[PathBuf]) -> Result<(Vec<tasks::Task>, Vec<Rejected>)> {
@@ -182,81 +368,112 @@ fn read(paths: &[PathBuf]) -> Result<(Vec<tasks::Task>, Vec<Rejected>)> {
     Ok((rows, rejected))
 }
 
-fn held_out(
-    args: &Tune,
-    writer: &PromptWriter,
-    settings: &LessonSettings,
-) -> Result<Vec<Sequence>> {
-    let (rows, _) = read(&args.held_out)?;
-    Ok(Lessons::new(rows, writer, settings.clone()).0.epoch(0))
+/// The tokenizer for a base that is only a shape: that of the checkpoint, or one made from the rows.
+/// Models in directories bring their own.
+fn tokenizer(args: &Tune, rows: &[tasks::Task]) -> Result<Tokenizer> {
+    if Shape::named(&args.base).is_none() {
+        return Ok(Model::trained(&args.base).context("--base")?.tokenizer);
+    }
+    let folder = TrainingFolder {
+        run: args.out.clone(),
+        checkpoint_every: 1,
+    };
+    Ok(match folder.latest()? {
+        Some(checkpoint) => Tokenizer::read(&checkpoint)?,
+        None => Tokenizer::train(
+            rows.iter().map(written).collect::<Vec<_>>().into_iter(),
+            args.vocabulary,
+        )?,
+    })
 }
 
-fn settings(args: &Tune, total_steps: u64) -> TrainSettings {
+fn training(args: &Tune, tokens: u64) -> TrainSettings {
     TrainSettings {
         batch_sequences: args.batch,
         micro_batch_tokens: 4096,
         schedule: Schedule {
             peak: args.rate,
             warmup_steps: args.warmup,
-            total_steps,
+            total_steps: (tokens * args.epochs).div_ceil((args.length * args.batch) as u64),
             floor_share: 0.1,
         },
-        optimizer: AdamW {
-            beta1: 0.9,
-            beta2: 0.95,
-            epsilon: 1e-8,
-            weight_decay: 0.1,
-            clip_norm: 1.0,
-        },
+        optimizer: OPTIMIZER,
         recompute: false,
     }
 }
 
-/// What tuning starts from.
-struct Base {
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    directory: Option<PathBuf>,
+/// What tuning came to.
+struct Report {
+    first: StepReport,
+    last: StepReport,
+    held_out_loss: Option<f64>,
+    scores: Scores,
+    spent: f64,
 }
 
-impl Base {
-    fn open(args: &Tune, rows: &[tasks::Task]) -> Result<Self> {
-        if let Some(shape) = Shape::named(&args.base) {
-            let folder = TrainingFolder { run: args.out.clone(), checkpoint_every: 1 };
-            let tokenizer = match folder
-                .latest()?
-            {
-                Some(checkpoint) => Tokenizer::read(&checkpoint)?,
-                None => {
-                    let texts: Vec<String> = rows.iter().map(written).collect();
-                    Tokenizer::train(texts.into_iter(), args.vocabulary)?
-                }
-            };
-            let config = ModelConfig {
-                vocab_size: tokenizer.vocabulary(),
-                max_position_embeddings: args.length,
-                bos_token_id: tokenizer.bos(),
-                eos_token_ids: tokenizer.eos().into_iter().collect(),
-                ..shape.config()
-            };
-            return Ok(Base { config, tokenizer, directory: None });
+impl Report {
+    /// Writes `ledger.json` and `evaluation.json`, and prints.
+    fn close(&self, args: &Tune, class: &Class) -> Result<()> {
+        let Report {
+            first,
+            last,
+            held_out_loss,
+            scores,
+            spent,
+        } = self;
+        let ledger = class.ledger();
+        let counted = ledger.get("tune/used") + ledger.sum("tune/rejected/");
+        let unknown = ledger.get("tune/rows").abs_diff(counted);
+        let account = json!({ "unknown": unknown, "counts": ledger });
+        let evaluation = json!({
+            "held_out_loss": held_out_loss,
+            "scores": scores,
+            "loss_first": first.loss,
+            "loss_last": last.loss,
+            "steps": last.step,
+        });
+        durable::write(
+            &args.out.join("ledger.json"),
+            format!("{account:#}\n").as_bytes(),
+        )?;
+        durable::write(
+            &args.out.join("evaluation.json"),
+            format!("{evaluation:#}\n").as_bytes(),
+        )?;
+        if args.machine.json {
+            println!(
+                "{:#}",
+                json!({ "ledger": account, "evaluation": evaluation, "seconds": spent })
+            );
+            return Ok(());
         }
-        let directory = PathBuf::from(&args.base);
-        if !directory.is_dir() {
-            bail!("--base {:?} is neither a directory nor one of {}", args.base, Shape::names());
+        println!(
+            "tuned in {} steps, {} tokens and {}; loss {:.3} at the start, {:.3} at the end",
+            last.step,
+            count(last.tokens_total),
+            seconds(*spent),
+            first.loss,
+            last.loss,
+        );
+        for (name, amount) in ledger.iter() {
+            println!("  {amount:>9} {name}");
         }
-        let config = ModelConfig::read(&directory)?;
-        let tokenizer = Tokenizer::read(&directory)?;
-        Ok(Base { config, tokenizer, directory: Some(directory) })
-    }
-
-    fn start(&self, args: &Tune, settings: TrainSettings, device: &Device) -> Result<Trainer> {
-        let values = match &self.directory {
-            Some(directory) => loaded(&self.config, &Weights::open(directory)?, device)?,
-            None => initial(&self.config, args.seed, device)?,
-        };
-        let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-        Trainer::new(&self.config, values, settings, compute, device).context("could not start")
+        println!("  {unknown:>9} unknown");
+        if let Some(loss) = held_out_loss {
+            println!("held-out loss {loss:.4}");
+        }
+        if scores.texts > 0 {
+            println!(
+                "of {} held-out texts, {:.1} % got a pair, {:.2} on average; pairs F1 {:.3}, answer F1 {:.3}",
+                scores.texts,
+                100.0 * scores.texts_with_pairs as f64 / scores.texts as f64,
+                scores.pairs as f64 / scores.texts as f64,
+                scores.pairs_f1,
+                scores.answer_f1,
+            );
+        }
+        println!("the tuned model is in {}", args.out.join("model").display());
+        Ok(())
     }
 }
 

@@ -50,7 +50,9 @@ impl Admission {
     fn split(&self, document: Document) -> Vec<Document> {
         let frame = self.writer.question("").len();
         let room = self.prompt_tokens_max.saturating_sub(frame).max(1);
-        split(document, self.writer.tokenizer(), room, |text| self.fits(text))
+        split(document, self.writer.tokenizer(), room, |text| {
+            self.fits(text)
+        })
     }
 }
 
@@ -71,7 +73,12 @@ impl Blocks {
     ///
     /// # Panics
     /// If the size is zero.
-    pub fn new(documents: Documents, admission: Admission, size: usize, limit: Option<u64>) -> Self {
+    pub fn new(
+        documents: Documents,
+        admission: Admission,
+        size: usize,
+        limit: Option<u64>,
+    ) -> Self {
         assert!(size > 0, "a block holds texts");
         Blocks {
             documents,
@@ -93,7 +100,8 @@ impl Blocks {
             let mut block = Block::default(); // what is counted here was counted before
             self.left += 1;
             self.read_record(&mut block);
-            self.pending.drain(..(end.pieces as usize).min(self.pending.len()));
+            self.pending
+                .drain(..(end.pieces as usize).min(self.pending.len()));
             self.pieces_given = end.pieces;
         }
         self
@@ -104,14 +112,18 @@ impl Blocks {
         if self.left == 0 {
             return false;
         }
-        let Some(found) = self.documents.next() else { return false };
+        let Some(found) = self.documents.next() else {
+            return false;
+        };
         self.left -= 1;
         self.pieces_given = 0;
         block.ledger.add("read/records", 1);
         match found {
             Found::Document(document) => self.admit(*document, block),
             Found::Rejected(rejected) => {
-                block.ledger.add(format!("read/rejected/{}", rejected.reason), 1);
+                block
+                    .ledger
+                    .add(format!("read/rejected/{}", rejected.reason), 1);
                 block.rejected.push(*rejected);
             }
             Found::Withdrawn { id, place } => {
@@ -142,7 +154,14 @@ impl Blocks {
             block.ledger.add("admit/marker_in_text", 1);
         }
         let pieces = self.admission.split(document);
-        block.ledger.add(if pieces.len() == 1 { "admit/whole" } else { "admit/split" }, 1);
+        block.ledger.add(
+            if pieces.len() == 1 {
+                "admit/whole"
+            } else {
+                "admit/split"
+            },
+            1,
+        );
         self.pending.extend(pieces);
     }
 }
@@ -151,7 +170,10 @@ impl Iterator for Blocks {
     type Item = Block;
 
     fn next(&mut self) -> Option<Block> {
-        let mut block = Block { epoch: self.epoch, ..Block::default() };
+        let mut block = Block {
+            epoch: self.epoch,
+            ..Block::default()
+        };
         let mut more = true;
         while block.documents.len() < self.size && more {
             match self.pending.pop_front() {
@@ -185,7 +207,8 @@ mod tests {
     use std::path::PathBuf;
 
     fn file(folder: &tempfile::TempDir, texts: &[&str]) -> Vec<PathBuf> {
-        let line = |(id, text): (usize, &&str)| serde_json::json!({"id": id, "text": text}).to_string();
+        let line =
+            |(id, text): (usize, &&str)| serde_json::json!({"id": id, "text": text}).to_string();
         let lines: Vec<String> = texts.iter().enumerate().map(line).collect();
         let path = folder.path().join("a.jsonl");
         std::fs::write(&path, lines.join("\n")).unwrap();
@@ -193,7 +216,10 @@ mod tests {
     }
 
     fn admission() -> Admission {
-        Admission { writer: PromptWriter::new(small()).unwrap(), prompt_tokens_max: 60 }
+        Admission {
+            writer: PromptWriter::new(small()).unwrap(),
+            prompt_tokens_max: 60,
+        }
     }
 
     fn blocks(files: &[PathBuf], size: usize, limit: Option<u64>) -> Blocks {
@@ -202,7 +228,10 @@ mod tests {
     }
 
     fn ids(blocks: &[Block]) -> Vec<Vec<&str>> {
-        blocks.iter().map(|b| b.documents.iter().map(|d| d.id.as_str()).collect()).collect()
+        blocks
+            .iter()
+            .map(|b| b.documents.iter().map(|d| d.id.as_str()).collect())
+            .collect()
     }
 
     #[test]
@@ -234,14 +263,17 @@ mod tests {
         let mut read = 0;
         for (index, block) in all.iter().enumerate() {
             read += block.ledger.get("read/records");
-            let documents =
-                Documents::resume(files.clone(), "s", Fields::detected(), block.end);
+            let documents = Documents::resume(files.clone(), "s", Fields::detected(), block.end);
             let rest = Blocks::new(documents, admission(), 4, Some(6)).resume(
                 index as u64 + 1,
                 block.end,
                 read,
             );
-            assert_eq!(rest.collect::<Vec<_>>(), all[index + 1..], "behind block {index}");
+            assert_eq!(
+                rest.collect::<Vec<_>>(),
+                all[index + 1..],
+                "behind block {index}"
+            );
         }
         let mut ledger = Ledger::default();
         all.iter().for_each(|block| ledger.merge(&block.ledger));

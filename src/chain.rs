@@ -51,8 +51,12 @@ pub struct Generation {
 pub fn chains(documents: Vec<Document>, rounds: usize) -> Vec<Chain> {
     assert!(rounds > 0, "there is at least one round");
     let count = documents.len().div_ceil(rounds);
-    let mut chains: Vec<Chain> =
-        (0..count as u64).map(|index| Chain { index, ..Chain::default() }).collect();
+    let mut chains: Vec<Chain> = (0..count as u64)
+        .map(|index| Chain {
+            index,
+            ..Chain::default()
+        })
+        .collect();
     for (position, document) in documents.into_iter().enumerate() {
         chains[position % count].waiting.push_back(document);
     }
@@ -70,15 +74,17 @@ impl Chain {
             .map(|entry| writer.example(&entry.document.text, &entry.pairs))
             .collect();
         let question = writer.question(&document.text);
-        let total = |shown: &VecDeque<Vec<u32>>| {
-            question.len() + shown.iter().map(Vec::len).sum::<usize>()
-        };
+        let total =
+            |shown: &VecDeque<Vec<u32>>| question.len() + shown.iter().map(Vec::len).sum::<usize>();
         while !shown.is_empty() && total(&shown) > tokens_max {
             shown.pop_front();
         }
         let count = shown.len();
         let tokens = shown.into_iter().flatten().chain(question).collect();
-        Some(Prompt { tokens, shown: count })
+        Some(Prompt {
+            tokens,
+            shown: count,
+        })
     }
 
     /// Takes in what was generated for the next document.
@@ -86,7 +92,10 @@ impl Chain {
     /// # Panics
     /// If no document is waiting.
     pub fn accept(&mut self, prompt: &Prompt, generation: &Generation) {
-        let document = self.waiting.pop_front().expect("a generation answers a waiting document");
+        let document = self
+            .waiting
+            .pop_front()
+            .expect("a generation answers a waiting document");
         if let Some(last) = self.entries.last_mut() {
             last.followed = Some(prompt.shown > 0);
         }
@@ -145,18 +154,39 @@ mod tests {
 
     fn documents(count: usize) -> Vec<Document> {
         let text = |i| format!("Text {i}.");
-        (0..count).map(|i| Document { id: i.to_string(), text: text(i), ..Document::default() }).collect()
+        (0..count)
+            .map(|i| Document {
+                id: i.to_string(),
+                text: text(i),
+                ..Document::default()
+            })
+            .collect()
     }
 
     /// Runs all chains; `valid(document)` says whether its generation has a pair.
-    fn run(count: usize, rounds: usize, tokens_max: usize, valid: impl Fn(usize) -> bool) -> Vec<Chain> {
+    fn run(
+        count: usize,
+        rounds: usize,
+        tokens_max: usize,
+        valid: impl Fn(usize) -> bool,
+    ) -> Vec<Chain> {
         let writer = PromptWriter::new(small()).unwrap();
         let mut chains = chains(documents(count), rounds);
         for chain in &mut chains {
             while let Some(prompt) = chain.prompt(&writer, tokens_max) {
                 let id: usize = chain.waiting[0].id.parse().unwrap();
-                let text = if valid(id) { format!("<QUE> q{id} <ANS> a </END>") } else { "?".into() };
-                chain.accept(&prompt, &Generation { text, ..Generation::default() });
+                let text = if valid(id) {
+                    format!("<QUE> q{id} <ANS> a </END>")
+                } else {
+                    "?".into()
+                };
+                chain.accept(
+                    &prompt,
+                    &Generation {
+                        text,
+                        ..Generation::default()
+                    },
+                );
             }
         }
         chains
@@ -164,7 +194,10 @@ mod tests {
 
     fn ids(chains: &[Chain]) -> Vec<Vec<usize>> {
         let id = |entry: &Entry| entry.document.id.parse().unwrap();
-        chains.iter().map(|chain| chain.entries.iter().map(id).collect()).collect()
+        chains
+            .iter()
+            .map(|chain| chain.entries.iter().map(id).collect())
+            .collect()
     }
 
     fn groups(chains: &[Chain]) -> Vec<Vec<usize>> {
@@ -206,7 +239,13 @@ mod tests {
         };
         let expected = [example(0), example(1), writer.question("Text 2.")].concat();
         let prompt = chain.prompt(&writer, 1000).unwrap();
-        assert_eq!(prompt, Prompt { tokens: expected, shown: 2 });
+        assert_eq!(
+            prompt,
+            Prompt {
+                tokens: expected,
+                shown: 2
+            }
+        );
     }
 
     #[test]
@@ -232,7 +271,11 @@ mod tests {
             for count in 0..=20 {
                 let found: Vec<usize> = ids(&run(count, rounds, 1000, |_| true)).concat();
                 let unique: BTreeSet<usize> = found.iter().copied().collect();
-                assert_eq!((found.len(), unique.len()), (count, count), "{count} over {rounds}");
+                assert_eq!(
+                    (found.len(), unique.len()),
+                    (count, count),
+                    "{count} over {rounds}"
+                );
             }
         }
     }
@@ -266,9 +309,15 @@ mod tests {
     fn a_failed_request_leaves_the_document_raw() {
         let mut chain = chains(documents(1), 1).remove(0);
         let finish = Finish::Failed("device lost".into());
-        let generation = Generation { finish: finish.clone(), ..Generation::default() };
+        let generation = Generation {
+            finish: finish.clone(),
+            ..Generation::default()
+        };
         chain.accept(&Prompt::default(), &generation);
-        assert_eq!((chain.entries[0].pairs.len(), chain.entries[0].dropped.len()), (0, 0));
+        assert_eq!(
+            (chain.entries[0].pairs.len(), chain.entries[0].dropped.len()),
+            (0, 0)
+        );
         assert_eq!(chain.entries[0].finish, finish);
     }
 }

@@ -44,8 +44,11 @@ impl Committer {
                         Err(error) => return failed(error),
                     };
                     manifest.epochs.push(record.clone());
-                    let sequences =
-                        output.lanes.into_iter().flat_map(|(_, sequences)| sequences).collect();
+                    let sequences = output
+                        .lanes
+                        .into_iter()
+                        .flat_map(|(_, sequences)| sequences)
+                        .collect();
                     let _ = done.send(Committed { record, sequences });
                     waker();
                 }

@@ -3,9 +3,10 @@
 pub mod augment;
 pub mod block;
 pub mod chain;
-pub mod engine;
 pub mod commit;
+pub mod engine;
 pub mod error;
+pub mod eval;
 pub mod format;
 pub mod kernels;
 pub mod ledger;

@@ -35,9 +35,7 @@ pub struct Pair {
 }
 
 /// Why a piece of a generation is no pair.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// Nothing before the end mark.
@@ -99,14 +97,18 @@ pub fn parse(generation: &str) -> Parsed {
     for piece in pieces {
         match parse_piece(piece) {
             Ok(pair) if !questions.insert(pair.question.to_lowercase()) => {
-                parsed.dropped.push((Reason::DuplicateQuestion, piece.trim().to_owned()));
+                parsed
+                    .dropped
+                    .push((Reason::DuplicateQuestion, piece.trim().to_owned()));
             }
             Ok(pair) => parsed.pairs.push(pair),
             Err(reason) => parsed.dropped.push((reason, piece.trim().to_owned())),
         }
     }
     if !tail.trim().is_empty() {
-        parsed.dropped.push((Reason::Unfinished, tail.trim().to_owned()));
+        parsed
+            .dropped
+            .push((Reason::Unfinished, tail.trim().to_owned()));
     }
     parsed
 }
@@ -117,8 +119,14 @@ fn parse_piece(piece: &str) -> std::result::Result<Pair, Reason> {
         return Err(Reason::EmptyPiece);
     }
     let (left, answer) = piece.split_once(ANSWER).ok_or(Reason::NoAnswerMarker)?;
-    let question = left.trim().strip_prefix(QUESTION).ok_or(Reason::NoQuestionMarker)?;
-    if MARKERS.iter().any(|marker| question.contains(marker) || answer.contains(marker)) {
+    let question = left
+        .trim()
+        .strip_prefix(QUESTION)
+        .ok_or(Reason::NoQuestionMarker)?;
+    if MARKERS
+        .iter()
+        .any(|marker| question.contains(marker) || answer.contains(marker))
+    {
         return Err(Reason::StrayMarker);
     }
     let (question, answer) = (question.trim(), answer.trim());
@@ -128,12 +136,18 @@ fn parse_piece(piece: &str) -> std::result::Result<Pair, Reason> {
     if answer.is_empty() {
         return Err(Reason::EmptyAnswer);
     }
-    Ok(Pair { question: question.to_owned(), answer: answer.to_owned() })
+    Ok(Pair {
+        question: question.to_owned(),
+        answer: answer.to_owned(),
+    })
 }
 
 /// Whether a text holds something that looks like a marker. It is kept, and counted.
 pub fn holds_marker(text: &str) -> bool {
-    MARKERS.iter().chain(&["<s>", "</s>"]).any(|marker| text.contains(marker))
+    MARKERS
+        .iter()
+        .chain(&["<s>", "</s>"])
+        .any(|marker| text.contains(marker))
 }
 
 /// Writes prompts as token ids.
@@ -153,7 +167,11 @@ impl PromptWriter {
         let missing = |which| Error::Setting(format!("the synthesizer's tokenizer has no {which}"));
         let bos = tokenizer.bos().ok_or_else(|| missing("bos_token"))?;
         let eos = tokenizer.eos().ok_or_else(|| missing("eos_token"))?;
-        Ok(PromptWriter { tokenizer, bos, eos })
+        Ok(PromptWriter {
+            tokenizer,
+            bos,
+            eos,
+        })
     }
 
     /// The tokenizer.
@@ -175,6 +193,12 @@ impl PromptWriter {
     /// The ids of a text whose pairs are asked for.
     pub fn question(&self, text: &str) -> Vec<u32> {
         [vec![self.bos], self.tokenizer.encode(&opening(text))].concat()
+    }
+
+    /// The ids of a text and a question whose answer is asked for: what accuracy is measured with.
+    pub fn answer(&self, text: &str, question: &str) -> Vec<u32> {
+        let body = format!("{}{QUESTION} {question} {ANSWER}", opening(text));
+        [vec![self.bos], self.tokenizer.encode(&body)].concat()
     }
 
     /// The ids of an example, and for each whether it is part of what the synthesizer must learn to
@@ -213,7 +237,10 @@ mod tests {
     use crate::tokenizer::tests::small;
 
     fn pair(question: &str, answer: &str) -> Pair {
-        Pair { question: question.into(), answer: answer.into() }
+        Pair {
+            question: question.into(),
+            answer: answer.into(),
+        }
     }
 
     fn check(generation: &str, pairs: &[(&str, &str)], dropped: &[Reason]) {
@@ -287,17 +314,29 @@ mod tests {
 
     #[test]
     fn row_10_two_answer_markers_are_stray() {
-        check("<QUE> a <ANS> b <ANS> c </END>", &[], &[Reason::StrayMarker]);
+        check(
+            "<QUE> a <ANS> b <ANS> c </END>",
+            &[],
+            &[Reason::StrayMarker],
+        );
     }
 
     #[test]
     fn row_11_two_question_markers_are_stray() {
-        check("<QUE> x <QUE> a <ANS> b </END>", &[], &[Reason::StrayMarker]);
+        check(
+            "<QUE> x <QUE> a <ANS> b </END>",
+            &[],
+            &[Reason::StrayMarker],
+        );
     }
 
     #[test]
     fn row_12_a_question_marker_in_an_answer_is_stray() {
-        check("<QUE> a <ANS> b <QUE> c </END>", &[], &[Reason::StrayMarker]);
+        check(
+            "<QUE> a <ANS> b <QUE> c </END>",
+            &[],
+            &[Reason::StrayMarker],
+        );
     }
 
     #[test]
@@ -310,24 +349,38 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        let pairs = [pair("What rose?", "Rates"), pair("Why?\nOptions:\n- a\n- b", "a")];
+        let pairs = [
+            pair("What rose?", "Rates"),
+            pair("Why?\nOptions:\n- a\n- b", "a"),
+        ];
         let (body, answers) = body("Rates rose.", &pairs);
         assert_eq!(&body[..answers], " <CON> Rates rose. </CON>\n\n");
-        assert_eq!(parse(&body[answers..]), Parsed { pairs: pairs.to_vec(), dropped: vec![] });
+        assert_eq!(
+            parse(&body[answers..]),
+            Parsed {
+                pairs: pairs.to_vec(),
+                dropped: vec![]
+            }
+        );
     }
 
     #[test]
     fn one_example_has_the_bytes_of_the_recipe() {
         let (body, _) = body("Rates rose.", &[pair("What rose?", "Rates")]);
-        assert_eq!(body, " <CON> Rates rose. </CON>\n\n<QUE> What rose? <ANS> Rates </END>");
+        assert_eq!(
+            body,
+            " <CON> Rates rose. </CON>\n\n<QUE> What rose? <ANS> Rates </END>"
+        );
     }
 
     #[test]
     fn a_prompt_continues_as_the_example_it_asks_for() {
         let writer = PromptWriter::new(small()).unwrap();
         let pairs = [pair("What rose?", "Rates"), pair("Really?", "Yes")];
-        let (question, example) =
-            (writer.question("Rates rose."), writer.example("Rates rose.", &pairs));
+        let (question, example) = (
+            writer.question("Rates rose."),
+            writer.example("Rates rose.", &pairs),
+        );
         assert_eq!(example[..question.len()], question);
         assert_eq!((example[0], example.last()), (1, Some(&2)));
         let generated = writer.tokenizer().decode(&example[question.len()..]);
@@ -341,7 +394,10 @@ mod tests {
         let first = learned.iter().position(|&learned| learned).unwrap();
         assert_eq!(writer.question("Rates <QUE> rose."), ids[..first]);
         assert!(learned[first..].iter().all(|&learned| learned));
-        assert_eq!(ids, writer.example("Rates <QUE> rose.", &[pair("What?", "Rates")]));
+        assert_eq!(
+            ids,
+            writer.example("Rates <QUE> rose.", &[pair("What?", "Rates")])
+        );
     }
 
     #[test]

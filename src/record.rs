@@ -38,7 +38,11 @@ pub struct Place {
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: record {} at byte {}", self.file, self.record, self.byte)
+        write!(
+            f,
+            "{}: record {} at byte {}",
+            self.file, self.record, self.byte
+        )
     }
 }
 
@@ -87,9 +91,7 @@ pub struct Entry {
 }
 
 /// How a generation ended.
-#[derive(
-    Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
     /// The synthesizer closed it.
@@ -157,9 +159,7 @@ impl Sequence {
 }
 
 /// The stage of a run that a record was rejected at.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
     /// Reading the input.

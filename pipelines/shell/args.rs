@@ -90,15 +90,12 @@ pub struct TrainArgs {
     pub checkpoint_every: u64,
 }
 
-/// How it is run. None of this changes the output, but for the arithmetic of the device.
+/// How texts are synthesized. None of this changes the output, but for the type of the weights.
 #[derive(Args, Clone, Debug)]
-pub struct MachineArgs {
+pub struct EngineArgs {
     /// Threads of the dataflow
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub workers: usize,
-    /// Where models compute: cpu or cuda:0
-    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
-    pub device: String,
     /// Type of the synthesizer's weights: auto, f32, bf16, f16
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub dtype: String,
@@ -111,6 +108,14 @@ pub struct MachineArgs {
     /// Memory for keys and values, in MiB
     #[arg(long, default_value_t = 2048, value_name = "MIB")]
     pub cache_mib: usize,
+}
+
+/// How a command is run.
+#[derive(Args, Clone, Debug)]
+pub struct MachineArgs {
+    /// Where models compute: cpu or cuda:0
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: String,
     /// Show progress: auto, plain or none
     #[arg(long, default_value = "auto", value_name = "HOW")]
     pub progress: String,
@@ -131,7 +136,10 @@ pub struct MachineArgs {
 impl InputArgs {
     /// Where ids and texts are in JSON.
     pub fn fields(&self) -> Fields {
-        Fields { id: self.id_field.clone(), text: self.text_field.clone() }
+        Fields {
+            id: self.id_field.clone(),
+            text: self.text_field.clone(),
+        }
     }
 }
 
@@ -146,12 +154,26 @@ impl TrainArgs {
     }
 }
 
+/// Checks how progress is to be shown.
+///
+/// # Errors
+/// If it is no way we know.
+pub fn check_progress(how: &str) -> Result<()> {
+    match ["auto", "plain", "none"].contains(&how) {
+        true => Ok(()),
+        false => bail!("--progress takes auto, plain or none, not {how:?}"),
+    }
+}
+
 /// The shares of a ratio such as `1:1`.
 ///
 /// # Errors
 /// If it is no ratio of whole numbers.
 pub fn ratio(text: &str) -> Result<[u64; 2]> {
-    let parts: Vec<_> = text.split(':').map(|part| part.trim().parse::<u64>()).collect();
+    let parts: Vec<_> = text
+        .split(':')
+        .map(|part| part.trim().parse::<u64>())
+        .collect();
     match parts.as_slice() {
         [Ok(augmented), Ok(general)] if *augmented > 0 => Ok([*augmented, *general]),
         _ => bail!("--ratio takes two whole numbers such as 1:1, the first above 0, not {text:?}"),

@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod bundled;
+pub mod evaluation;
 pub mod models;
 pub mod parts;
 pub mod plan;
@@ -13,9 +14,16 @@ pub mod summary;
 pub mod training;
 
 use anyhow::Result;
+use headwater::Error;
 use headwater::run::RunFolder;
 use running::Outcome;
 use std::process::ExitCode;
+
+/// Status of a run that failed: its state is safe.
+const FAILED: u8 = 1;
+
+/// Status of a command that cannot work as it was given.
+const WRONG_USE: u8 = 2;
 
 /// Status of a run that finished but rejected something under `--strict`.
 const REJECTED: u8 = 3;
@@ -25,7 +33,9 @@ const REJECTED: u8 = 3;
 /// # Errors
 /// If the run folder cannot be read.
 pub fn finish(outcome: &Outcome, json: bool, example: bool) -> Result<ExitCode> {
-    let Outcome::Done(summary) = outcome else { return Ok(ExitCode::SUCCESS) };
+    let Outcome::Done(summary) = outcome else {
+        return Ok(ExitCode::SUCCESS);
+    };
     if json {
         println!("{:#}", summary.json());
     } else {
@@ -36,8 +46,42 @@ pub fn finish(outcome: &Outcome, json: bool, example: bool) -> Result<ExitCode> 
         println!("what became of everything:\n{}", summary.describe());
         println!("where it lies:\n{}", summary.places());
     }
-    Ok(match summary.is_too_much_rejected() {
-        true => ExitCode::from(REJECTED),
-        false => ExitCode::SUCCESS,
+    Ok(has_rejected(summary.rejected() > 0, summary.is_strict()))
+}
+
+/// Status of a run in which something was rejected, if that was not to be.
+pub fn has_rejected(rejected: bool, strict: bool) -> ExitCode {
+    if rejected && strict {
+        ExitCode::from(REJECTED)
+    } else {
+        ExitCode::SUCCESS
+    }
+}
+
+/// A command that cannot work as it was given.
+#[derive(Debug)]
+struct WrongUse(anyhow::Error);
+
+impl std::fmt::Display for WrongUse {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
+
+impl std::error::Error for WrongUse {}
+
+/// Marks an error as the caller's, found before anything was spent.
+pub fn wrong_use(error: anyhow::Error) -> anyhow::Error {
+    anyhow::Error::new(WrongUse(error))
+}
+
+/// Says what went wrong; returns the status of the process.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("error: {error:#}");
+    let is_setting = matches!(error.downcast_ref(), Some(Error::Setting(_)));
+    ExitCode::from(if is_setting || error.is::<WrongUse>() {
+        WRONG_USE
+    } else {
+        FAILED
     })
 }

@@ -29,7 +29,12 @@ impl TrainMeter {
 
     fn say(&self) -> Option<String> {
         let step = self.step.load(Relaxed);
-        (step > 0).then(|| format!("step {step}, loss {:.3}", f64::from_bits(self.loss.load(Relaxed))))
+        (step > 0).then(|| {
+            format!(
+                "step {step}, loss {:.3}",
+                f64::from_bits(self.loss.load(Relaxed))
+            )
+        })
     }
 }
 
@@ -40,7 +45,9 @@ pub struct Expected {
     pub texts: u64,
     /// Sequences.
     pub sequences: u64,
-    /// Whether they are trained on.
+    /// Whether texts are synthesized and packed.
+    pub synthesized: bool,
+    /// Whether sequences are trained on.
     pub trained: bool,
 }
 
@@ -59,11 +66,16 @@ impl Progress {
         expected: Expected,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let watch = Watch { meters, trainer, expected, start: Instant::now(), stop: stop.clone() };
+        let watch = Watch {
+            meters,
+            trainer,
+            expected,
+            start: Instant::now(),
+            stop: stop.clone(),
+        };
         let bars = how == "auto" && std::io::stderr().is_terminal();
-        let thread = (how != "none").then(|| {
-            std::thread::spawn(move || if bars { watch.bars() } else { watch.lines() })
-        });
+        let thread = (how != "none")
+            .then(|| std::thread::spawn(move || if bars { watch.bars() } else { watch.lines() }));
         Progress { stop, thread }
     }
 }
@@ -88,15 +100,21 @@ struct Watch {
 impl Watch {
     /// Name, what is done, what is expected, and what else there is to say, for each stage.
     fn stages(&self) -> Vec<(&'static str, u64, u64, String)> {
-        let Expected { texts, sequences, trained } = self.expected;
+        let Expected {
+            texts,
+            sequences,
+            synthesized,
+            trained,
+        } = self.expected;
         let meters = &self.meters;
         let pairs = format!("{} pairs", count(meters.pairs.get()));
         let tokens = format!("{} tokens mixed", count(meters.mixed_tokens.get()));
-        let mut stages = vec![
-            ("read", meters.texts.get(), texts, String::new()),
-            ("synthesize", meters.generations.get(), texts, pairs),
-            ("pack", meters.sequences.get(), sequences, tokens),
-        ];
+        let mut stages = Vec::new();
+        if synthesized {
+            stages.push(("read", meters.texts.get(), texts, String::new()));
+            stages.push(("synthesize", meters.generations.get(), texts, pairs));
+            stages.push(("pack", meters.sequences.get(), sequences, tokens));
+        }
         if trained {
             let said = self.trainer.say().unwrap_or_default();
             stages.push(("train", meters.learned.get(), sequences, said));
@@ -106,7 +124,8 @@ impl Watch {
 
     fn bars(&self) {
         let style = "{prefix:<11} {bar:28} {pos:>7}/{len:<7} {per_sec:>12} {eta:>6}  {msg}";
-        let style = ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style =
+            ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
         let all = MultiProgress::new();
         let bars: Vec<ProgressBar> = self
             .stages()
@@ -152,7 +171,11 @@ impl Watch {
                     true => format!(", {} left", seconds(left)),
                     false => String::new(),
                 };
-                let said = if said.is_empty() { said } else { format!(", {said}") };
+                let said = if said.is_empty() {
+                    said
+                } else {
+                    format!(", {said}")
+                };
                 format!("{name} {done}/{expected} ({rate:.1}/s{eta}{said})")
             })
             .collect();

@@ -43,7 +43,10 @@ pub fn run(
     eprint!("{}", plan.describe(settings));
     if settings.machine.dry_run {
         let least = plan.seconds_at_least(settings)?;
-        eprintln!("  time          {} at least, at this machine's matrix rate", seconds(least));
+        eprintln!(
+            "  time          {} at least, at this machine's matrix rate",
+            seconds(least)
+        );
         return Ok(Outcome::Planned);
     }
     let start = Instant::now();
@@ -53,7 +56,10 @@ pub fn run(
     let parts = Arc::new(Parts::open(settings, &plan, feed)?);
     if parts.manifest.next_epoch() > 0 {
         let epochs = parts.manifest.next_epoch();
-        eprintln!("going on in {} behind {epochs} epochs", settings.out.display());
+        eprintln!(
+            "going on in {} behind {epochs} epochs",
+            settings.out.display()
+        );
     }
     let train_meter = Arc::new(TrainMeter::default());
     let progress = Progress::start(
@@ -63,20 +69,34 @@ pub fn run(
         expected(settings, &plan, &parts),
     );
     let trainer = match plan.training {
-        Some(training) => Some(spawn_trainer(settings, training, &parts, sequences, train_meter)?),
+        Some(training) => Some(spawn_trainer(
+            settings,
+            training,
+            &parts,
+            sequences,
+            train_meter,
+        )?),
         None => {
             stop_without_trainer();
             None
         }
     };
-    work(settings.machine.workers, parts.clone(), dataflow)?;
+    work(settings.engine.workers, parts.clone(), dataflow)?;
     let span = match trainer {
-        Some(trainer) => trainer.join().map_err(|_| anyhow!("the trainer's thread failed"))?,
+        Some(trainer) => trainer
+            .join()
+            .map_err(|_| anyhow!("the trainer's thread failed"))?,
         None => None,
     };
     drop(progress);
     let manifest = parts.folder.manifest()?;
-    let summary = Summary::new(settings, &parts, manifest, span, start.elapsed().as_secs_f64())?;
+    let summary = Summary::new(
+        settings,
+        &parts,
+        manifest,
+        span,
+        start.elapsed().as_secs_f64(),
+    )?;
     summary.write_ledger(&parts.folder)?;
     Ok(Outcome::Done(Box::new(summary)))
 }
@@ -86,13 +106,17 @@ fn expected(settings: &Settings, plan: &Plan, parts: &Parts) -> Expected {
     let before = parts.manifest.ledger().get("admit/texts");
     Expected {
         texts: plan.census.documents.saturating_sub(before).max(1),
-        sequences: plan.sequences.saturating_sub(parts.manifest.sequences()).max(1),
+        sequences: plan
+            .sequences
+            .saturating_sub(parts.manifest.sequences())
+            .max(1),
+        synthesized: true,
         trained: settings.train.is_some(),
     }
 }
 
 /// A panic in one worker would leave the others waiting for ever: it ends the process instead.
-fn abort_on_panic() {
+pub fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
@@ -140,7 +164,11 @@ fn spawn_trainer(
         checkpoint_every: args.checkpoint_every,
     };
     let device = settings.device.clone();
-    let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let compute = if device.is_cpu() {
+        DType::F32
+    } else {
+        DType::BF16
+    };
     let trainer = match folder.latest()? {
         Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, &device)?,
         None => {
@@ -152,20 +180,28 @@ fn spawn_trainer(
     let train = move || -> Result<(Ended, Span)> {
         let mut drive = Drive::new(trainer, &tokenizer, folder)?;
         let epochs = parts.manifest.epochs.clone();
-        let ended = train_on(&mut drive, &parts.folder, &epochs, &sequences, |report, _| {
-            meter.note(report.step, report.loss);
-            parts.meters.learned.add(drive_sequences(report, &training));
-        })?;
+        let ended = train_on(
+            &mut drive,
+            &parts.folder,
+            &epochs,
+            &sequences,
+            |report, _| {
+                meter.note(report.step, report.loss);
+                parts.meters.learned.add(drive_sequences(report, &training));
+            },
+        )?;
         if ended == Ended::Stopped {
             std::mem::forget(sequences); // nobody is to mistake the stop for a failure
         }
         Ok((ended, drive.span()))
     };
-    let thread = std::thread::Builder::new().name("trainer".into()).spawn(move || match train() {
-        Ok((Ended::Done, span)) => span,
-        Ok((Ended::Stopped, _)) => stopped(),
-        Err(error) => fail(&format!("training failed: {error:#}")),
-    })?;
+    let thread = std::thread::Builder::new()
+        .name("trainer".into())
+        .spawn(move || match train() {
+            Ok((Ended::Done, span)) => span,
+            Ok((Ended::Stopped, _)) => stopped(),
+            Err(error) => fail(&format!("training failed: {error:#}")),
+        })?;
     Ok(thread)
 }
 
@@ -189,5 +225,5 @@ fn stop_without_trainer() {
 
 fn stopped() -> ! {
     eprintln!("stopped; run the same command again to go on");
-    std::process::exit(130)
+    std::process::exit(stop::STOPPED.into())
 }

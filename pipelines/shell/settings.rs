@@ -1,6 +1,8 @@
 //! Everything that decides a run, in one place.
 
-use super::args::{AugmentArgs, InputArgs, MachineArgs, TrainArgs, ratio};
+use super::args::{
+    AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs, check_progress, ratio,
+};
 use super::models::Model;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
@@ -49,6 +51,8 @@ pub struct Settings {
     pub train: Option<TrainArgs>,
     /// Flags of the machine.
     pub machine: MachineArgs,
+    /// Flags of synthesis.
+    pub engine: EngineArgs,
     /// The run folder.
     pub out: PathBuf,
     /// The synthesizer.
@@ -69,11 +73,10 @@ impl Settings {
     pub fn new(
         preset: Preset,
         input: &InputArgs,
-        augment: AugmentArgs,
-        train: (TrainArgs, bool),
+        (augment, engine): (AugmentArgs, EngineArgs),
+        (train, no_train): (TrainArgs, bool),
         machine: MachineArgs,
     ) -> Result<Self> {
-        let (train, no_train) = train;
         let rounds = augment.rounds.unwrap_or(preset.rounds);
         ensure!(rounds > 0, "--rounds must be 1 at least");
         let epoch_documents = augment.epoch_documents.unwrap_or_else(|| {
@@ -84,15 +87,14 @@ impl Settings {
             "--epoch-documents {epoch_documents} is not a multiple of the {rounds} rounds"
         );
         ensure!(augment.length >= 16, "--length must be 16 at least");
-        ensure!(machine.workers > 0, "--workers must be 1 at least");
+        ensure!(engine.workers > 0, "--workers must be 1 at least");
         ensure!((1..=99).contains(&augment.lanes), "--lanes takes 1 to 99");
-        ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
-        ensure!(train.batch > 0, "--batch must be 1 at least");
         ensure!(
-            ["auto", "plain", "none"].contains(&machine.progress.as_str()),
-            "--progress takes auto, plain or none, not {:?}",
-            machine.progress
+            augment.epochs_in_flight > 0,
+            "--epochs-in-flight must be 1 at least"
         );
+        ensure!(train.batch > 0, "--batch must be 1 at least");
+        check_progress(&machine.progress)?;
         let ratio = match &augment.ratio {
             Some(text) => ratio(text)?,
             None => preset.ratio,
@@ -103,7 +105,7 @@ impl Settings {
             "--ratio wants general instructions: name their files with --general"
         );
         let device = device::device(&machine.device)?;
-        let dtype = device::dtype(&machine.dtype, &device)?;
+        let dtype = device::dtype(&engine.dtype, &device)?;
         let synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let model = train.model(augment.length)?;
         let context = synthesizer.config.max_position_embeddings;
@@ -113,15 +115,25 @@ impl Settings {
             augment.new_tokens
         );
         let settings = Settings {
-            preset: Preset { rounds, ratio, epoch_documents, ..preset },
+            preset: Preset {
+                rounds,
+                ratio,
+                epoch_documents,
+                ..preset
+            },
             inputs: files(&input.input)?,
             fields: input.fields(),
             limit: input.limit,
-            weights: if general.is_empty() { vec![1] } else { ratio.to_vec() },
+            weights: if general.is_empty() {
+                vec![1]
+            } else {
+                ratio.to_vec()
+            },
             general,
             augment,
             train: (!no_train).then_some(train),
             machine,
+            engine,
             out: input.out.clone(),
             synthesizer,
             model,
@@ -138,19 +150,23 @@ impl Settings {
     }
 
     /// How the engine uses the device.
-    pub fn engine(&self) -> EngineSettings {
+    pub fn engine_settings(&self) -> EngineSettings {
         EngineSettings {
-            sequences_max: self.machine.sequences,
-            step_tokens_max: self.machine.step_tokens,
-            cache_bytes: self.machine.cache_mib << 20,
-            queue_max: 2 * self.machine.sequences,
+            sequences_max: self.engine.sequences,
+            step_tokens_max: self.engine.step_tokens,
+            cache_bytes: self.engine.cache_mib << 20,
+            queue_max: 2 * self.engine.sequences,
         }
     }
 
     /// Kinds of the input files, each once.
     pub fn kinds(&self) -> Vec<&'static str> {
-        let mut kinds: Vec<&str> =
-            self.inputs.iter().filter_map(|file| Kind::of(file).ok()).map(Kind::name).collect();
+        let mut kinds: Vec<&str> = self
+            .inputs
+            .iter()
+            .filter_map(|file| Kind::of(file).ok())
+            .map(Kind::name)
+            .collect();
         kinds.sort_unstable();
         kinds.dedup();
         kinds
@@ -161,14 +177,6 @@ impl Settings {
     /// # Errors
     /// If a file cannot be read.
     pub fn configuration(&self, templates: &Templates, training: Option<Value>) -> Result<Value> {
-        let files = |paths: &[PathBuf]| -> Result<Vec<Value>> {
-            let file = |path: &PathBuf| {
-                let bytes = std::fs::metadata(path)?.len();
-                let digest = format!("{:032x}", input::digest(path)?);
-                Ok(json!({ "file": path, "bytes": bytes, "xxh3": digest }))
-            };
-            paths.iter().map(file).collect()
-        };
         let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
         let kind = if self.device.is_cpu() { "cpu" } else { "cuda" };
         Ok(json!({
@@ -176,7 +184,7 @@ impl Settings {
             "command": self.preset.command,
             "seed": self.machine.seed,
             "input": {
-                "files": files(&self.inputs)?,
+                "files": digests(&self.inputs)?,
                 "fields": self.fields,
                 "limit": self.limit,
             },
@@ -191,7 +199,7 @@ impl Settings {
             "rounds": self.preset.rounds,
             "epoch_documents": self.preset.epoch_documents,
             "templates": format!("{:032x}", templates.digest()),
-            "mix": { "weights": self.weights, "general": files(&self.general)? },
+            "mix": { "weights": self.weights, "general": digests(&self.general)? },
             "lanes": self.augment.lanes,
             "length": self.augment.length,
             "model": {
@@ -201,4 +209,17 @@ impl Settings {
             "training": training,
         }))
     }
+}
+
+/// Files with their sizes and digests, as they stand in `run.json`.
+///
+/// # Errors
+/// If a file cannot be read.
+pub fn digests(paths: &[PathBuf]) -> Result<Vec<Value>> {
+    let file = |path: &PathBuf| {
+        let bytes = std::fs::metadata(path)?.len();
+        let digest = format!("{:032x}", input::digest(path)?);
+        Ok(json!({ "file": path, "bytes": bytes, "xxh3": digest }))
+    };
+    paths.iter().map(file).collect()
 }

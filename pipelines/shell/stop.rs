@@ -2,6 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Status of a run that was stopped: that of a shell after an interrupt.
+pub const STOPPED: u8 = 130;
+
 static ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Listens for interrupts and termination from now on.
@@ -11,7 +14,7 @@ static ASKED: AtomicBool = AtomicBool::new(false);
 pub fn listen() -> anyhow::Result<()> {
     ctrlc::set_handler(|| {
         if ASKED.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
+            std::process::exit(STOPPED.into());
         }
         eprintln!("stopping at the next safe point; press Ctrl-C again to stop at once");
     })?;

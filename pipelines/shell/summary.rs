@@ -41,8 +41,14 @@ impl Summary {
         let mut ledger = manifest.ledger();
         let trained = training.map_or(0, |(_, last)| last.next_sequence);
         ledger.add("train/sequences", trained);
-        ledger.add("train/waiting", manifest.sequences().saturating_sub(trained));
-        ledger.add("train/tokens", training.map_or(0, |(_, last)| last.tokens_total));
+        ledger.add(
+            "train/waiting",
+            manifest.sequences().saturating_sub(trained),
+        );
+        ledger.add(
+            "train/tokens",
+            training.map_or(0, |(_, last)| last.tokens_total),
+        );
         Ok(Summary {
             ledger,
             manifest,
@@ -70,9 +76,9 @@ impl Summary {
         &self.out
     }
 
-    /// Whether anything was rejected and that was not to be.
-    pub fn is_too_much_rejected(&self) -> bool {
-        self.strict && self.rejected() > 0
+    /// Whether nothing was to be rejected.
+    pub fn is_strict(&self) -> bool {
+        self.strict
     }
 
     /// Everything as JSON.
@@ -194,7 +200,10 @@ impl Summary {
         let out = self.out.display();
         let model = match self.training {
             Some((_, last)) => {
-                format!("\n  the model      {out}/checkpoints/step-{:08}/", last.step)
+                format!(
+                    "\n  the model      {out}/checkpoints/step-{:08}/",
+                    last.step
+                )
             }
             None => String::new(),
         };
@@ -216,7 +225,10 @@ impl Summary {
                 let rank = |document: &Augmented| {
                     (document.choices.is_some(), document.entries.len().min(2))
                 };
-                if best.as_ref().is_none_or(|best| rank(&document) > rank(best)) {
+                if best
+                    .as_ref()
+                    .is_none_or(|best| rank(&document) > rank(best))
+                {
                     best = Some(document);
                 }
             }
@@ -229,7 +241,10 @@ impl Summary {
 
     fn describe_training(&self) -> String {
         match self.training {
-            None => format!("nothing; {} sequences wait", self.ledger.get("train/waiting")),
+            None => format!(
+                "nothing; {} sequences wait",
+                self.ledger.get("train/waiting")
+            ),
             Some((first, last)) => format!(
                 "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end",
                 last.step,
@@ -249,8 +264,13 @@ impl Summary {
         })
     }
 
-    fn rejected(&self) -> u64 {
-        self.ledger.iter().filter(|(name, _)| name.contains("/rejected/")).map(|(_, n)| n).sum()
+    /// Pieces and records that were rejected at any stage.
+    pub fn rejected(&self) -> u64 {
+        self.ledger
+            .iter()
+            .filter(|(name, _)| name.contains("/rejected/"))
+            .map(|(_, n)| n)
+            .sum()
     }
 
     fn utilisation(&self) -> f64 {
@@ -259,7 +279,11 @@ impl Summary {
 
     /// Distance of each lane from the asked ratio, in tokens.
     fn mix_errors(&self) -> Vec<u64> {
-        let lanes = self.manifest.epochs.last().map_or(&[][..], |last| &last.lanes);
+        let lanes = self
+            .manifest
+            .epochs
+            .last()
+            .map_or(&[][..], |last| &last.lanes);
         let started = lanes.iter().filter(|lane| !lane.mix.tokens.is_empty());
         started
             .map(|lane| Mixer::resume(&self.weights, lane.mix.clone()).error_tokens())
@@ -269,8 +293,10 @@ impl Summary {
 
 /// ` (a 1, b 2)` for the counts under a name; nothing if there are none.
 fn reasons(ledger: &Ledger, prefix: &str) -> String {
-    let counts: Vec<String> =
-        ledger.under(prefix).map(|(name, amount)| format!("{name} {amount}")).collect();
+    let counts: Vec<String> = ledger
+        .under(prefix)
+        .map(|(name, amount)| format!("{name} {amount}"))
+        .collect();
     match counts.is_empty() {
         true => String::new(),
         false => format!(" ({})", counts.join(", ")),

@@ -71,18 +71,24 @@ impl<'a> Drive<'a> {
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn new(
-        trainer: Trainer,
-        tokenizer: &'a Tokenizer,
-        folder: TrainingFolder,
-    ) -> Result<Self> {
+    pub fn new(trainer: Trainer, tokenizer: &'a Tokenizer, folder: TrainingFolder) -> Result<Self> {
         let checkpoints = folder.checkpoints();
         std::fs::create_dir_all(&checkpoints).context("could not create the checkpoints folder")?;
         let path = folder.run.join("metrics.jsonl");
         let reports = keep_metrics(&path, trainer.progress().step)?;
-        let metrics = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
+        let metrics = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)?;
         let (first, last) = (reports.first().copied(), reports.last().copied());
-        Ok(Drive { trainer, tokenizer, folder, metrics, first, last })
+        Ok(Drive {
+            trainer,
+            tokenizer,
+            folder,
+            metrics,
+            first,
+            last,
+        })
     }
 
     /// Learns from one batch; `watch` sees the report and the seconds the step took.
@@ -143,7 +149,10 @@ pub fn train_on(
 ) -> Result<Ended> {
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
     let behind = drive.trainer.progress().next_sequence;
-    for epoch in epochs.iter().filter(|epoch| epoch.first_sequence + epoch.sequences > behind) {
+    for epoch in epochs
+        .iter()
+        .filter(|epoch| epoch.first_sequence + epoch.sequences > behind)
+    {
         let skip = behind.saturating_sub(epoch.first_sequence) as usize;
         waiting.extend(folder.sequences(epoch)?.into_iter().skip(skip));
         if learn(drive, &mut waiting, &mut watch)? == Ended::Stopped {
@@ -196,7 +205,9 @@ fn keep_metrics(path: &Path, step: u64) -> Result<Vec<StepReport>> {
     let (mut kept, mut reports) = (String::new(), Vec::new());
     for line in file.lines() {
         let line = line?;
-        let Ok(report) = serde_json::from_str::<StepReport>(&line) else { break };
+        let Ok(report) = serde_json::from_str::<StepReport>(&line) else {
+            break;
+        };
         if report.step > step {
             break;
         }

@@ -73,7 +73,10 @@ impl Real for f32 {
         p = p.mul_add(r, 0.166_666_66);
         p = p.mul_add(r, 0.5);
         let p = p.mul_add(r * r, r) + 1.0;
-        let exponent = shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127);
+        let exponent = shifted
+            .to_bits()
+            .wrapping_sub(SHIFT.to_bits())
+            .wrapping_add(127);
         p * f32::from_bits(exponent << 23)
     }
 
@@ -136,7 +139,11 @@ pub(crate) fn dot<T: Real>(left: &[T], right: &[T]) -> T {
             lanes[lane] = left[lane].mul_add(right[lane], lanes[lane]);
         }
     }
-    let mut total = fold(lanes, #[inline(always)] |a, b| a + b);
+    let mut total = fold(
+        lanes,
+        #[inline(always)]
+        |a, b| a + b,
+    );
     for (&left, &right) in left_rest.iter().zip(right_rest) {
         total = left.mul_add(right, total);
     }
@@ -153,7 +160,11 @@ pub(crate) fn sum<T: Real>(values: &[T]) -> T {
             lanes[lane] += block[lane];
         }
     }
-    let mut total = fold(lanes, #[inline(always)] |a, b| a + b);
+    let mut total = fold(
+        lanes,
+        #[inline(always)]
+        |a, b| a + b,
+    );
     for &value in rest {
         total += value;
     }
@@ -170,7 +181,8 @@ pub(crate) fn max<T: Real>(values: &[T]) -> T {
             lanes[lane] = larger(block[lane], lanes[lane]);
         }
     }
-    rest.iter().fold(fold(lanes, larger), |top, &x| larger(x, top))
+    rest.iter()
+        .fold(fold(lanes, larger), |top, &x| larger(x, top))
 }
 
 #[inline(always)]
@@ -200,7 +212,10 @@ mod tests {
         for step in -8_700..8_700 {
             let x = step as f32 / 100.0;
             let (ours, exact) = (Real::exp(x), f64::from(x).exp());
-            assert!((f64::from(ours) / exact - 1.0).abs() < 3e-7, "exp({x}) = {ours}, not {exact}");
+            assert!(
+                (f64::from(ours) / exact - 1.0).abs() < 3e-7,
+                "exp({x}) = {ours}, not {exact}"
+            );
         }
         assert_eq!(Real::exp(f32::NEG_INFINITY), Real::exp(-87.0f32));
     }
@@ -209,7 +224,10 @@ mod tests {
     fn reductions_are_the_same_in_every_instruction_set() {
         let left: Vec<f32> = (0..1000).map(|i| (i as f32).sin()).collect();
         let right: Vec<f32> = (0..1000).map(|i| (i as f32).cos()).collect();
-        assert_eq!(simd(|| dot(&left, &right)).to_bits(), dot(&left, &right).to_bits());
+        assert_eq!(
+            simd(|| dot(&left, &right)).to_bits(),
+            dot(&left, &right).to_bits()
+        );
         assert_eq!(simd(|| sum(&left)).to_bits(), sum(&left).to_bits());
         assert_eq!(simd(|| max(&left)), max(&left));
     }

@@ -1,8 +1,8 @@
 //! Reads one record of PubMed XML.
 
-use quick_xml::{Reader, XmlVersion};
 use quick_xml::escape::resolve_predefined_entity;
 use quick_xml::events::{BytesRef, BytesStart, Event};
+use quick_xml::{Reader, XmlVersion};
 
 /// What a record says.
 pub(super) enum Content {
@@ -129,15 +129,26 @@ impl State {
                 ["VernacularTitle", "Article" | "BookDocument", ..] => Wanted::VernacularTitle,
                 ["Language", "Article" | "BookDocument", ..] => Wanted::Language,
                 ["Title", "Journal", ..] | ["BookTitle", "Book", ..] => Wanted::Journal,
-                ["Year" | "MedlineDate", "PubDate", "JournalIssue" | "Book", ..] => Wanted::Year,
+                [
+                    "Year" | "MedlineDate",
+                    "PubDate",
+                    "JournalIssue" | "Book",
+                    ..,
+                ] => Wanted::Year,
                 ["PublicationType", ..] => Wanted::PublicationType,
                 ["AbstractText", "Abstract", ..] => Wanted::Section,
                 _ => return Ok(()),
             }
         };
         let attribute = |name: &str| -> Result<Option<String>, String> {
-            let found = tag.try_get_attribute(name).map_err(|error| error.to_string())?;
-            let value = found.map(|found| found.normalized_value(XmlVersion::Implicit1_0).map_err(|error| error.to_string()));
+            let found = tag
+                .try_get_attribute(name)
+                .map_err(|error| error.to_string())?;
+            let value = found.map(|found| {
+                found
+                    .normalized_value(XmlVersion::Implicit1_0)
+                    .map_err(|error| error.to_string())
+            });
             Ok(value.transpose()?.map(std::borrow::Cow::into_owned))
         };
         match wanted {

@@ -1,0 +1,414 @@
+//! Shows where things in a run come from, and where they went.
+//!
+//! ```text
+//! sequence N ─▶ its segments ─▶ items ─▶ rendered documents ─▶ texts, files, records
+//! document ID ─▶ its texts and pairs ─▶ rendered documents ─▶ the sequences that hold them
+//! ```
+
+use crate::shell::models::{BUNDLED, Model};
+use crate::shell::training::TrainingFolder;
+use crate::shell::wrong_use;
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use headwater::augment::{AUGMENTED, Augmented};
+use headwater::format::compressed;
+use headwater::record::{Rejected, Segment, Sequence};
+use headwater::run::{EpochRecord, Manifest, RunFolder};
+use headwater::tokenizer::Tokenizer;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Show where a sequence comes from, or what became of a document
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Examples:\n  headwater inspect runs/pubmed --sequence 0\n  headwater inspect \
+                        runs/pubmed --document 18193"
+)]
+pub struct Inspect {
+    /// The run folder
+    #[arg(value_name = "RUN")]
+    run: PathBuf,
+    /// Show this sequence, counted from 0 in the order of training
+    #[arg(long, value_name = "N", conflicts_with = "document")]
+    sequence: Option<u64>,
+    /// Show what became of the document with this id
+    #[arg(long, value_name = "ID")]
+    document: Option<String>,
+    /// The directory of the tokenizer, if the run does not lead to it
+    #[arg(long, value_name = "DIR")]
+    tokenizer: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints what was asked for.
+///
+/// # Errors
+/// If there is no such run, sequence or document.
+pub fn run(args: &Inspect) -> Result<ExitCode> {
+    let folder = RunFolder::existing(&args.run).map_err(|error| wrong_use(error.into()))?;
+    let manifest = folder.manifest()?;
+    let (value, text) = match (args.sequence, &args.document) {
+        (Some(number), _) => {
+            let tokenizer = tokenizer(args, &folder)?;
+            let shown = ShownSequence::find(&folder, &manifest, number)?;
+            (shown.json(&tokenizer), shown.describe(&tokenizer))
+        }
+        (None, Some(id)) => {
+            let shown = ShownDocument::find(&folder, &manifest, id)?;
+            (shown.json(), shown.describe())
+        }
+        (None, None) => overview(&folder, &manifest)?,
+    };
+    match args.json {
+        true => println!("{value:#}"),
+        false => print!("{text}"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn overview(folder: &RunFolder, manifest: &Manifest) -> Result<(Value, String)> {
+    let configuration = folder.configuration()?;
+    let ledger = manifest.ledger();
+    let latest = TrainingFolder {
+        run: folder.path().to_owned(),
+        checkpoint_every: 1,
+    }
+    .latest()?;
+    let mut text = format!(
+        "{} {}: {} epochs committed, {} sequences, unknown {}\n",
+        configuration["command"].as_str().unwrap_or("run"),
+        folder.path().display(),
+        manifest.next_epoch(),
+        manifest.sequences(),
+        ledger.unknown(),
+    );
+    if let Some(latest) = &latest {
+        let _ = writeln!(text, "latest checkpoint {}", latest.display());
+    }
+    for (name, amount) in ledger.iter() {
+        let _ = writeln!(text, "  {amount:>12} {name}");
+    }
+    let value = json!({
+        "configuration": configuration,
+        "epochs": manifest.next_epoch(),
+        "sequences": manifest.sequences(),
+        "ledger": ledger,
+        "unknown": ledger.unknown(),
+        "checkpoint": latest,
+    });
+    Ok((value, text))
+}
+
+/// A sequence with the documents behind its items.
+struct ShownSequence {
+    number: u64,
+    epoch: u64,
+    sequence: Sequence,
+    documents: BTreeMap<String, Augmented>,
+}
+
+impl ShownSequence {
+    fn find(folder: &RunFolder, manifest: &Manifest, number: u64) -> Result<Self> {
+        let count = manifest.sequences();
+        let holds = |epoch: &&EpochRecord| {
+            (epoch.first_sequence..epoch.first_sequence + epoch.sequences).contains(&number)
+        };
+        let Some(epoch) = manifest.epochs.iter().find(holds) else {
+            bail!("there is no sequence {number}: the run has {count}, counted from 0");
+        };
+        let index = (number - epoch.first_sequence) as usize;
+        let sequence = folder.sequences(epoch)?.swap_remove(index);
+        let mut documents: BTreeMap<String, Augmented> = folder
+            .augmented(epoch)?
+            .into_iter()
+            .map(|one| (one.id.clone(), one))
+            .collect();
+        documents.retain(|id, _| sequence.segments.iter().any(|segment| segment.item == *id));
+        Ok(ShownSequence {
+            number,
+            epoch: epoch.epoch,
+            sequence,
+            documents,
+        })
+    }
+
+    /// The segments with the text of each.
+    fn segments(&self, tokenizer: &Tokenizer) -> Vec<(&Segment, String)> {
+        let mut start = 0;
+        let mut cut = |segment: &Segment| {
+            let end = start + segment.length as usize;
+            let text = tokenizer.decode(&self.sequence.tokens[start..end]);
+            start = end;
+            text
+        };
+        self.sequence
+            .segments
+            .iter()
+            .map(|segment| (segment, cut(segment)))
+            .collect()
+    }
+
+    /// The document a segment was cut from; none for items of side sources.
+    fn origin(&self, segment: &Segment) -> Option<&Augmented> {
+        if segment.source == AUGMENTED {
+            self.documents.get(&segment.item)
+        } else {
+            None
+        }
+    }
+
+    fn json(&self, tokenizer: &Tokenizer) -> Value {
+        let segments: Vec<Value> = self
+            .segments(tokenizer)
+            .into_iter()
+            .map(|(segment, text)| {
+                let origin = self.origin(segment);
+                json!({
+                    "item": segment.item,
+                    "source": segment.source,
+                    "offset": segment.offset,
+                    "length": segment.length,
+                    "text": text,
+                    "documents": origin.map(|document| &document.source_ids),
+                    "places": origin.map(places),
+                })
+            })
+            .collect();
+        json!({ "sequence": self.number, "epoch": self.epoch, "segments": segments })
+    }
+
+    fn describe(&self, tokenizer: &Tokenizer) -> String {
+        let mut text = format!(
+            "sequence {}, epoch {}: {} tokens in {} segments\n",
+            self.number,
+            self.epoch,
+            self.sequence.tokens.len(),
+            self.sequence.segments.len()
+        );
+        for (segment, words) in self.segments(tokenizer) {
+            let Segment {
+                item,
+                source,
+                offset,
+                length,
+            } = segment;
+            let end = offset + length;
+            let _ = writeln!(
+                text,
+                "\n── {item} · source {source} · tokens {offset} to {end}"
+            );
+            if let Some(document) = self.origin(segment) {
+                for place in places(document) {
+                    let _ = writeln!(text, "   from {place}");
+                }
+            }
+            let _ = writeln!(text, "{}", quoted(&words));
+        }
+        text
+    }
+}
+
+/// A document with everything that became of it.
+struct ShownDocument {
+    id: String,
+    rendered: Vec<Augmented>,
+    /// Sequence, and the part of the item it holds.
+    packed: Vec<(u64, Segment)>,
+    rejected: Vec<Rejected>,
+}
+
+impl ShownDocument {
+    fn find(folder: &RunFolder, manifest: &Manifest, id: &str) -> Result<Self> {
+        let mut shown = ShownDocument {
+            id: id.to_owned(),
+            rendered: Vec::new(),
+            packed: Vec::new(),
+            rejected: Vec::new(),
+        };
+        for epoch in &manifest.epochs {
+            let is_behind = |document: &Augmented| {
+                document.source_ids.iter().any(|source| source == id)
+                    || document.entries.iter().any(|entry| entry.id == id)
+            };
+            let rendered: Vec<Augmented> = folder
+                .augmented(epoch)?
+                .into_iter()
+                .filter(is_behind)
+                .collect();
+            if !rendered.is_empty() {
+                shown.packed.extend(packed(folder, epoch, &rendered)?);
+            }
+            shown.rendered.extend(rendered);
+            for file in epoch
+                .files
+                .iter()
+                .filter(|file| file.name.starts_with("rejected/"))
+            {
+                for record in compressed::read::<Rejected>(&folder.path().join(&file.name))? {
+                    let record = record?;
+                    if record.ids.iter().any(|own| own == id) {
+                        shown.rejected.push(record);
+                    }
+                }
+            }
+        }
+        ensure!(
+            !(shown.rendered.is_empty() && shown.rejected.is_empty()),
+            "no document {id:?} in this run; ids are those of the input"
+        );
+        Ok(shown)
+    }
+
+    fn json(&self) -> Value {
+        let packed: Vec<Value> = self
+            .packed
+            .iter()
+            .map(|(sequence, segment)| json!({ "sequence": sequence, "segment": segment }))
+            .collect();
+        json!({
+            "document": self.id,
+            "rendered": self.rendered,
+            "packed": packed,
+            "rejected": self.rejected,
+        })
+    }
+
+    fn describe(&self) -> String {
+        let mut text = format!("document {}\n", self.id);
+        for rendered in &self.rendered {
+            self.describe_rendered(rendered, &mut text);
+        }
+        for rejected in &self.rejected {
+            let Rejected {
+                stage,
+                reason,
+                detail,
+                excerpt,
+                ..
+            } = rejected;
+            let stage = format!("{stage:?}").to_lowercase();
+            let _ = writeln!(
+                text,
+                "\nrejected at {stage}: {reason} {detail}\n{}",
+                quoted(excerpt)
+            );
+        }
+        text
+    }
+
+    fn describe_rendered(&self, rendered: &Augmented, text: &mut String) {
+        for (entry, round) in rendered.entries.iter().zip(&rendered.rounds) {
+            let mark = if entry.id.starts_with(&self.id) {
+                "▶"
+            } else {
+                " "
+            };
+            let _ = writeln!(
+                text,
+                "\n{mark} round {round}: {} with {} pairs, from {}",
+                entry.id,
+                entry.pairs.len(),
+                entry.place
+            );
+            for pair in &entry.pairs {
+                let _ = writeln!(text, "    Q {}\n    A {}", pair.question, pair.answer);
+            }
+        }
+        let layout = match &rendered.choices {
+            Some(choices) => format!("{:?} layout", choices.layout).to_lowercase(),
+            None => "raw".to_owned(),
+        };
+        let _ = writeln!(
+            text,
+            "\nrendered as {}, {layout}, {} tokens:\n{}",
+            rendered.id,
+            rendered.tokens,
+            quoted(&rendered.text)
+        );
+        for (sequence, segment) in self
+            .packed
+            .iter()
+            .filter(|(_, own)| own.item == rendered.id)
+        {
+            let (from, to) = (segment.offset, segment.offset + segment.length);
+            let _ = writeln!(text, "packed in sequence {sequence}: tokens {from} to {to}");
+        }
+    }
+}
+
+/// The sequences of an epoch that hold one of these documents.
+fn packed(
+    folder: &RunFolder,
+    epoch: &EpochRecord,
+    rendered: &[Augmented],
+) -> Result<Vec<(u64, Segment)>> {
+    let mut found = Vec::new();
+    for (number, sequence) in (epoch.first_sequence..).zip(folder.sequences(epoch)?) {
+        for segment in sequence.segments {
+            let holds = |document: &Augmented| document.id == segment.item;
+            if segment.source == AUGMENTED && rendered.iter().any(holds) {
+                found.push((number, segment));
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn places(document: &Augmented) -> Vec<String> {
+    document
+        .entries
+        .iter()
+        .map(|entry| format!("{} ({})", entry.place, entry.id))
+        .collect()
+}
+
+/// Foreign text, so that it cannot be taken for ours: a bar in front, and no control characters.
+fn quoted(text: &str) -> String {
+    let clean = |c: char| {
+        if c.is_control() && c != '\t' {
+            '\u{fffd}'
+        } else {
+            c
+        }
+    };
+    let line = |line: &str| format!("  │ {}", line.chars().map(clean).collect::<String>());
+    text.lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// The tokenizer that the items of a run were made with.
+fn tokenizer(args: &Inspect, folder: &RunFolder) -> Result<Tokenizer> {
+    let configuration = folder.configuration()?;
+    let wanted = configuration["model"]["tokenizer"]
+        .as_str()
+        .context("run.json names none")?;
+    let named = configuration["model"]["name"].as_str().unwrap_or_default();
+    let latest = TrainingFolder {
+        run: args.run.clone(),
+        checkpoint_every: 1,
+    }
+    .latest()?;
+    let directories = [args.tokenizer.clone(), latest, Some(named.into())];
+    let read = |directory: PathBuf| Tokenizer::read(Path::new(&directory)).ok();
+    let found = directories.into_iter().flatten().filter_map(read);
+    let bundled = Model::trained(BUNDLED)?.tokenizer;
+    found
+        .chain([bundled])
+        .find(|tokenizer| format!("{:032x}", tokenizer.digest()) == wanted)
+        .context("this run's tokenizer is not where it was; name its directory with --tokenizer")
+        .map_err(wrong_use)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_text_cannot_move_the_cursor() {
+        assert_eq!(quoted("a\x1b[2Jb\nc"), "  │ a\u{fffd}[2Jb\n  │ c");
+    }
+}

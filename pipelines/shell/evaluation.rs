@@ -1,0 +1,73 @@
+//! Puts an exam to a model.
+
+use super::stop;
+use anyhow::{Context, Result, anyhow};
+use candle_core::{DType, Device};
+use crossbeam_channel::unbounded;
+use headwater::engine::{self, EngineCounters, EngineSettings};
+use headwater::eval::{Exam, Scores};
+use headwater::model::Llama;
+use headwater::model::config::ModelConfig;
+use headwater::model::weights::Weights;
+use headwater::synthesizer::{Completion, Synthesizer};
+use headwater::tokenizer::Tokenizer;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+const SETTINGS: EngineSettings = EngineSettings {
+    sequences_max: 32,
+    step_tokens_max: 512,
+    cache_bytes: 2 << 30,
+    queue_max: 64,
+};
+
+/// Asks the model in `directory`, and marks its answers; none if the run is to stop.
+///
+/// # Errors
+/// If the model cannot be loaded or the device fails.
+pub fn evaluate(exam: &Exam, directory: &Path, device: &Device) -> Result<Option<Scores>> {
+    let config = ModelConfig::read(directory)?;
+    let tokenizer = Tokenizer::read(directory)?;
+    let dtype = if device.is_cpu() {
+        DType::F32
+    } else {
+        DType::BF16
+    };
+    let model = Llama::load(&config, &Weights::open(directory)?, dtype, device)?;
+    let (failed, failure) = unbounded();
+    let ends = tokenizer.eos().into_iter().collect();
+    let (queue, _) = engine::start(
+        model,
+        ends,
+        SETTINGS,
+        Arc::new(EngineCounters::default()),
+        move |error| {
+            let _ = failed.send(error);
+        },
+    )?;
+    let (woken, wakes) = unbounded();
+    let mut handle = queue.open(Arc::new(move || {
+        let _ = woken.send(()); // nobody listens when all is answered
+    }));
+    let mut waiting = exam.requests().iter().cloned().rev().collect::<Vec<_>>();
+    let mut answers: Vec<Completion> = Vec::new();
+    while answers.len() < exam.requests().len() {
+        if stop::asked() {
+            return Ok(None);
+        }
+        if let Ok(error) = failure.try_recv() {
+            return Err(anyhow!(error)).context("could not evaluate");
+        }
+        while let Some(request) = waiting.pop() {
+            if let Err(refused) = handle.submit(request) {
+                waiting.push(refused);
+                break;
+            }
+        }
+        let _ = wakes.recv_timeout(Duration::from_millis(100));
+        answers.extend(std::iter::from_fn(|| handle.poll()));
+    }
+    answers.sort_by_key(|answer| answer.key); // sums of floats are in one order
+    Ok(Some(exam.mark(&answers, &tokenizer)))
+}

@@ -1,0 +1,264 @@
+//! Trains on the sequences of an existing run.
+//!
+//! ```text
+//! RUN/packed/*.parquet, in the order of the manifest ─▶ trainer ─▶ checkpoints/, metrics.jsonl
+//! ```
+
+use crate::shell::args::{MachineArgs, TrainArgs, check_progress};
+use crate::shell::models::Model;
+use crate::shell::plan::{self, count, seconds};
+use crate::shell::progress::{Expected, Progress, TrainMeter};
+use crate::shell::running::abort_on_panic;
+use crate::shell::stop::STOPPED;
+use crate::shell::training::{Drive, Ended, TrainingFolder, train_on};
+use crate::shell::wrong_use;
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device};
+use clap::Args;
+use headwater::format::durable;
+use headwater::meter::Meters;
+use headwater::model::device;
+use headwater::run::{EpochRecord, Manifest, RunFolder};
+use headwater::train::feed::Feed;
+use headwater::train::{StepReport, TrainSettings, Trainer};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Train a model on the shards of an existing run
+#[derive(Args, Clone, Debug)]
+#[command(
+    after_help = "Example:\n  headwater train --shards runs/pubmed --model 110m --out \
+                        runs/pubmed-110m"
+)]
+pub struct Train {
+    /// A run folder with packed sequences
+    #[arg(long, value_name = "DIR")]
+    shards: PathBuf,
+    /// The run folder of the training; an existing one is continued
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Passes over the sequences
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    epochs: u64,
+    #[command(flatten)]
+    train: TrainArgs,
+    #[command(flatten)]
+    machine: MachineArgs,
+}
+
+/// Runs the training.
+///
+/// # Errors
+/// If the shards and the model do not fit each other, training diverges, or the disk refuses.
+pub fn run(args: &Train) -> Result<ExitCode> {
+    let source = Source::open(args).map_err(wrong_use)?;
+    let sequences = source.manifest.sequences() * args.epochs;
+    let settings = plan::training(&args.train, &source.model.name, sequences);
+    eprint!("{}", source.describe(args, &settings));
+    if args.machine.dry_run {
+        return Ok(ExitCode::SUCCESS);
+    }
+    abort_on_panic();
+    RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?;
+    let folder = TrainingFolder {
+        run: args.out.clone(),
+        checkpoint_every: args.train.checkpoint_every,
+    };
+    let compute = if source.device.is_cpu() {
+        DType::F32
+    } else {
+        DType::BF16
+    };
+    let trainer = match folder.latest()? {
+        Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, &source.device)?,
+        None => {
+            let values = source.model.parameters(args.machine.seed, &source.device)?;
+            Trainer::new(
+                &source.model.config,
+                values,
+                settings,
+                compute,
+                &source.device,
+            )?
+        }
+    };
+    let start = Instant::now();
+    let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
+    let mut seen = trainer.progress().next_sequence;
+    let expected = Expected {
+        texts: 0,
+        sequences: sequences.saturating_sub(seen),
+        synthesized: false,
+        trained: true,
+    };
+    let how = &args.machine.progress;
+    let progress = Progress::start(how, meters.clone(), meter.clone(), expected);
+    let mut drive = Drive::new(trainer, &source.model.tokenizer, folder)?;
+    let (_, nothing_more) = Feed::new();
+    let passes = passes(&source.manifest, args.epochs);
+    let ended = train_on(
+        &mut drive,
+        &source.shards,
+        &passes,
+        &nothing_more,
+        |report, _| {
+            meter.note(report.step, report.loss);
+            meters.learned.add(report.next_sequence - seen);
+            seen = report.next_sequence;
+        },
+    )?;
+    drop(progress);
+    if ended == Ended::Stopped {
+        eprintln!("stopped; run the same command again to go on");
+        return Ok(ExitCode::from(STOPPED));
+    }
+    let (first, last) = drive.span().context("there was nothing to learn")?;
+    close(
+        args,
+        sequences,
+        &(first, last),
+        start.elapsed().as_secs_f64(),
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is trained on, and what is trained.
+struct Source {
+    shards: RunFolder,
+    manifest: Manifest,
+    length: usize,
+    model: Model,
+    device: Device,
+}
+
+impl Source {
+    fn open(args: &Train) -> Result<Self> {
+        ensure!(
+            args.epochs > 0 && args.train.batch > 0,
+            "--epochs and --batch must be 1 at least"
+        );
+        check_progress(&args.machine.progress)?;
+        let device = device::device(&args.machine.device)?;
+        let shards = RunFolder::existing(&args.shards).context("--shards")?;
+        let manifest = shards.manifest()?;
+        ensure!(
+            manifest.sequences() > 0,
+            "{:?} holds no sequences yet",
+            args.shards
+        );
+        let origin = shards.configuration()?;
+        let length = origin["length"]
+            .as_u64()
+            .context("run.json says no length")? as usize;
+        let model = args.train.model(length)?;
+        ensure!(
+            origin["model"]["tokenizer"] == digest(&model),
+            "the sequences in {:?} were made with another tokenizer than that of {:?}: their ids \
+             would mean something else; name the right one with --tokenizer",
+            args.shards,
+            args.train.model
+        );
+        Ok(Source {
+            shards,
+            manifest,
+            length,
+            model,
+            device,
+        })
+    }
+
+    fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
+        format!(
+            "  sequences     {} of {} tokens at most, {} passes\n  training      {}: {} parameters, {} \
+             steps of {} sequences, peak rate {:.1e}, warm-up {}\n  output        {}\n",
+            self.manifest.sequences(),
+            self.length,
+            args.epochs,
+            self.model.name,
+            count(self.model.config.parameter_count()),
+            settings.schedule.total_steps,
+            settings.batch_sequences,
+            settings.schedule.peak,
+            settings.schedule.warmup_steps,
+            args.out.display(),
+        )
+    }
+
+    fn configuration(&self, args: &Train, settings: &TrainSettings) -> Result<Value> {
+        let files = self.manifest.epochs.iter().flat_map(|epoch| &epoch.files);
+        let packed = files.filter(|file| file.name.starts_with("packed/"));
+        let digests: String = packed.map(|file| file.digest.as_str()).collect();
+        Ok(json!({
+            "headwater": env!("CARGO_PKG_VERSION"),
+            "command": "train",
+            "seed": args.machine.seed,
+            "shards": {
+                "sequences": self.manifest.sequences(),
+                "xxh3": format!("{:032x}", xxh3_128(digests.as_bytes())),
+            },
+            "passes": args.epochs,
+            "model": {
+                "name": self.model.name,
+                "weights": self.model.digest()?,
+                "tokenizer": digest(&self.model),
+            },
+            "training": settings,
+        }))
+    }
+}
+
+fn digest(model: &Model) -> Value {
+    json!(format!("{:032x}", model.tokenizer.digest()))
+}
+
+/// The epochs of all passes, numbered through.
+fn passes(manifest: &Manifest, passes: u64) -> Vec<EpochRecord> {
+    let shifted = |pass: u64| {
+        manifest.epochs.iter().cloned().map(move |mut epoch| {
+            epoch.first_sequence += pass * manifest.sequences();
+            epoch
+        })
+    };
+    (0..passes).flat_map(shifted).collect()
+}
+
+/// Writes `ledger.json` and says what came of it.
+fn close(args: &Train, sequences: u64, span: &(StepReport, StepReport), spent: f64) -> Result<()> {
+    let (first, last) = span;
+    let ledger = json!({
+        "unknown": sequences.abs_diff(last.next_sequence),
+        "counts": {
+            "train/given": sequences,
+            "train/sequences": last.next_sequence,
+            "train/tokens": last.tokens_total,
+        },
+    });
+    durable::write(
+        &args.out.join("ledger.json"),
+        format!("{ledger:#}\n").as_bytes(),
+    )?;
+    if args.machine.json {
+        let summary = json!({ "ledger": ledger, "seconds": spent, "first": first, "last": last });
+        println!("{summary:#}");
+        return Ok(());
+    }
+    println!(
+        "trained on {} sequences, {} tokens, in {} steps and {}; loss {:.3} at the start, {:.3} at the end",
+        last.next_sequence,
+        count(last.tokens_total),
+        last.step,
+        seconds(spent),
+        first.loss,
+        last.loss
+    );
+    println!(
+        "the model is in {}/checkpoints/step-{:08}/",
+        args.out.display(),
+        last.step
+    );
+    Ok(())
+}
