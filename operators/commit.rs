@@ -53,10 +53,8 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
         open: impl FnOnce(Waker) -> Committer + 'static,
     ) -> StreamVec<'scope, u64, Committed> {
         let scope = self.scope();
-        let (to_one, accounts_to_one) = (
-            Exchange::new(|_: &PackedLane| 0),
-            Exchange::new(|_: &Account| 0),
-        );
+        let (to_one, accounts_to_one) =
+            (Exchange::new(|_: &PackedLane| 0), Exchange::new(|_: &Account| 0));
         self.binary_frontier(
             accounts,
             to_one,
@@ -78,18 +76,14 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
                         let (_, gathered) = gathering
                             .entry(*held.time())
                             .or_insert_with(|| (held, Gathered::default()));
-                        gathered
-                            .lanes
-                            .extend(batches.flat_map(|batch| batch.drain(..)));
+                        gathered.lanes.extend(batches.flat_map(|batch| batch.drain(..)));
                     });
                     accounts.for_each_stamp(|capability, batches| {
                         let held = capability.retain_least(port).expect("accounts have a time");
                         let (_, gathered) = gathering
                             .entry(*held.time())
                             .or_insert_with(|| (held, Gathered::default()));
-                        gathered
-                            .accounts
-                            .extend(batches.flat_map(|batch| batch.drain(..)));
+                        gathered.accounts.extend(batches.flat_map(|batch| batch.drain(..)));
                     });
                     let Some(committer) = &committer else { return };
                     while let Some(entry) = gathering.first_entry()
@@ -102,10 +96,8 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
                         match committer.offer(whole) {
                             Ok(()) => drop(handed_over.insert(epoch, capability)),
                             Err(whole) => {
-                                let gathered = Gathered {
-                                    whole: Some(whole),
-                                    ..Gathered::default()
-                                };
+                                let gathered =
+                                    Gathered { whole: Some(whole), ..Gathered::default() };
                                 gathering.insert(epoch, (capability, gathered));
                                 again.activate_after(RETRY);
                                 break;
@@ -131,24 +123,18 @@ struct Gathered {
     lanes: Vec<PackedLane>,
     accounts: Vec<Account>,
     /// The whole epoch, if it has been put together and waits for the commit thread.
-    whole: Option<EpochOutput>,
+    whole: Option<Box<EpochOutput>>,
 }
 
 impl Gathered {
     /// The epoch as it is committed. Lanes that had nothing to do keep their state.
-    fn into_output(self, epoch: u64, states: &mut [LaneState]) -> EpochOutput {
+    fn into_output(self, epoch: u64, states: &mut [LaneState]) -> Box<EpochOutput> {
         if let Some(whole) = self.whole {
             return whole;
         }
-        let mut output = EpochOutput {
-            epoch,
-            ..EpochOutput::default()
-        };
-        let mut lanes: BTreeMap<u64, PackedLane> = self
-            .lanes
-            .into_iter()
-            .map(|lane| (lane.lane, lane))
-            .collect();
+        let mut output = Box::new(EpochOutput { epoch, ..EpochOutput::default() });
+        let mut lanes: BTreeMap<u64, PackedLane> =
+            self.lanes.into_iter().map(|lane| (lane.lane, lane)).collect();
         let mut documents = Vec::new();
         for (index, state) in states.iter_mut().enumerate() {
             let Some(lane) = lanes.remove(&(index as u64)) else {

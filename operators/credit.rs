@@ -31,11 +31,7 @@ impl Credit {
     /// If the window is empty: nothing would ever start.
     pub fn new(first: u64, window: u64) -> Rc<Self> {
         assert!(window > 0, "an empty window lets nothing through");
-        Rc::new(Credit {
-            open: Cell::new(first),
-            window,
-            source: RefCell::new(None),
-        })
+        Rc::new(Credit { open: Cell::new(first), window, source: RefCell::new(None) })
     }
 
     /// Whether the source may send this epoch.

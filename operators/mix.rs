@@ -71,9 +71,7 @@ impl<'scope> Mix<'scope> for StreamVec<'scope, u64, ChainOutput> {
                 .filter(|lane| lane % peers == index)
                 .map(|lane| (lane, LaneMix::new(&mixing, lane, &wake)))
                 .collect();
-            // What was rendered for each open epoch and lane, and the capability to send it on.
-            let mut open: BTreeMap<(u64, u64), (Capability<u64>, Vec<ChainOutput>)> =
-                BTreeMap::new();
+            let mut open: BTreeMap<Key, Held> = BTreeMap::new();
 
             move |(input, frontier), output| {
                 let port = output.output_index();
@@ -81,9 +79,8 @@ impl<'scope> Mix<'scope> for StreamVec<'scope, u64, ChainOutput> {
                     let held = capability.retain_least(port).expect("rendered at a time");
                     for rendered in batches.flat_map(|batch| batch.drain(..)) {
                         let key = (*held.time(), rendered.index % lanes);
-                        let (_, all) = open
-                            .entry(key)
-                            .or_insert_with(|| (held.clone(), Vec::new()));
+                        let (_, all) =
+                            open.entry(key).or_insert_with(|| (held.clone(), Vec::new()));
                         all.push(rendered);
                     }
                 });
@@ -94,10 +91,7 @@ impl<'scope> Mix<'scope> for StreamVec<'scope, u64, ChainOutput> {
                     {
                         mix.start(std::mem::take(&mut closed.1));
                         let Some(mixed) = mix.advance() else { break };
-                        mixing
-                            .meters
-                            .mixed_tokens
-                            .add(mixed.ledger.get("mix/tokens"));
+                        mixing.meters.mixed_tokens.add(mixed.ledger.get("mix/tokens"));
                         output.session(&closed.0).give(mixed);
                         open.remove(&key);
                     }
@@ -107,16 +101,15 @@ impl<'scope> Mix<'scope> for StreamVec<'scope, u64, ChainOutput> {
     }
 }
 
-type Open = BTreeMap<(u64, u64), (Capability<u64>, Vec<ChainOutput>)>;
+/// Epoch and lane.
+type Key = (u64, u64);
+
+/// What was rendered for an epoch of a lane, with the capability to send it on.
+type Held = (Capability<u64>, Vec<ChainOutput>);
 
 /// The oldest open epoch of a lane.
-fn oldest(
-    open: &mut Open,
-    lane: u64,
-) -> Option<((u64, u64), &mut (Capability<u64>, Vec<ChainOutput>))> {
-    open.iter_mut()
-        .find(|((_, own), _)| *own == lane)
-        .map(|(key, value)| (*key, value))
+fn oldest(open: &mut BTreeMap<Key, Held>, lane: u64) -> Option<(Key, &mut Held)> {
+    open.iter_mut().find(|((_, own), _)| *own == lane).map(|(key, value)| (*key, value))
 }
 
 /// A lane with its side sources and the epoch it is mixing.
@@ -132,10 +125,7 @@ impl LaneMix {
         let state = &mixing.lanes[lane as usize];
         let open = |(side, source): (usize, &SideSource)| {
             let behind = state.side_records.get(side).copied().unwrap_or(0);
-            (
-                source.open(lane, lanes, behind, wake.clone()),
-                source.name.clone(),
-            )
+            (source.open(lane, lanes, behind, wake.clone()), source.name.clone())
         };
         let mixer = match state.mix.tokens.is_empty() {
             true => Mixer::new(&mixing.weights),
@@ -143,18 +133,11 @@ impl LaneMix {
         };
         let mut side_records = state.side_records.clone();
         side_records.resize(mixing.sides.len(), 0);
-        let state = LaneState {
-            mix: mixer.state().clone(),
-            side_records,
-        };
+        let state = LaneState { mix: mixer.state().clone(), side_records };
         LaneMix {
             lane: Lane::new(mixer),
             sides: mixing.sides.iter().enumerate().map(open).collect(),
-            mixed: MixedLane {
-                lane,
-                state,
-                ..MixedLane::default()
-            },
+            mixed: MixedLane { lane, state, ..MixedLane::default() },
         }
     }
 
@@ -193,11 +176,8 @@ impl LaneMix {
             mixed.ledger.add(format!("mix/tokens_of/{source}"), tokens);
             mixed.ledger.add("mix/tokens", tokens);
         }
-        let next = MixedLane {
-            lane: mixed.lane,
-            state: mixed.state.clone(),
-            ..MixedLane::default()
-        };
+        let next =
+            MixedLane { lane: mixed.lane, state: mixed.state.clone(), ..MixedLane::default() };
         Some(std::mem::replace(mixed, next))
     }
 
@@ -206,9 +186,7 @@ impl LaneMix {
         match record.item {
             Ok(item) => self.lane.give(item),
             Err(rejected) => {
-                self.mixed
-                    .ledger
-                    .add(format!("mix/rejected/{}", rejected.reason), 1);
+                self.mixed.ledger.add(format!("mix/rejected/{}", rejected.reason), 1);
                 self.mixed.rejected.push(*rejected);
             }
         }

@@ -65,14 +65,7 @@ impl<'scope, T: Timestamp> Pack<'scope, T> for StreamVec<'scope, T, MixedLane> {
 }
 
 fn pack_lane(mixed: MixedLane, packing: Packing) -> PackedLane {
-    let MixedLane {
-        lane,
-        items,
-        documents,
-        rejected,
-        mut ledger,
-        state,
-    } = mixed;
+    let MixedLane { lane, items, documents, rejected, mut ledger, state } = mixed;
     let mut packer = Packer::new(packing.length, packing.open_max);
     let mut sequences: Vec<Sequence> = items.iter().flat_map(|item| packer.push(item)).collect();
     sequences.extend(packer.finish());
@@ -82,12 +75,5 @@ fn pack_lane(mixed: MixedLane, packing: Packing) -> PackedLane {
     ledger.add("pack/sequences", tally.sequences);
     ledger.add("pack/room", tally.sequences * packing.length as u64);
     ledger.add("pack/cuts", tally.cuts);
-    PackedLane {
-        lane,
-        sequences,
-        documents,
-        rejected,
-        ledger,
-        state,
-    }
+    PackedLane { lane, sequences, documents, rejected, ledger, state }
 }

@@ -28,11 +28,7 @@ impl<'scope, T: Timestamp> Parse<'scope, T> for StreamVec<'scope, T, Turn> {
             move |input, output| {
                 input.for_each(|capability, turns| {
                     let chains = turns.drain(..).map(|turn| {
-                        let Turn {
-                            mut chain,
-                            prompt,
-                            generation,
-                        } = turn;
+                        let Turn { mut chain, prompt, generation } = turn;
                         chain.accept(&prompt, &generation);
                         let pairs = chain.entries.last().map_or(0, |entry| entry.pairs.len());
                         meters.pairs.add(pairs as u64);

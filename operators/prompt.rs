@@ -40,11 +40,7 @@ impl<'scope, T: Timestamp> WritePrompt<'scope, T> for StreamVec<'scope, T, Chain
                     let turns = chains.drain(..).map(|chain| {
                         let prompt = chain.prompt(&writer, tokens_max);
                         let prompt = prompt.expect("only chains with waiting texts go round");
-                        Turn {
-                            chain,
-                            prompt,
-                            generation: Generation::default(),
-                        }
+                        Turn { chain, prompt, generation: Generation::default() }
                     });
                     output.session(&capability).give_iterator(turns);
                 });

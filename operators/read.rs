@@ -95,23 +95,11 @@ pub fn read<'scope>(
 }
 
 fn admitted(block: Block, reading: &Reading) -> impl Iterator<Item = Admitted> {
-    let Block {
-        epoch: _,
-        documents,
-        rejected,
-        ledger,
-        end,
-    } = block;
+    let Block { epoch: _, documents, rejected, ledger, end } = block;
     reading.meters.records.add(ledger.get("read/records"));
     reading.meters.texts.add(documents.len() as u64);
-    let account = Account {
-        rejected,
-        ledger,
-        input: end,
-    };
-    let chains = chains(documents, reading.rounds)
-        .into_iter()
-        .map(Admitted::Chain);
+    let account = Account { rejected, ledger, input: end };
+    let chains = chains(documents, reading.rounds).into_iter().map(Admitted::Chain);
     std::iter::once(Admitted::Account(account)).chain(chains)
 }
 

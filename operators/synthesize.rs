@@ -90,11 +90,7 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                     let key = in_flight.issue();
                     let tokens = turn.prompt.tokens.clone();
                     let new_tokens_max = synthesis.new_tokens_max;
-                    match synthesizer.submit(Request {
-                        key,
-                        tokens,
-                        new_tokens_max,
-                    }) {
+                    match synthesizer.submit(Request { key, tokens, new_tokens_max }) {
                         Ok(()) => drop(submitted.insert(key, (slot, turn))),
                         Err(request) => {
                             in_flight.settle(request.key);
@@ -118,11 +114,7 @@ struct Held<T: Timestamp> {
 
 impl<T: Timestamp> Default for Held<T> {
     fn default() -> Self {
-        Held {
-            slots: BTreeMap::new(),
-            under_way: BTreeMap::new(),
-            next: 0,
-        }
+        Held { slots: BTreeMap::new(), under_way: BTreeMap::new(), next: 0 }
     }
 }
 

@@ -47,12 +47,7 @@ pub struct Demo {
 /// # Errors
 /// If the disk refuses or the run cannot start.
 pub fn run(args: Demo) -> Result<ExitCode> {
-    let Demo {
-        out,
-        no_train,
-        engine,
-        machine,
-    } = args;
+    let Demo { out, no_train, engine, machine } = args;
     let samples = out.join("input");
     let input = InputArgs {
         input: vec![unpack("biomedicine.xml", &samples)?],
@@ -84,13 +79,7 @@ pub fn run(args: Demo) -> Result<ExitCode> {
         checkpoint_every: 20,
     };
     let json = machine.json;
-    let settings = Settings::new(
-        PRESET,
-        &input,
-        (augment, engine),
-        (train, no_train),
-        machine,
-    )
-    .map_err(wrong_use)?;
+    let settings = Settings::new(PRESET, &input, (augment, engine), (train, no_train), machine)
+        .map_err(wrong_use)?;
     finish(&run_dataflow(&settings, pubmed::dataflow)?, json, true)
 }

@@ -74,11 +74,7 @@ pub fn run(args: &Inspect) -> Result<ExitCode> {
 fn overview(folder: &RunFolder, manifest: &Manifest) -> Result<(Value, String)> {
     let configuration = folder.configuration()?;
     let ledger = manifest.ledger();
-    let latest = TrainingFolder {
-        run: folder.path().to_owned(),
-        checkpoint_every: 1,
-    }
-    .latest()?;
+    let latest = TrainingFolder { run: folder.path().to_owned(), checkpoint_every: 1 }.latest()?;
     let mut text = format!(
         "{} {}: {} epochs committed, {} sequences, unknown {}\n",
         configuration["command"].as_str().unwrap_or("run"),
@@ -123,18 +119,10 @@ impl ShownSequence {
         };
         let index = (number - epoch.first_sequence) as usize;
         let sequence = folder.sequences(epoch)?.swap_remove(index);
-        let mut documents: BTreeMap<String, Augmented> = folder
-            .augmented(epoch)?
-            .into_iter()
-            .map(|one| (one.id.clone(), one))
-            .collect();
+        let mut documents: BTreeMap<String, Augmented> =
+            folder.augmented(epoch)?.into_iter().map(|one| (one.id.clone(), one)).collect();
         documents.retain(|id, _| sequence.segments.iter().any(|segment| segment.item == *id));
-        Ok(ShownSequence {
-            number,
-            epoch: epoch.epoch,
-            sequence,
-            documents,
-        })
+        Ok(ShownSequence { number, epoch: epoch.epoch, sequence, documents })
     }
 
     /// The segments with the text of each.
@@ -146,20 +134,12 @@ impl ShownSequence {
             start = end;
             text
         };
-        self.sequence
-            .segments
-            .iter()
-            .map(|segment| (segment, cut(segment)))
-            .collect()
+        self.sequence.segments.iter().map(|segment| (segment, cut(segment))).collect()
     }
 
     /// The document a segment was cut from; none for items of side sources.
     fn origin(&self, segment: &Segment) -> Option<&Augmented> {
-        if segment.source == AUGMENTED {
-            self.documents.get(&segment.item)
-        } else {
-            None
-        }
+        if segment.source == AUGMENTED { self.documents.get(&segment.item) } else { None }
     }
 
     fn json(&self, tokenizer: &Tokenizer) -> Value {
@@ -191,17 +171,9 @@ impl ShownSequence {
             self.sequence.segments.len()
         );
         for (segment, words) in self.segments(tokenizer) {
-            let Segment {
-                item,
-                source,
-                offset,
-                length,
-            } = segment;
+            let Segment { item, source, offset, length } = segment;
             let end = offset + length;
-            let _ = writeln!(
-                text,
-                "\n── {item} · source {source} · tokens {offset} to {end}"
-            );
+            let _ = writeln!(text, "\n── {item} · source {source} · tokens {offset} to {end}");
             if let Some(document) = self.origin(segment) {
                 for place in places(document) {
                     let _ = writeln!(text, "   from {place}");
@@ -235,20 +207,13 @@ impl ShownDocument {
                 document.source_ids.iter().any(|source| source == id)
                     || document.entries.iter().any(|entry| entry.id == id)
             };
-            let rendered: Vec<Augmented> = folder
-                .augmented(epoch)?
-                .into_iter()
-                .filter(is_behind)
-                .collect();
+            let rendered: Vec<Augmented> =
+                folder.augmented(epoch)?.into_iter().filter(is_behind).collect();
             if !rendered.is_empty() {
                 shown.packed.extend(packed(folder, epoch, &rendered)?);
             }
             shown.rendered.extend(rendered);
-            for file in epoch
-                .files
-                .iter()
-                .filter(|file| file.name.starts_with("rejected/"))
-            {
+            for file in epoch.files.iter().filter(|file| file.name.starts_with("rejected/")) {
                 for record in compressed::read::<Rejected>(&folder.path().join(&file.name))? {
                     let record = record?;
                     if record.ids.iter().any(|own| own == id) {
@@ -284,30 +249,16 @@ impl ShownDocument {
             self.describe_rendered(rendered, &mut text);
         }
         for rejected in &self.rejected {
-            let Rejected {
-                stage,
-                reason,
-                detail,
-                excerpt,
-                ..
-            } = rejected;
+            let Rejected { stage, reason, detail, excerpt, .. } = rejected;
             let stage = format!("{stage:?}").to_lowercase();
-            let _ = writeln!(
-                text,
-                "\nrejected at {stage}: {reason} {detail}\n{}",
-                quoted(excerpt)
-            );
+            let _ = writeln!(text, "\nrejected at {stage}: {reason} {detail}\n{}", quoted(excerpt));
         }
         text
     }
 
     fn describe_rendered(&self, rendered: &Augmented, text: &mut String) {
         for (entry, round) in rendered.entries.iter().zip(&rendered.rounds) {
-            let mark = if entry.id.starts_with(&self.id) {
-                "▶"
-            } else {
-                " "
-            };
+            let mark = if entry.id.starts_with(&self.id) { "▶" } else { " " };
             let _ = writeln!(
                 text,
                 "\n{mark} round {round}: {} with {} pairs, from {}",
@@ -330,11 +281,7 @@ impl ShownDocument {
             rendered.tokens,
             quoted(&rendered.text)
         );
-        for (sequence, segment) in self
-            .packed
-            .iter()
-            .filter(|(_, own)| own.item == rendered.id)
-        {
+        for (sequence, segment) in self.packed.iter().filter(|(_, own)| own.item == rendered.id) {
             let (from, to) = (segment.offset, segment.offset + segment.length);
             let _ = writeln!(text, "packed in sequence {sequence}: tokens {from} to {to}");
         }
@@ -360,21 +307,13 @@ fn packed(
 }
 
 fn places(document: &Augmented) -> Vec<String> {
-    document
-        .entries
-        .iter()
-        .map(|entry| format!("{} ({})", entry.place, entry.id))
-        .collect()
+    document.entries.iter().map(|entry| format!("{} ({})", entry.place, entry.id)).collect()
 }
 
 /// Foreign text, so that it cannot be taken for ours: a bar in front, and no control characters.
 fn quoted(text: &str) -> String {
     let clean = |c: char| {
-        if c.is_control() && c != '\t' {
-            '\u{fffd}'
-        } else {
-            c
-        }
+        if c.is_control() && c != '\t' { '\u{fffd}' } else { c }
     };
     let line = |line: &str| format!("  │ {}", line.chars().map(clean).collect::<String>());
     text.lines().map(line).collect::<Vec<_>>().join("\n")
@@ -383,15 +322,9 @@ fn quoted(text: &str) -> String {
 /// The tokenizer that the items of a run were made with.
 fn tokenizer(args: &Inspect, folder: &RunFolder) -> Result<Tokenizer> {
     let configuration = folder.configuration()?;
-    let wanted = configuration["model"]["tokenizer"]
-        .as_str()
-        .context("run.json names none")?;
+    let wanted = configuration["model"]["tokenizer"].as_str().context("run.json names none")?;
     let named = configuration["model"]["name"].as_str().unwrap_or_default();
-    let latest = TrainingFolder {
-        run: args.run.clone(),
-        checkpoint_every: 1,
-    }
-    .latest()?;
+    let latest = TrainingFolder { run: args.run.clone(), checkpoint_every: 1 }.latest()?;
     let directories = [args.tokenizer.clone(), latest, Some(named.into())];
     let read = |directory: PathBuf| Tokenizer::read(Path::new(&directory)).ok();
     let found = directories.into_iter().flatten().filter_map(read);

@@ -18,7 +18,7 @@ struct Headwater {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Demo),
-    Pubmed(pubmed::Pubmed),
+    Pubmed(Box<pubmed::Pubmed>),
     Tune(tune::Tune),
     Train(train::Train),
     Inspect(inspect::Inspect),
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         shell::stop::listen()?;
         match Headwater::parse().command {
             Command::Demo(args) => demo::run(args),
-            Command::Pubmed(args) => pubmed::run(args),
+            Command::Pubmed(args) => pubmed::run(*args),
             Command::Tune(args) => tune::run(&args),
             Command::Train(args) => train::run(&args),
             Command::Inspect(args) => inspect::run(&args),

@@ -33,20 +33,13 @@ use timely::dataflow::operators::{Concat, ConnectLoop, Enter, Leave, LoopVariabl
 use timely::worker::Worker;
 
 /// The recipe for a domain (arXiv 2406.14491, table 2).
-const PRESET: Preset = Preset {
-    command: "pubmed",
-    corpus: "pubmed",
-    rounds: 3,
-    ratio: [1, 1],
-    epoch_documents: 240,
-};
+const PRESET: Preset =
+    Preset { command: "pubmed", corpus: "pubmed", rounds: 3, ratio: [1, 1], epoch_documents: 240 };
 
 /// Augment biomedical abstracts, mix them with general instructions, pack and train
 #[derive(Args, Clone, Debug)]
-#[command(
-    after_help = "Example:\n  headwater pubmed --input pubmed26n0001.xml.gz --general \
-                        instructions.jsonl --model 110m --out runs/pubmed"
-)]
+#[command(after_help = "Example:\n  headwater pubmed --input pubmed26n0001.xml.gz --general \
+                        instructions.jsonl --model 110m --out runs/pubmed")]
 pub struct Pubmed {
     #[command(flatten)]
     input: InputArgs,
@@ -68,23 +61,10 @@ pub struct Pubmed {
 /// # Errors
 /// If the flags cannot work or the run cannot start.
 pub fn run(args: Pubmed) -> Result<ExitCode> {
-    let Pubmed {
-        input,
-        augment,
-        engine,
-        train,
-        no_train,
-        machine,
-    } = args;
+    let Pubmed { input, augment, engine, train, no_train, machine } = args;
     let json = machine.json;
-    let settings = Settings::new(
-        PRESET,
-        &input,
-        (augment, engine),
-        (train, no_train),
-        machine,
-    )
-    .map_err(wrong_use)?;
+    let settings = Settings::new(PRESET, &input, (augment, engine), (train, no_train), machine)
+        .map_err(wrong_use)?;
     finish(&run_dataflow(&settings, dataflow)?, json, false)
 }
 
@@ -108,13 +88,8 @@ pub fn dataflow(worker: &mut Worker, parts: &Parts) {
                 .prompt(parts.writer.clone(), parts.prompt_tokens_max)
                 .synthesize(parts.synthesis.clone(), parts.synthesizer())
                 .parse(parts.meters.clone());
-            let (done, more) = chains.ok_err(|chain| {
-                if chain.is_done() {
-                    Ok(chain)
-                } else {
-                    Err(chain)
-                }
-            });
+            let (done, more) =
+                chains.ok_err(|chain| if chain.is_done() { Ok(chain) } else { Err(chain) });
             more.connect_loop(again);
             done.leave(scope)
         });

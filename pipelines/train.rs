@@ -30,10 +30,8 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// Train a model on the shards of an existing run
 #[derive(Args, Clone, Debug)]
-#[command(
-    after_help = "Example:\n  headwater train --shards runs/pubmed --model 110m --out \
-                        runs/pubmed-110m"
-)]
+#[command(after_help = "Example:\n  headwater train --shards runs/pubmed --model 110m --out \
+                        runs/pubmed-110m")]
 pub struct Train {
     /// A run folder with packed sequences
     #[arg(long, value_name = "DIR")]
@@ -64,26 +62,14 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     }
     abort_on_panic();
     RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?;
-    let folder = TrainingFolder {
-        run: args.out.clone(),
-        checkpoint_every: args.train.checkpoint_every,
-    };
-    let compute = if source.device.is_cpu() {
-        DType::F32
-    } else {
-        DType::BF16
-    };
+    let folder =
+        TrainingFolder { run: args.out.clone(), checkpoint_every: args.train.checkpoint_every };
+    let compute = if source.device.is_cpu() { DType::F32 } else { DType::BF16 };
     let trainer = match folder.latest()? {
         Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, &source.device)?,
         None => {
             let values = source.model.parameters(args.machine.seed, &source.device)?;
-            Trainer::new(
-                &source.model.config,
-                values,
-                settings,
-                compute,
-                &source.device,
-            )?
+            Trainer::new(&source.model.config, values, settings, compute, &source.device)?
         }
     };
     let start = Instant::now();
@@ -100,29 +86,18 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let mut drive = Drive::new(trainer, &source.model.tokenizer, folder)?;
     let (_, nothing_more) = Feed::new();
     let passes = passes(&source.manifest, args.epochs);
-    let ended = train_on(
-        &mut drive,
-        &source.shards,
-        &passes,
-        &nothing_more,
-        |report, _| {
-            meter.note(report.step, report.loss);
-            meters.learned.add(report.next_sequence - seen);
-            seen = report.next_sequence;
-        },
-    )?;
+    let ended = train_on(&mut drive, &source.shards, &passes, &nothing_more, |report, _| {
+        meter.note(report.step, report.loss);
+        meters.learned.add(report.next_sequence - seen);
+        seen = report.next_sequence;
+    })?;
     drop(progress);
     if ended == Ended::Stopped {
         eprintln!("stopped; run the same command again to go on");
         return Ok(ExitCode::from(STOPPED));
     }
     let (first, last) = drive.span().context("there was nothing to learn")?;
-    close(
-        args,
-        sequences,
-        &(first, last),
-        start.elapsed().as_secs_f64(),
-    )?;
+    close(args, sequences, &(first, last), start.elapsed().as_secs_f64())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -137,23 +112,14 @@ struct Source {
 
 impl Source {
     fn open(args: &Train) -> Result<Self> {
-        ensure!(
-            args.epochs > 0 && args.train.batch > 0,
-            "--epochs and --batch must be 1 at least"
-        );
+        ensure!(args.epochs > 0 && args.train.batch > 0, "--epochs and --batch must be 1 at least");
         check_progress(&args.machine.progress)?;
         let device = device::device(&args.machine.device)?;
         let shards = RunFolder::existing(&args.shards).context("--shards")?;
         let manifest = shards.manifest()?;
-        ensure!(
-            manifest.sequences() > 0,
-            "{:?} holds no sequences yet",
-            args.shards
-        );
+        ensure!(manifest.sequences() > 0, "{:?} holds no sequences yet", args.shards);
         let origin = shards.configuration()?;
-        let length = origin["length"]
-            .as_u64()
-            .context("run.json says no length")? as usize;
+        let length = origin["length"].as_u64().context("run.json says no length")? as usize;
         let model = args.train.model(length)?;
         ensure!(
             origin["model"]["tokenizer"] == digest(&model),
@@ -162,13 +128,7 @@ impl Source {
             args.shards,
             args.train.model
         );
-        Ok(Source {
-            shards,
-            manifest,
-            length,
-            model,
-            device,
-        })
+        Ok(Source { shards, manifest, length, model, device })
     }
 
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
@@ -237,10 +197,7 @@ fn close(args: &Train, sequences: u64, span: &(StepReport, StepReport), spent: f
             "train/tokens": last.tokens_total,
         },
     });
-    durable::write(
-        &args.out.join("ledger.json"),
-        format!("{ledger:#}\n").as_bytes(),
-    )?;
+    durable::write(&args.out.join("ledger.json"), format!("{ledger:#}\n").as_bytes())?;
     if args.machine.json {
         let summary = json!({ "ledger": ledger, "seconds": spent, "first": first, "last": last });
         println!("{summary:#}");
@@ -255,10 +212,6 @@ fn close(args: &Train, sequences: u64, span: &(StepReport, StepReport), spent: f
         first.loss,
         last.loss
     );
-    println!(
-        "the model is in {}/checkpoints/step-{:08}/",
-        args.out.display(),
-        last.step
-    );
+    println!("the model is in {}/checkpoints/step-{:08}/", args.out.display(), last.step);
     Ok(())
 }

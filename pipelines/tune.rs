@@ -111,22 +111,13 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     let start = Instant::now();
     let folder = class.folder(args);
     let trainer = match folder.latest()? {
-        Some(checkpoint) => Trainer::resume(
-            &checkpoint,
-            class.training,
-            compute(&class.device),
-            &class.device,
-        )?,
+        Some(checkpoint) => {
+            Trainer::resume(&checkpoint, class.training, compute(&class.device), &class.device)?
+        }
         None => {
             let values = class.model.parameters(args.machine.seed, &class.device)?;
             let (config, training) = (&class.model.config, class.training);
-            Trainer::new(
-                config,
-                values,
-                training,
-                compute(&class.device),
-                &class.device,
-            )?
+            Trainer::new(config, values, training, compute(&class.device), &class.device)?
         }
     };
     let mut drive = Drive::new(trainer, &class.model.tokenizer, folder)?;
@@ -136,9 +127,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         Ended::Done => {
             drive.checkpoint()?;
             let dtype = device::dtype(&args.dtype, &class.device)?;
-            drive
-                .trainer
-                .export(&model, &class.model.tokenizer, dtype)?;
+            drive.trainer.export(&model, &class.model.tokenizer, dtype)?;
             evaluate(&class.exam(args)?, &model, &class.device)?
         }
     };
@@ -151,18 +140,10 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         false => Some(drive.trainer.evaluate(&class.held_out)?),
     };
     let (first, last) = drive.span().context("there was nothing to learn")?;
-    let report = Report {
-        first,
-        last,
-        held_out_loss,
-        scores,
-        spent: start.elapsed().as_secs_f64(),
-    };
+    let report =
+        Report { first, last, held_out_loss, scores, spent: start.elapsed().as_secs_f64() };
     report.close(args, &class)?;
-    Ok(has_rejected(
-        !class.rejected.is_empty(),
-        args.machine.strict,
-    ))
+    Ok(has_rejected(!class.rejected.is_empty(), args.machine.strict))
 }
 
 /// What is learned, and who learns it.
@@ -182,10 +163,7 @@ struct Class {
 impl Class {
     fn open(args: &Tune) -> Result<Self> {
         check_progress(&args.machine.progress)?;
-        ensure!(
-            args.epochs > 0 && args.batch > 0,
-            "--epochs and --batch must be 1 at least"
-        );
+        ensure!(args.epochs > 0 && args.batch > 0, "--epochs and --batch must be 1 at least");
         let device = device::device(&args.machine.device)?;
         let (rows, mut rejected) = read(&args.input)?;
         let rows_read = (rows.len() + rejected.len()) as u64;
@@ -211,9 +189,8 @@ impl Class {
             rejected.first()
         );
         let (held_out_rows, _) = read(&args.held_out)?;
-        let held_out = Lessons::new(held_out_rows.clone(), &writer, lesson_settings.clone())
-            .0
-            .epoch(0);
+        let held_out =
+            Lessons::new(held_out_rows.clone(), &writer, lesson_settings.clone()).0.epoch(0);
         let training = training(args, lessons.tokens().0);
         Ok(Class {
             model,
@@ -270,19 +247,13 @@ impl Class {
     }
 
     fn folder(&self, args: &Tune) -> TrainingFolder {
-        TrainingFolder {
-            run: args.out.clone(),
-            checkpoint_every: args.checkpoint_every,
-        }
+        TrainingFolder { run: args.out.clone(), checkpoint_every: args.checkpoint_every }
     }
 
     fn write_rejected(&self, args: &Tune) -> Result<()> {
         let folder = args.out.join("rejected");
         std::fs::create_dir_all(&folder).with_context(|| format!("could not create {folder:?}"))?;
-        durable::write(
-            &folder.join("rows.jsonl.zst"),
-            &compressed::write(&self.rejected),
-        )?;
+        durable::write(&folder.join("rows.jsonl.zst"), &compressed::write(&self.rejected))?;
         Ok(())
     }
 
@@ -292,11 +263,7 @@ impl Class {
             new_tokens_max: EXAM_NEW_TOKENS,
             context: self.model.config.max_position_embeddings,
         };
-        let rows = if args.exam_rows > 0 {
-            &self.held_out_rows[..]
-        } else {
-            &[]
-        };
+        let rows = if args.exam_rows > 0 { &self.held_out_rows[..] } else { &[] };
         Ok(Exam::new(rows, &self.writer, bounds))
     }
 
@@ -306,12 +273,7 @@ impl Class {
         let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
         let sequences = self.training.schedule.total_steps * args.batch as u64;
         let sequences = sequences.saturating_sub(done as u64);
-        let expected = Expected {
-            texts: 0,
-            sequences,
-            synthesized: false,
-            trained: true,
-        };
+        let expected = Expected { texts: 0, sequences, synthesized: false, trained: true };
         let how = &args.machine.progress;
         let _progress = Progress::start(how, meters.clone(), meter.clone(), expected);
         let mut seen = 0;
@@ -348,11 +310,7 @@ impl Class {
 const EXAM_NEW_TOKENS: usize = 400;
 
 fn compute(device: &Device) -> DType {
-    if device.is_cpu() {
-        DType::F32
-    } else {
-        DType::BF16
-    }
+    if device.is_cpu() { DType::F32 } else { DType::BF16 }
 }
 
 fn read(paths: &[PathBuf]) -> Result<(Vec<tasks::Task>, Vec<Rejected>)> {
@@ -374,10 +332,7 @@ fn tokenizer(args: &Tune, rows: &[tasks::Task]) -> Result<Tokenizer> {
     if Shape::named(&args.base).is_none() {
         return Ok(Model::trained(&args.base).context("--base")?.tokenizer);
     }
-    let folder = TrainingFolder {
-        run: args.out.clone(),
-        checkpoint_every: 1,
-    };
+    let folder = TrainingFolder { run: args.out.clone(), checkpoint_every: 1 };
     Ok(match folder.latest()? {
         Some(checkpoint) => Tokenizer::read(&checkpoint)?,
         None => Tokenizer::train(
@@ -414,13 +369,7 @@ struct Report {
 impl Report {
     /// Writes `ledger.json` and `evaluation.json`, and prints.
     fn close(&self, args: &Tune, class: &Class) -> Result<()> {
-        let Report {
-            first,
-            last,
-            held_out_loss,
-            scores,
-            spent,
-        } = self;
+        let Report { first, last, held_out_loss, scores, spent } = self;
         let ledger = class.ledger();
         let counted = ledger.get("tune/used") + ledger.sum("tune/rejected/");
         let unknown = ledger.get("tune/rows").abs_diff(counted);
@@ -432,14 +381,8 @@ impl Report {
             "loss_last": last.loss,
             "steps": last.step,
         });
-        durable::write(
-            &args.out.join("ledger.json"),
-            format!("{account:#}\n").as_bytes(),
-        )?;
-        durable::write(
-            &args.out.join("evaluation.json"),
-            format!("{evaluation:#}\n").as_bytes(),
-        )?;
+        durable::write(&args.out.join("ledger.json"), format!("{account:#}\n").as_bytes())?;
+        durable::write(&args.out.join("evaluation.json"), format!("{evaluation:#}\n").as_bytes())?;
         if args.machine.json {
             println!(
                 "{:#}",
@@ -480,8 +423,7 @@ impl Report {
 /// A row as the synthesizer sees it, to train a tokenizer on.
 fn written(task: &tasks::Task) -> String {
     let pairs = task.pairs.iter();
-    let pairs: Vec<String> = pairs
-        .map(|pair| format!("<QUE> {} <ANS> {} </END>", pair.question, pair.answer))
-        .collect();
+    let pairs: Vec<String> =
+        pairs.map(|pair| format!("<QUE> {} <ANS> {} </END>", pair.question, pair.answer)).collect();
     format!(" <CON> {} </CON>\n\n{}", task.text, pairs.join("\n\n"))
 }

@@ -79,10 +79,7 @@ pub struct Augmenter {
 impl Augmenter {
     /// Renders a finished chain.
     pub fn augment(&self, chain: &Chain) -> ChainOutput {
-        let mut output = ChainOutput {
-            index: chain.index,
-            ..ChainOutput::default()
-        };
+        let mut output = ChainOutput { index: chain.index, ..ChainOutput::default() };
         for entry in &chain.entries {
             count_generation(entry, &mut output);
         }
@@ -91,9 +88,7 @@ impl Augmenter {
             for rendered in render(group, &self.templates, self.seed) {
                 count_rendering(&rendered, group, &mut output);
                 let item = self.item(&rendered);
-                output
-                    .documents
-                    .push((self.lineage(&rendered, group, round, &item), item));
+                output.documents.push((self.lineage(&rendered, group, round, &item), item));
             }
             round += group.len() as u32;
         }
@@ -122,11 +117,7 @@ impl Augmenter {
         Augmented {
             id: rendered.id.clone(),
             source_ids,
-            rounds: rendered
-                .entries
-                .iter()
-                .map(|&index| round + index as u32)
-                .collect(),
+            rounds: rendered.entries.iter().map(|&index| round + index as u32).collect(),
             entries: entries().map(entry).collect(),
             choices: rendered.choices.clone(),
             text: rendered.text.clone(),
@@ -142,12 +133,7 @@ pub fn item(id: &str, source: u32, text: &str, tokenizer: &Tokenizer) -> Item {
     let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
     tokens.extend(tokenizer.encode(text));
     tokens.extend(tokenizer.eos());
-    Item {
-        id: id.to_owned(),
-        source,
-        tokens,
-        learned: Vec::new(),
-    }
+    Item { id: id.to_owned(), source, tokens, learned: Vec::new() }
 }
 
 fn count_generation(entry: &Entry, output: &mut ChainOutput) {
@@ -155,10 +141,7 @@ fn count_generation(entry: &Entry, output: &mut ChainOutput) {
     ledger.add(format!("synthesize/finished/{}", entry.finish.name()), 1);
     ledger.add("synthesize/prompt_tokens", entry.prompt_tokens);
     ledger.add("synthesize/generated_tokens", entry.generated_tokens);
-    ledger.add(
-        "parse/pieces",
-        (entry.pairs.len() + entry.dropped.len()) as u64,
-    );
+    ledger.add("parse/pieces", (entry.pairs.len() + entry.dropped.len()) as u64);
     ledger.add("parse/pairs", entry.pairs.len() as u64);
     ledger.add("parse/texts_with_pairs", u64::from(!entry.pairs.is_empty()));
     let reject = |stage, reason: &str, detail: &str, text: &str| Rejected {
@@ -171,15 +154,11 @@ fn count_generation(entry: &Entry, output: &mut ChainOutput) {
     };
     if let Finish::Failed(detail) = &entry.finish {
         let text = &entry.document.text;
-        output
-            .rejected
-            .push(reject(Stage::Synthesize, "request_failed", detail, text));
+        output.rejected.push(reject(Stage::Synthesize, "request_failed", detail, text));
     }
     for (reason, piece) in &entry.dropped {
         ledger.add(format!("parse/rejected/{}", reason.name()), 1);
-        output
-            .rejected
-            .push(reject(Stage::Parse, reason.name(), "", piece));
+        output.rejected.push(reject(Stage::Parse, reason.name(), "", piece));
     }
 }
 
@@ -187,11 +166,7 @@ fn count_rendering(rendered: &Rendered, group: &[Entry], output: &mut ChainOutpu
     let ledger = &mut output.ledger;
     ledger.add("templify/documents", 1);
     let texts = rendered.entries.len() as u64;
-    let kind = if rendered.choices.is_some() {
-        "augmented"
-    } else {
-        "raw"
-    };
+    let kind = if rendered.choices.is_some() { "augmented" } else { "raw" };
     ledger.add(format!("templify/texts/{kind}"), texts);
     ledger.add("templify/pairs/shown", rendered.shown);
     ledger.add("templify/pairs/answer_hidden", rendered.hidden);

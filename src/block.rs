@@ -50,9 +50,7 @@ impl Admission {
     fn split(&self, document: Document) -> Vec<Document> {
         let frame = self.writer.question("").len();
         let room = self.prompt_tokens_max.saturating_sub(frame).max(1);
-        split(document, self.writer.tokenizer(), room, |text| {
-            self.fits(text)
-        })
+        split(document, self.writer.tokenizer(), room, |text| self.fits(text))
     }
 }
 
@@ -100,8 +98,7 @@ impl Blocks {
             let mut block = Block::default(); // what is counted here was counted before
             self.left += 1;
             self.read_record(&mut block);
-            self.pending
-                .drain(..(end.pieces as usize).min(self.pending.len()));
+            self.pending.drain(..(end.pieces as usize).min(self.pending.len()));
             self.pieces_given = end.pieces;
         }
         self
@@ -121,9 +118,7 @@ impl Blocks {
         match found {
             Found::Document(document) => self.admit(*document, block),
             Found::Rejected(rejected) => {
-                block
-                    .ledger
-                    .add(format!("read/rejected/{}", rejected.reason), 1);
+                block.ledger.add(format!("read/rejected/{}", rejected.reason), 1);
                 block.rejected.push(*rejected);
             }
             Found::Withdrawn { id, place } => {
@@ -154,14 +149,7 @@ impl Blocks {
             block.ledger.add("admit/marker_in_text", 1);
         }
         let pieces = self.admission.split(document);
-        block.ledger.add(
-            if pieces.len() == 1 {
-                "admit/whole"
-            } else {
-                "admit/split"
-            },
-            1,
-        );
+        block.ledger.add(if pieces.len() == 1 { "admit/whole" } else { "admit/split" }, 1);
         self.pending.extend(pieces);
     }
 }
@@ -170,10 +158,7 @@ impl Iterator for Blocks {
     type Item = Block;
 
     fn next(&mut self) -> Option<Block> {
-        let mut block = Block {
-            epoch: self.epoch,
-            ..Block::default()
-        };
+        let mut block = Block { epoch: self.epoch, ..Block::default() };
         let mut more = true;
         while block.documents.len() < self.size && more {
             match self.pending.pop_front() {
@@ -216,10 +201,7 @@ mod tests {
     }
 
     fn admission() -> Admission {
-        Admission {
-            writer: PromptWriter::new(small()).unwrap(),
-            prompt_tokens_max: 60,
-        }
+        Admission { writer: PromptWriter::new(small()).unwrap(), prompt_tokens_max: 60 }
     }
 
     fn blocks(files: &[PathBuf], size: usize, limit: Option<u64>) -> Blocks {
@@ -228,10 +210,7 @@ mod tests {
     }
 
     fn ids(blocks: &[Block]) -> Vec<Vec<&str>> {
-        blocks
-            .iter()
-            .map(|b| b.documents.iter().map(|d| d.id.as_str()).collect())
-            .collect()
+        blocks.iter().map(|b| b.documents.iter().map(|d| d.id.as_str()).collect()).collect()
     }
 
     #[test]
@@ -269,11 +248,7 @@ mod tests {
                 block.end,
                 read,
             );
-            assert_eq!(
-                rest.collect::<Vec<_>>(),
-                all[index + 1..],
-                "behind block {index}"
-            );
+            assert_eq!(rest.collect::<Vec<_>>(), all[index + 1..], "behind block {index}");
         }
         let mut ledger = Ledger::default();
         all.iter().for_each(|block| ledger.merge(&block.ledger));

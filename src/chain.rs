@@ -51,12 +51,8 @@ pub struct Generation {
 pub fn chains(documents: Vec<Document>, rounds: usize) -> Vec<Chain> {
     assert!(rounds > 0, "there is at least one round");
     let count = documents.len().div_ceil(rounds);
-    let mut chains: Vec<Chain> = (0..count as u64)
-        .map(|index| Chain {
-            index,
-            ..Chain::default()
-        })
-        .collect();
+    let mut chains: Vec<Chain> =
+        (0..count as u64).map(|index| Chain { index, ..Chain::default() }).collect();
     for (position, document) in documents.into_iter().enumerate() {
         chains[position % count].waiting.push_back(document);
     }
@@ -81,10 +77,7 @@ impl Chain {
         }
         let count = shown.len();
         let tokens = shown.into_iter().flatten().chain(question).collect();
-        Some(Prompt {
-            tokens,
-            shown: count,
-        })
+        Some(Prompt { tokens, shown: count })
     }
 
     /// Takes in what was generated for the next document.
@@ -92,10 +85,7 @@ impl Chain {
     /// # Panics
     /// If no document is waiting.
     pub fn accept(&mut self, prompt: &Prompt, generation: &Generation) {
-        let document = self
-            .waiting
-            .pop_front()
-            .expect("a generation answers a waiting document");
+        let document = self.waiting.pop_front().expect("a generation answers a waiting document");
         if let Some(last) = self.entries.last_mut() {
             last.followed = Some(prompt.shown > 0);
         }
@@ -155,11 +145,7 @@ mod tests {
     fn documents(count: usize) -> Vec<Document> {
         let text = |i| format!("Text {i}.");
         (0..count)
-            .map(|i| Document {
-                id: i.to_string(),
-                text: text(i),
-                ..Document::default()
-            })
+            .map(|i| Document { id: i.to_string(), text: text(i), ..Document::default() })
             .collect()
     }
 
@@ -175,18 +161,9 @@ mod tests {
         for chain in &mut chains {
             while let Some(prompt) = chain.prompt(&writer, tokens_max) {
                 let id: usize = chain.waiting[0].id.parse().unwrap();
-                let text = if valid(id) {
-                    format!("<QUE> q{id} <ANS> a </END>")
-                } else {
-                    "?".into()
-                };
-                chain.accept(
-                    &prompt,
-                    &Generation {
-                        text,
-                        ..Generation::default()
-                    },
-                );
+                let text =
+                    if valid(id) { format!("<QUE> q{id} <ANS> a </END>") } else { "?".into() };
+                chain.accept(&prompt, &Generation { text, ..Generation::default() });
             }
         }
         chains
@@ -194,10 +171,7 @@ mod tests {
 
     fn ids(chains: &[Chain]) -> Vec<Vec<usize>> {
         let id = |entry: &Entry| entry.document.id.parse().unwrap();
-        chains
-            .iter()
-            .map(|chain| chain.entries.iter().map(id).collect())
-            .collect()
+        chains.iter().map(|chain| chain.entries.iter().map(id).collect()).collect()
     }
 
     fn groups(chains: &[Chain]) -> Vec<Vec<usize>> {
@@ -239,13 +213,7 @@ mod tests {
         };
         let expected = [example(0), example(1), writer.question("Text 2.")].concat();
         let prompt = chain.prompt(&writer, 1000).unwrap();
-        assert_eq!(
-            prompt,
-            Prompt {
-                tokens: expected,
-                shown: 2
-            }
-        );
+        assert_eq!(prompt, Prompt { tokens: expected, shown: 2 });
     }
 
     #[test]
@@ -271,11 +239,7 @@ mod tests {
             for count in 0..=20 {
                 let found: Vec<usize> = ids(&run(count, rounds, 1000, |_| true)).concat();
                 let unique: BTreeSet<usize> = found.iter().copied().collect();
-                assert_eq!(
-                    (found.len(), unique.len()),
-                    (count, count),
-                    "{count} over {rounds}"
-                );
+                assert_eq!((found.len(), unique.len()), (count, count), "{count} over {rounds}");
             }
         }
     }
@@ -309,15 +273,9 @@ mod tests {
     fn a_failed_request_leaves_the_document_raw() {
         let mut chain = chains(documents(1), 1).remove(0);
         let finish = Finish::Failed("device lost".into());
-        let generation = Generation {
-            finish: finish.clone(),
-            ..Generation::default()
-        };
+        let generation = Generation { finish: finish.clone(), ..Generation::default() };
         chain.accept(&Prompt::default(), &generation);
-        assert_eq!(
-            (chain.entries[0].pairs.len(), chain.entries[0].dropped.len()),
-            (0, 0)
-        );
+        assert_eq!((chain.entries[0].pairs.len(), chain.entries[0].dropped.len()), (0, 0));
         assert_eq!(chain.entries[0].finish, finish);
     }
 }

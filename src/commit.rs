@@ -21,7 +21,7 @@ pub struct Committed {
 /// Hands epochs to the thread that writes them.
 #[derive(Debug)]
 pub struct Committer {
-    waiting: Sender<EpochOutput>,
+    waiting: Sender<Box<EpochOutput>>,
     committed: Receiver<Committed>,
 }
 
@@ -33,7 +33,7 @@ impl Committer {
         waker: Waker,
         failed: impl FnOnce(Error) + Send + 'static,
     ) -> Self {
-        let (waiting, outputs) = bounded::<EpochOutput>(WAITING_MAX);
+        let (waiting, outputs) = bounded::<Box<EpochOutput>>(WAITING_MAX);
         let (done, committed) = unbounded(); // bounded by the epochs under way
         std::thread::Builder::new()
             .name("commit".into())
@@ -44,11 +44,8 @@ impl Committer {
                         Err(error) => return failed(error),
                     };
                     manifest.epochs.push(record.clone());
-                    let sequences = output
-                        .lanes
-                        .into_iter()
-                        .flat_map(|(_, sequences)| sequences)
-                        .collect();
+                    let sequences =
+                        output.lanes.into_iter().flat_map(|(_, sequences)| sequences).collect();
                     let _ = done.send(Committed { record, sequences });
                     waker();
                 }
@@ -61,7 +58,7 @@ impl Committer {
     ///
     /// # Panics
     /// If the thread is gone: the disk has refused.
-    pub fn offer(&self, output: EpochOutput) -> Result<(), EpochOutput> {
+    pub fn offer(&self, output: Box<EpochOutput>) -> Result<(), Box<EpochOutput>> {
         match self.waiting.try_send(output) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(output)) => Err(output),

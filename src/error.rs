@@ -49,28 +49,18 @@ impl Error {
     /// An [`Error::File`] for `path`, to be used in `map_err`.
     pub fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.to_owned();
-        move |source| Error::File {
-            action,
-            path,
-            source,
-        }
+        move |source| Error::File { action, path, source }
     }
 
     /// An [`Error::Malformed`] for `path`.
     pub fn malformed(path: &Path, reason: impl ToString) -> Error {
-        Error::Malformed {
-            path: path.to_owned(),
-            reason: reason.to_string(),
-        }
+        Error::Malformed { path: path.to_owned(), reason: reason.to_string() }
     }
 }
 
 impl From<candle_core::Error> for Error {
     fn from(source: candle_core::Error) -> Self {
-        Error::Tensor {
-            context: "tensor operation".into(),
-            source,
-        }
+        Error::Tensor { context: "tensor operation".into(), source }
     }
 }
 
@@ -82,9 +72,6 @@ pub trait Context<T> {
 
 impl<T> Context<T> for candle_core::Result<T> {
     fn context(self, context: &str) -> Result<T> {
-        self.map_err(|source| Error::Tensor {
-            context: context.into(),
-            source,
-        })
+        self.map_err(|source| Error::Tensor { context: context.into(), source })
     }
 }

@@ -58,28 +58,13 @@ const ANSWER_TOKENS_MAX: usize = 64;
 impl Exam {
     /// Asks for the pairs of each text, and for the answer to the first question of each row.
     pub fn new(rows: &[Task], writer: &PromptWriter, bounds: ExamBounds) -> Self {
-        let mut exam = Exam {
-            requests: Vec::new(),
-            expected: BTreeMap::new(),
-        };
+        let mut exam = Exam { requests: Vec::new(), expected: BTreeMap::new() };
         let step = rows.len().div_ceil(bounds.rows_max.max(1)).max(1);
-        for row in rows
-            .iter()
-            .filter(|row| !row.pairs.is_empty())
-            .step_by(step)
-        {
-            let all: Vec<&str> = row
-                .pairs
-                .iter()
-                .flat_map(|pair| [&*pair.question, &*pair.answer])
-                .collect();
+        for row in rows.iter().filter(|row| !row.pairs.is_empty()).step_by(step) {
+            let all: Vec<&str> =
+                row.pairs.iter().flat_map(|pair| [&*pair.question, &*pair.answer]).collect();
             let expected = Expected::Pairs(all.join(" "));
-            exam.ask(
-                writer.question(&row.text),
-                bounds.new_tokens_max,
-                bounds,
-                expected,
-            );
+            exam.ask(writer.question(&row.text), bounds.new_tokens_max, bounds, expected);
             let first = &row.pairs[0];
             let prompt = writer.answer(&row.text, &first.question);
             let expected = Expected::Answer(first.answer.clone());
@@ -91,11 +76,7 @@ impl Exam {
     fn ask(&mut self, tokens: Vec<u32>, new: usize, bounds: ExamBounds, expected: Expected) {
         if tokens.len() + new <= bounds.context {
             let key = self.requests.len() as u64;
-            self.requests.push(Request {
-                key,
-                tokens,
-                new_tokens_max: new,
-            });
+            self.requests.push(Request { key, tokens, new_tokens_max: new });
             self.expected.insert(key, expected);
         }
     }
@@ -114,10 +95,8 @@ impl Exam {
             match &self.expected[&answer.key] {
                 Expected::Pairs(expected) => {
                     let Parsed { pairs, dropped: _ } = parse(&text);
-                    let words: Vec<&str> = pairs
-                        .iter()
-                        .flat_map(|pair| [&*pair.question, &*pair.answer])
-                        .collect();
+                    let words: Vec<&str> =
+                        pairs.iter().flat_map(|pair| [&*pair.question, &*pair.answer]).collect();
                     scores.texts += 1;
                     scores.texts_with_pairs += u64::from(!pairs.is_empty());
                     scores.pairs += pairs.len() as u64;
@@ -159,16 +138,10 @@ pub fn f1(predicted: &str, expected: &str) -> f64 {
 }
 
 fn words(text: &str) -> Vec<String> {
-    let kept: String = text
-        .chars()
-        .filter(|c| !c.is_ascii_punctuation())
-        .flat_map(char::to_lowercase)
-        .collect();
+    let kept: String =
+        text.chars().filter(|c| !c.is_ascii_punctuation()).flat_map(char::to_lowercase).collect();
     let is_article = |word: &&str| !["a", "an", "the"].contains(word);
-    kept.split_whitespace()
-        .filter(is_article)
-        .map(str::to_owned)
-        .collect()
+    kept.split_whitespace().filter(is_article).map(str::to_owned).collect()
 }
 
 #[cfg(test)]
@@ -192,10 +165,7 @@ mod tests {
     fn an_exam_asks_for_pairs_and_for_an_answer() {
         let tokenizer = small();
         let writer = PromptWriter::new(tokenizer.clone()).unwrap();
-        let pair = Pair {
-            question: "Who?".into(),
-            answer: "Ann Lee".into(),
-        };
+        let pair = Pair { question: "Who?".into(), answer: "Ann Lee".into() };
         let row = Task {
             id: "1".into(),
             dataset: "d".into(),
@@ -203,11 +173,7 @@ mod tests {
             pairs: vec![pair],
             place: Place::default(),
         };
-        let bounds = ExamBounds {
-            rows_max: 10,
-            new_tokens_max: 50,
-            context: 1000,
-        };
+        let bounds = ExamBounds { rows_max: 10, new_tokens_max: 50, context: 1000 };
         let exam = Exam::new(std::slice::from_ref(&row), &writer, bounds);
         assert_eq!(exam.requests().len(), 2);
         let say = |key: u64, text: &str| Completion {
@@ -215,20 +181,11 @@ mod tests {
             tokens: tokenizer.encode(text),
             finish: Finish::Stop,
         };
-        let answers = [
-            say(0, "<QUE> Who? <ANS> Ann Lee </END>"),
-            say(1, " Ann </END> more"),
-        ];
+        let answers = [say(0, "<QUE> Who? <ANS> Ann Lee </END>"), say(1, " Ann </END> more")];
         let scores = exam.mark(&answers, &tokenizer);
-        assert_eq!(
-            (scores.texts, scores.texts_with_pairs, scores.pairs),
-            (1, 1, 1)
-        );
+        assert_eq!((scores.texts, scores.texts_with_pairs, scores.pairs), (1, 1, 1));
         assert_eq!((scores.pairs_f1, scores.answer_f1), (1.0, 2.0 / 3.0));
-        let too_small = ExamBounds {
-            context: 20,
-            ..bounds
-        };
+        let too_small = ExamBounds { context: 20, ..bounds };
         assert!(Exam::new(&[row], &writer, too_small).requests().is_empty());
     }
 }

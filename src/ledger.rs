@@ -16,14 +16,8 @@ pub struct Ledger {
 /// What must equal what: the count on the left is the sum of all counts that start with one of the
 /// names on the right.
 const BALANCES: [(&str, &[&str]); 10] = [
-    (
-        "read/records",
-        &["read/documents", "read/rejected/", "read/withdrawn"],
-    ),
-    (
-        "read/documents",
-        &["admit/whole", "admit/split", "admit/rejected/"],
-    ),
+    ("read/records", &["read/documents", "read/rejected/", "read/withdrawn"]),
+    ("read/documents", &["admit/whole", "admit/split", "admit/rejected/"]),
     ("admit/texts", &["synthesize/finished/"]),
     ("parse/pieces", &["parse/pairs", "parse/rejected/"]),
     ("admit/texts", &["templify/texts/"]),
@@ -81,9 +75,7 @@ impl Ledger {
 
     /// All counts.
     pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
-        self.counts
-            .iter()
-            .map(|(name, amount)| (name.as_str(), *amount))
+        self.counts.iter().map(|(name, amount)| (name.as_str(), *amount))
     }
 
     /// All balances that this ledger has anything to say to.
@@ -93,20 +85,14 @@ impl Ledger {
             for name in *given {
                 match name.strip_suffix('/') {
                     Some(_) => by_name.extend(
-                        self.under(name)
-                            .map(|(rest, amount)| (format!("{name}{rest}"), amount)),
+                        self.under(name).map(|(rest, amount)| (format!("{name}{rest}"), amount)),
                     ),
                     None => drop(by_name.insert((*name).to_owned(), self.get(name))),
                 }
             }
             let amount = self.get(taken);
             let unknown = amount.abs_diff(by_name.values().sum());
-            Balance {
-                taken: (*taken).to_owned(),
-                amount,
-                given: by_name,
-                unknown,
-            }
+            Balance { taken: (*taken).to_owned(), amount, given: by_name, unknown }
         };
         BALANCES.iter().map(strike).collect()
     }
@@ -154,10 +140,7 @@ mod tests {
     fn what_does_not_add_up_is_unknown_in_both_directions() {
         check(&[("parse/pieces", 3)], 3);
         check(&[("parse/rejected/unfinished", 2)], 2);
-        check(
-            &[("pack/room", 100), ("pack/tokens", 90), ("mix/tokens", 90)],
-            10,
-        );
+        check(&[("pack/room", 100), ("pack/tokens", 90), ("mix/tokens", 90)], 10);
     }
 
     #[test]

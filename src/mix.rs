@@ -30,19 +30,10 @@ impl Mixer {
     /// # Panics
     /// If there are no sources or all weights are zero.
     pub fn new(weights: &[u64]) -> Self {
-        assert!(
-            weights.iter().sum::<u64>() > 0,
-            "at least one source has a share"
-        );
+        assert!(weights.iter().sum::<u64>() > 0, "at least one source has a share");
         let none = vec![0; weights.len()];
-        let state = MixState {
-            tokens: none.clone(),
-            items: none,
-        };
-        Mixer {
-            weights: weights.to_vec(),
-            state,
-        }
+        let state = MixState { tokens: none.clone(), items: none };
+        Mixer { weights: weights.to_vec(), state }
     }
 
     /// Goes on from an earlier state.
@@ -50,15 +41,8 @@ impl Mixer {
     /// # Panics
     /// If the state has another number of sources.
     pub fn resume(weights: &[u64], state: MixState) -> Self {
-        assert_eq!(
-            weights.len(),
-            state.tokens.len(),
-            "one count for each source"
-        );
-        Mixer {
-            state,
-            ..Mixer::new(weights)
-        }
+        assert_eq!(weights.len(), state.tokens.len(), "one count for each source");
+        Mixer { state, ..Mixer::new(weights) }
     }
 
     /// The source that is furthest below its share; the first of several.
@@ -90,9 +74,7 @@ impl Mixer {
     /// The largest distance of a source from its share, in tokens.
     pub fn error_tokens(&self) -> u64 {
         let parts: i128 = self.weights.iter().map(|&weight| i128::from(weight)).sum();
-        let worst = (0..self.weights.len())
-            .map(|source| self.deficit(source).abs())
-            .max();
+        let worst = (0..self.weights.len()).map(|source| self.deficit(source).abs()).max();
         (worst.unwrap_or(0) / parts) as u64
     }
 }
@@ -118,11 +100,7 @@ pub enum Need {
 impl Lane {
     /// A lane in which the first source is what flows, and the others are drawn to it.
     pub fn new(mixer: Mixer) -> Self {
-        Lane {
-            mixer,
-            waiting: VecDeque::new(),
-            mixed: Vec::new(),
-        }
+        Lane { mixer, waiting: VecDeque::new(), mixed: Vec::new() }
     }
 
     /// Takes in the items of an epoch, in order.
@@ -159,8 +137,7 @@ impl Lane {
     }
 
     fn take(&mut self, item: Item) {
-        self.mixer
-            .add(item.source as usize, item.tokens.len() as u64);
+        self.mixer.add(item.source as usize, item.tokens.len() as u64);
         self.mixed.push(item);
     }
 }
@@ -209,11 +186,8 @@ mod tests {
 
     #[test]
     fn a_lane_draws_what_it_needs_and_carries_debt_to_the_next_epoch() {
-        let item = |source, length: usize| Item {
-            source,
-            tokens: vec![0; length],
-            ..Item::default()
-        };
+        let item =
+            |source, length: usize| Item { source, tokens: vec![0; length], ..Item::default() };
         let mut lane = Lane::new(Mixer::new(&[1, 1]));
         let mut sources = Vec::new();
         for items in [vec![item(0, 30), item(0, 10)], vec![], vec![item(0, 10)]] {
@@ -221,12 +195,7 @@ mod tests {
             while let Need::Item(side) = lane.advance() {
                 lane.give(item(side as u32, 20));
             }
-            sources.push(
-                lane.finish()
-                    .iter()
-                    .map(|item| item.source)
-                    .collect::<Vec<_>>(),
-            );
+            sources.push(lane.finish().iter().map(|item| item.source).collect::<Vec<_>>());
         }
         assert_eq!(sources, [vec![0, 1, 1, 0], vec![], vec![0, 1]]);
     }

@@ -50,18 +50,9 @@ impl Packer {
     /// # Panics
     /// If either is zero.
     pub fn new(length: usize, open_max: usize) -> Self {
-        assert!(
-            length > 0 && open_max > 0,
-            "sequences have tokens, and one is open"
-        );
+        assert!(length > 0 && open_max > 0, "sequences have tokens, and one is open");
         let (open, tally) = (BTreeMap::new(), PackTally::default());
-        Packer {
-            length,
-            open_max,
-            opened: 0,
-            open,
-            tally,
-        }
+        Packer { length, open_max, opened: 0, open, tally }
     }
 
     /// Places an item; returns the sequences that are full now.
@@ -70,10 +61,7 @@ impl Packer {
     /// If the item says for some of its tokens, but not all, whether they are learned.
     pub fn push(&mut self, item: &Item) -> Vec<Sequence> {
         let tokens = item.tokens.len();
-        assert!(
-            item.learned.is_empty() || item.learned.len() == tokens,
-            "one flag a token"
-        );
+        assert!(item.learned.is_empty() || item.learned.len() == tokens, "one flag a token");
         let mut full = Vec::new();
         let mut at = 0;
         while at < tokens {
@@ -88,10 +76,7 @@ impl Packer {
     pub fn finish(&mut self) -> Vec<Sequence> {
         let mut open: Vec<Sequence> = std::mem::take(&mut self.open).into_values().collect();
         let room = |sequences: &[Sequence]| -> usize {
-            sequences
-                .iter()
-                .map(|sequence| self.length - sequence.tokens.len())
-                .sum()
+            sequences.iter().map(|sequence| self.length - sequence.tokens.len()).sum()
         };
         // The emptiest is last. While the others have room for it, it is split up among them.
         let mut cuts = 0;
@@ -156,9 +141,7 @@ fn append(sequence: &mut Sequence, item: &Item, at: usize, count: usize) {
     if count == 0 {
         return;
     }
-    sequence
-        .tokens
-        .extend_from_slice(&item.tokens[at..at + count]);
+    sequence.tokens.extend_from_slice(&item.tokens[at..at + count]);
     match item.learned.get(at..at + count) {
         Some(learned) if !item.learned.is_empty() => sequence.learned.extend_from_slice(learned),
         _ => sequence.learned.extend(std::iter::repeat_n(true, count)),
@@ -184,9 +167,7 @@ fn pour(from: &Sequence, into: &mut [Sequence], length: usize) -> u64 {
             }
             let taken = free.min(count - done);
             let run = start + done..start + done + taken;
-            into[target]
-                .tokens
-                .extend_from_slice(&from.tokens[run.clone()]);
+            into[target].tokens.extend_from_slice(&from.tokens[run.clone()]);
             into[target].learned.extend_from_slice(&from.learned[run]);
             into[target].segments.push(Segment {
                 offset: segment.offset + done as u32,
@@ -213,12 +194,7 @@ mod tests {
             let tokens: Vec<u32> = (next..next + length as u32).collect();
             next += length as u32;
             let learned = tokens.iter().map(|token| token % 3 > 0).collect();
-            Item {
-                id: format!("item-{index}"),
-                source: index as u32 % 2,
-                tokens,
-                learned,
-            }
+            Item { id: format!("item-{index}"), source: index as u32 % 2, tokens, learned }
         };
         lengths.iter().enumerate().map(item).collect()
     }
@@ -236,13 +212,7 @@ mod tests {
         let (sequences, _) = pack(&items(lengths), length, open_max);
         let found: Vec<Vec<u32>> = sequences
             .iter()
-            .map(|sequence| {
-                sequence
-                    .segments
-                    .iter()
-                    .map(|segment| segment.length)
-                    .collect()
-            })
+            .map(|sequence| sequence.segments.iter().map(|segment| segment.length).collect())
             .collect();
         assert_eq!(found, expected);
     }

@@ -97,18 +97,14 @@ pub fn parse(generation: &str) -> Parsed {
     for piece in pieces {
         match parse_piece(piece) {
             Ok(pair) if !questions.insert(pair.question.to_lowercase()) => {
-                parsed
-                    .dropped
-                    .push((Reason::DuplicateQuestion, piece.trim().to_owned()));
+                parsed.dropped.push((Reason::DuplicateQuestion, piece.trim().to_owned()));
             }
             Ok(pair) => parsed.pairs.push(pair),
             Err(reason) => parsed.dropped.push((reason, piece.trim().to_owned())),
         }
     }
     if !tail.trim().is_empty() {
-        parsed
-            .dropped
-            .push((Reason::Unfinished, tail.trim().to_owned()));
+        parsed.dropped.push((Reason::Unfinished, tail.trim().to_owned()));
     }
     parsed
 }
@@ -119,14 +115,8 @@ fn parse_piece(piece: &str) -> std::result::Result<Pair, Reason> {
         return Err(Reason::EmptyPiece);
     }
     let (left, answer) = piece.split_once(ANSWER).ok_or(Reason::NoAnswerMarker)?;
-    let question = left
-        .trim()
-        .strip_prefix(QUESTION)
-        .ok_or(Reason::NoQuestionMarker)?;
-    if MARKERS
-        .iter()
-        .any(|marker| question.contains(marker) || answer.contains(marker))
-    {
+    let question = left.trim().strip_prefix(QUESTION).ok_or(Reason::NoQuestionMarker)?;
+    if MARKERS.iter().any(|marker| question.contains(marker) || answer.contains(marker)) {
         return Err(Reason::StrayMarker);
     }
     let (question, answer) = (question.trim(), answer.trim());
@@ -136,18 +126,12 @@ fn parse_piece(piece: &str) -> std::result::Result<Pair, Reason> {
     if answer.is_empty() {
         return Err(Reason::EmptyAnswer);
     }
-    Ok(Pair {
-        question: question.to_owned(),
-        answer: answer.to_owned(),
-    })
+    Ok(Pair { question: question.to_owned(), answer: answer.to_owned() })
 }
 
 /// Whether a text holds something that looks like a marker. It is kept, and counted.
 pub fn holds_marker(text: &str) -> bool {
-    MARKERS
-        .iter()
-        .chain(&["<s>", "</s>"])
-        .any(|marker| text.contains(marker))
+    MARKERS.iter().chain(&["<s>", "</s>"]).any(|marker| text.contains(marker))
 }
 
 /// Writes prompts as token ids.
@@ -167,11 +151,7 @@ impl PromptWriter {
         let missing = |which| Error::Setting(format!("the synthesizer's tokenizer has no {which}"));
         let bos = tokenizer.bos().ok_or_else(|| missing("bos_token"))?;
         let eos = tokenizer.eos().ok_or_else(|| missing("eos_token"))?;
-        Ok(PromptWriter {
-            tokenizer,
-            bos,
-            eos,
-        })
+        Ok(PromptWriter { tokenizer, bos, eos })
     }
 
     /// The tokenizer.
@@ -237,10 +217,7 @@ mod tests {
     use crate::tokenizer::tests::small;
 
     fn pair(question: &str, answer: &str) -> Pair {
-        Pair {
-            question: question.into(),
-            answer: answer.into(),
-        }
+        Pair { question: question.into(), answer: answer.into() }
     }
 
     fn check(generation: &str, pairs: &[(&str, &str)], dropped: &[Reason]) {
@@ -260,11 +237,7 @@ mod tests {
 
     #[test]
     fn row_2_an_unclosed_pair_is_unfinished() {
-        check(
-            "<QUE> a <ANS> b </END>\n\n<QUE> c <ANS> d",
-            &[("a", "b")],
-            &[Reason::Unfinished],
-        );
+        check("<QUE> a <ANS> b </END>\n\n<QUE> c <ANS> d", &[("a", "b")], &[Reason::Unfinished]);
     }
 
     #[test]
@@ -314,29 +287,17 @@ mod tests {
 
     #[test]
     fn row_10_two_answer_markers_are_stray() {
-        check(
-            "<QUE> a <ANS> b <ANS> c </END>",
-            &[],
-            &[Reason::StrayMarker],
-        );
+        check("<QUE> a <ANS> b <ANS> c </END>", &[], &[Reason::StrayMarker]);
     }
 
     #[test]
     fn row_11_two_question_markers_are_stray() {
-        check(
-            "<QUE> x <QUE> a <ANS> b </END>",
-            &[],
-            &[Reason::StrayMarker],
-        );
+        check("<QUE> x <QUE> a <ANS> b </END>", &[], &[Reason::StrayMarker]);
     }
 
     #[test]
     fn row_12_a_question_marker_in_an_answer_is_stray() {
-        check(
-            "<QUE> a <ANS> b <QUE> c </END>",
-            &[],
-            &[Reason::StrayMarker],
-        );
+        check("<QUE> a <ANS> b <QUE> c </END>", &[], &[Reason::StrayMarker]);
     }
 
     #[test]
@@ -349,38 +310,24 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_back() {
-        let pairs = [
-            pair("What rose?", "Rates"),
-            pair("Why?\nOptions:\n- a\n- b", "a"),
-        ];
+        let pairs = [pair("What rose?", "Rates"), pair("Why?\nOptions:\n- a\n- b", "a")];
         let (body, answers) = body("Rates rose.", &pairs);
         assert_eq!(&body[..answers], " <CON> Rates rose. </CON>\n\n");
-        assert_eq!(
-            parse(&body[answers..]),
-            Parsed {
-                pairs: pairs.to_vec(),
-                dropped: vec![]
-            }
-        );
+        assert_eq!(parse(&body[answers..]), Parsed { pairs: pairs.to_vec(), dropped: vec![] });
     }
 
     #[test]
     fn one_example_has_the_bytes_of_the_recipe() {
         let (body, _) = body("Rates rose.", &[pair("What rose?", "Rates")]);
-        assert_eq!(
-            body,
-            " <CON> Rates rose. </CON>\n\n<QUE> What rose? <ANS> Rates </END>"
-        );
+        assert_eq!(body, " <CON> Rates rose. </CON>\n\n<QUE> What rose? <ANS> Rates </END>");
     }
 
     #[test]
     fn a_prompt_continues_as_the_example_it_asks_for() {
         let writer = PromptWriter::new(small()).unwrap();
         let pairs = [pair("What rose?", "Rates"), pair("Really?", "Yes")];
-        let (question, example) = (
-            writer.question("Rates rose."),
-            writer.example("Rates rose.", &pairs),
-        );
+        let (question, example) =
+            (writer.question("Rates rose."), writer.example("Rates rose.", &pairs));
         assert_eq!(example[..question.len()], question);
         assert_eq!((example[0], example.last()), (1, Some(&2)));
         let generated = writer.tokenizer().decode(&example[question.len()..]);
@@ -394,10 +341,7 @@ mod tests {
         let first = learned.iter().position(|&learned| learned).unwrap();
         assert_eq!(writer.question("Rates <QUE> rose."), ids[..first]);
         assert!(learned[first..].iter().all(|&learned| learned));
-        assert_eq!(
-            ids,
-            writer.example("Rates <QUE> rose.", &[pair("What?", "Rates")])
-        );
+        assert_eq!(ids, writer.example("Rates <QUE> rose.", &[pair("What?", "Rates")]));
     }
 
     #[test]

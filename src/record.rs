@@ -38,11 +38,7 @@ pub struct Place {
 
 impl std::fmt::Display for Place {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{}: record {} at byte {}",
-            self.file, self.record, self.byte
-        )
+        write!(f, "{}: record {} at byte {}", self.file, self.record, self.byte)
     }
 }
 

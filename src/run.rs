@@ -94,24 +94,18 @@ impl Manifest {
 
     /// Sequences committed so far.
     pub fn sequences(&self) -> u64 {
-        self.epochs
-            .last()
-            .map_or(0, |last| last.first_sequence + last.sequences)
+        self.epochs.last().map_or(0, |last| last.first_sequence + last.sequences)
     }
 
     /// How far the input has been read.
     pub fn input(&self) -> InputPosition {
-        self.epochs
-            .last()
-            .map_or_else(InputPosition::default, |last| last.input)
+        self.epochs.last().map_or_else(InputPosition::default, |last| last.input)
     }
 
     /// What was counted so far.
     pub fn ledger(&self) -> Ledger {
         let mut ledger = Ledger::default();
-        self.epochs
-            .iter()
-            .for_each(|epoch| ledger.merge(&epoch.ledger));
+        self.epochs.iter().for_each(|epoch| ledger.merge(&epoch.ledger));
         ledger
     }
 }
@@ -158,9 +152,7 @@ impl RunFolder {
         } else {
             durable::write(&file, format!("{configuration:#}\n").as_bytes())?;
         }
-        Ok(RunFolder {
-            path: path.to_owned(),
-        })
+        Ok(RunFolder { path: path.to_owned() })
     }
 
     /// Looks at an existing run.
@@ -169,13 +161,8 @@ impl RunFolder {
     /// If there is none.
     pub fn existing(path: &Path) -> Result<Self> {
         match path.join("run.json").is_file() {
-            true => Ok(RunFolder {
-                path: path.to_owned(),
-            }),
-            false => Err(Error::malformed(
-                path,
-                "is no run folder: it has no run.json",
-            )),
+            true => Ok(RunFolder { path: path.to_owned() }),
+            false => Err(Error::malformed(path, "is no run folder: it has no run.json")),
         }
     }
 
@@ -219,9 +206,7 @@ impl RunFolder {
         let mut known = BTreeSet::new();
         for record in manifest.epochs.iter().flat_map(|epoch| &epoch.files) {
             let path = self.path.join(&record.name);
-            let size = fs::metadata(&path)
-                .map_err(Error::file("open", &path))?
-                .len();
+            let size = fs::metadata(&path).map_err(Error::file("open", &path))?.len();
             if size != record.bytes {
                 let reason = format!("has {size} bytes, the manifest says {}", record.bytes);
                 return Err(Error::malformed(&path, reason));
@@ -245,21 +230,13 @@ impl RunFolder {
     /// # Errors
     /// If the disk refuses: the run is then as it was before.
     pub fn commit(&self, output: &EpochOutput, manifest: &Manifest) -> Result<EpochRecord> {
-        assert_eq!(
-            output.epoch,
-            manifest.next_epoch(),
-            "epochs are committed in order"
-        );
+        assert_eq!(output.epoch, manifest.next_epoch(), "epochs are committed in order");
         let epoch = output.epoch;
         let mut files = Vec::new();
         let mut put = |name: String, bytes: Vec<u8>| -> Result<()> {
             durable::write(&self.path.join(&name), &bytes)?;
             let digest = format!("{:032x}", xxh3_128(&bytes));
-            files.push(FileRecord {
-                name,
-                bytes: bytes.len() as u64,
-                digest,
-            });
+            files.push(FileRecord { name, bytes: bytes.len() as u64, digest });
             Ok(())
         };
         if !output.augmented.is_empty() {
@@ -275,25 +252,14 @@ impl RunFolder {
         if !output.rejected.is_empty() {
             let mut rejected: Vec<&Rejected> = output.rejected.iter().collect();
             rejected.sort();
-            put(
-                format!("rejected/epoch-{epoch:06}.jsonl.zst"),
-                compressed::write(&rejected),
-            )?;
+            put(format!("rejected/epoch-{epoch:06}.jsonl.zst"), compressed::write(&rejected))?;
         }
         let record = EpochRecord {
             epoch,
             files,
             first_sequence: manifest.sequences(),
-            sequences: output
-                .lanes
-                .iter()
-                .map(|(_, sequences)| sequences.len() as u64)
-                .sum(),
-            lanes: output
-                .lanes
-                .iter()
-                .map(|(state, _)| state.clone())
-                .collect(),
+            sequences: output.lanes.iter().map(|(_, sequences)| sequences.len() as u64).sum(),
+            lanes: output.lanes.iter().map(|(state, _)| state.clone()).collect(),
             input: output.input,
             ledger: output.ledger.clone(),
         };
@@ -308,11 +274,7 @@ impl RunFolder {
     /// If a shard cannot be read.
     pub fn sequences(&self, epoch: &EpochRecord) -> Result<Vec<Sequence>> {
         let mut sequences = Vec::new();
-        for file in epoch
-            .files
-            .iter()
-            .filter(|file| file.name.starts_with("packed/"))
-        {
+        for file in epoch.files.iter().filter(|file| file.name.starts_with("packed/")) {
             sequences.extend(packed::read(&self.path.join(&file.name))?);
         }
         Ok(sequences)
@@ -324,11 +286,7 @@ impl RunFolder {
     /// If the file cannot be read.
     pub fn augmented(&self, epoch: &EpochRecord) -> Result<Vec<Augmented>> {
         let mut all = Vec::new();
-        for file in epoch
-            .files
-            .iter()
-            .filter(|file| file.name.starts_with("augmented/"))
-        {
+        for file in epoch.files.iter().filter(|file| file.name.starts_with("augmented/")) {
             for record in compressed::read(&self.path.join(&file.name))? {
                 all.push(record?);
             }
@@ -369,11 +327,7 @@ fn differences(path: &str, found: &Value, wanted: &Value) -> Vec<String> {
             };
             keys.into_iter()
                 .flat_map(|key| {
-                    let path = if path.is_empty() {
-                        key.clone()
-                    } else {
-                        format!("{path}.{key}")
-                    };
+                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                     differences(&path, &value(found, key), &value(wanted, key))
                 })
                 .collect()
@@ -391,11 +345,7 @@ mod tests {
     fn output(epoch: u64) -> EpochOutput {
         let mut ledger = Ledger::default();
         ledger.add("read/records", epoch + 1);
-        let sequence = Sequence {
-            tokens: vec![1, 2],
-            learned: vec![true; 2],
-            segments: vec![],
-        };
+        let sequence = Sequence { tokens: vec![1, 2], learned: vec![true; 2], segments: vec![] };
         let rejected = Rejected::unread("no_text", "", crate::record::Place::default(), "x");
         EpochOutput {
             epoch,
@@ -436,19 +386,12 @@ mod tests {
         let file = place.path().join("manifest.jsonl");
         let whole = fs::read_to_string(&file).unwrap();
         fs::write(&file, whole.clone() + "{\"epoch\":2,\"fil").unwrap();
-        fs::write(
-            place.path().join("packed/epoch-000002-lane-00.parquet"),
-            "torn",
-        )
-        .unwrap();
+        fs::write(place.path().join("packed/epoch-000002-lane-00.parquet"), "torn").unwrap();
         fs::write(place.path().join("packed/epoch-000003-lane-00.tmp"), "torn").unwrap();
         assert_eq!(folder.manifest().unwrap(), manifest);
         assert_eq!(folder.recover().unwrap(), manifest);
         assert_eq!(fs::read_to_string(&file).unwrap(), whole);
-        assert_eq!(
-            fs::read_dir(place.path().join("packed")).unwrap().count(),
-            1
-        );
+        assert_eq!(fs::read_dir(place.path().join("packed")).unwrap().count(), 1);
     }
 
     #[test]
@@ -458,11 +401,7 @@ mod tests {
         let mut manifest = Manifest::default();
         commit(&folder, &mut manifest, 0);
         commit(&folder, &mut manifest, 1);
-        fs::write(
-            place.path().join("packed/epoch-000001-lane-00.parquet"),
-            "short",
-        )
-        .unwrap();
+        fs::write(place.path().join("packed/epoch-000001-lane-00.parquet"), "short").unwrap();
         let error = folder.recover().unwrap_err().to_string();
         assert!(error.contains("has 5 bytes"), "{error}");
     }
@@ -474,17 +413,9 @@ mod tests {
         RunFolder::open(place.path(), &configuration).unwrap();
         RunFolder::open(place.path(), &configuration).unwrap();
         let other = json!({"seed": 1, "mix": {"ratio": [1, 4]}, "length": 2048, "rounds": 3});
-        let error = RunFolder::open(place.path(), &other)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("mix.ratio: [1,1] in the folder, [1,4] now"),
-            "{error}"
-        );
-        assert!(
-            error.contains("length: null in the folder, 2048 now"),
-            "{error}"
-        );
+        let error = RunFolder::open(place.path(), &other).unwrap_err().to_string();
+        assert!(error.contains("mix.ratio: [1,1] in the folder, [1,4] now"), "{error}");
+        assert!(error.contains("length: null in the folder, 2048 now"), "{error}");
         assert!(!error.contains("seed"), "{error}");
     }
 }

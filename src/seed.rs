@@ -32,9 +32,7 @@ pub fn stream(run: u64, id: &str, purpose: &str) -> Stream {
     hash.update(&(id.len() as u64).to_le_bytes()); // ("ab", "c") is not ("a", "bc")
     hash.update(id.as_bytes());
     hash.update(purpose.as_bytes());
-    Stream {
-        state: hash.digest(),
-    }
+    Stream { state: hash.digest() }
 }
 
 impl Stream {
@@ -112,14 +110,7 @@ mod tests {
     fn the_bits_of_a_stream_never_change() {
         let mut stream = stream(1, "pmid:7551119", "template mode");
         let bits: Vec<u64> = (0..3).map(|_| stream.next_u64()).collect();
-        assert_eq!(
-            bits,
-            [
-                1516814397157134736,
-                14334877883619412064,
-                8840628004797995568
-            ]
-        );
+        assert_eq!(bits, [1516814397157134736, 14334877883619412064, 8840628004797995568]);
     }
 
     #[test]
@@ -137,10 +128,7 @@ mod tests {
         }
         assert_eq!(counts.len(), 24);
         // Mean 1000, deviation 31: five deviations.
-        assert!(
-            counts.values().all(|count| (845..1155).contains(count)),
-            "{counts:?}"
-        );
+        assert!(counts.values().all(|count| (845..1155).contains(count)), "{counts:?}");
     }
 
     #[test]

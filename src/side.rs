@@ -58,24 +58,14 @@ impl SideSource {
         lanes: u64,
         behind: u64,
     ) -> impl Iterator<Item = SideRecord> + Send + use<> {
-        let SideSource {
-            source,
-            name,
-            files,
-            tokenizer,
-        } = self.clone();
+        let SideSource { source, name, files, tokenizer } = self.clone();
         Endless::new(files)
             .enumerate()
             .skip(behind as usize)
             .filter(move |(index, _)| *index as u64 % lanes == lane)
             .map(move |(index, (pass, read))| SideRecord {
                 item: read.map(|read| {
-                    item(
-                        &format!("{name}:{pass}:{}", read.id),
-                        source,
-                        &read.text,
-                        &tokenizer,
-                    )
+                    item(&format!("{name}:{pass}:{}", read.id), source, &read.text, &tokenizer)
                 }),
                 records: index as u64 + 1,
             })
@@ -125,12 +115,7 @@ mod tests {
     fn source(folder: &tempfile::TempDir, lines: &str) -> SideSource {
         let file = folder.path().join("general.jsonl");
         std::fs::write(&file, lines).unwrap();
-        SideSource {
-            source: 1,
-            name: "general".into(),
-            files: vec![file],
-            tokenizer: small(),
-        }
+        SideSource { source: 1, name: "general".into(), files: vec![file], tokenizer: small() }
     }
 
     fn lines(count: usize) -> String {
@@ -145,14 +130,9 @@ mod tests {
         let source = source(&folder, &(lines(3) + "{}\n"));
         let ids = |lane, behind| -> Vec<String> {
             let records = source.records(lane, 2, behind).take(4);
-            records
-                .map(|record| record.item.map_or("!".into(), |item| item.id))
-                .collect()
+            records.map(|record| record.item.map_or("!".into(), |item| item.id)).collect()
         };
-        assert_eq!(
-            ids(0, 0),
-            ["general:0:0", "general:0:2", "general:1:0", "general:1:2"]
-        );
+        assert_eq!(ids(0, 0), ["general:0:0", "general:0:2", "general:1:0", "general:1:2"]);
         assert_eq!(ids(1, 0), ["general:0:1", "!", "general:1:1", "!"]);
         assert_eq!(ids(0, 3)[0], "general:1:0");
         let behind = source.records(1, 2, 0).nth(2).unwrap().records;

@@ -24,11 +24,7 @@ pub fn split(
     let piece = |(index, range): (usize, Range<usize>)| Document {
         id: format!("{}#{index}", document.id),
         text: document.text[range].to_owned(),
-        part: Some(Part {
-            of: document.id.clone(),
-            index: index as u32,
-            count,
-        }),
+        part: Some(Part { of: document.id.clone(), index: index as u32, count }),
         ..document.clone()
     };
     ranges.into_iter().enumerate().map(piece).collect()
@@ -67,17 +63,9 @@ fn best_end(text: &str, from: usize, end: usize) -> usize {
     }
     let half = from + (end - from) / 2;
     let tail = &text[text.ceil_char_boundary(half)..end];
-    let behind = |mark: &str| {
-        tail.rfind(mark)
-            .map(|at| end - tail.len() + at + mark.len())
-    };
+    let behind = |mark: &str| tail.rfind(mark).map(|at| end - tail.len() + at + mark.len());
     let paragraph = behind("\n\n").or_else(|| behind("\n"));
-    let sentence = || {
-        [". ", "! ", "? ", "。"]
-            .into_iter()
-            .filter_map(behind)
-            .max()
-    };
+    let sentence = || [". ", "! ", "? ", "。"].into_iter().filter_map(behind).max();
     paragraph.or_else(sentence).unwrap_or(end)
 }
 
@@ -88,31 +76,17 @@ mod tests {
 
     fn check(text: &str, tokens_max: usize, pieces: usize) -> Vec<String> {
         let tokenizer = small();
-        let document = Document {
-            id: "d".into(),
-            text: text.into(),
-            ..Document::default()
-        };
+        let document = Document { id: "d".into(), text: text.into(), ..Document::default() };
         let fits = |text: &str| tokenizer.encode(text).len() <= tokens_max;
         let found = split(document, &tokenizer, tokens_max, fits);
         let texts: Vec<String> = found.iter().map(|piece| piece.text.clone()).collect();
         assert_eq!(texts.concat(), text, "bytes were lost");
-        assert!(
-            texts.iter().all(|text| fits(text)),
-            "a piece is too long: {texts:?}"
-        );
+        assert!(texts.iter().all(|text| fits(text)), "a piece is too long: {texts:?}");
         assert_eq!(found.len(), pieces, "{texts:?}");
         for (index, piece) in found.iter().enumerate().filter(|_| pieces > 1) {
             let (index, count) = (index as u32, pieces as u32);
             assert_eq!(piece.id, format!("d#{index}"));
-            assert_eq!(
-                piece.part,
-                Some(Part {
-                    of: "d".into(),
-                    index,
-                    count
-                })
-            );
+            assert_eq!(piece.part, Some(Part { of: "d".into(), index, count }));
         }
         texts
     }
@@ -125,11 +99,7 @@ mod tests {
 
     #[test]
     fn pieces_end_behind_paragraphs_where_they_can() {
-        let text = format!(
-            "{}\n\n{}",
-            "Rates rose. ".repeat(6),
-            "Rates rose. ".repeat(8)
-        );
+        let text = format!("{}\n\n{}", "Rates rose. ".repeat(6), "Rates rose. ".repeat(8));
         let texts = check(&text, 50, 2);
         assert!(texts[0].ends_with("\n\n"), "{texts:?}");
     }

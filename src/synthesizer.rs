@@ -61,11 +61,7 @@ pub struct Job {
 impl Job {
     /// Sends the answer back. A caller that is gone is no error.
     pub fn complete(self, tokens: Vec<u32>, finish: Finish) {
-        let _ = self.reply.send(Completion {
-            key: self.request.key,
-            tokens,
-            finish,
-        });
+        let _ = self.reply.send(Completion { key: self.request.key, tokens, finish });
         (self.waker)();
     }
 }
@@ -86,12 +82,7 @@ impl Queue {
     /// A handle for one caller, who is woken by `waker`.
     pub fn open(&self, waker: Waker) -> Handle {
         let (reply, completions) = unbounded(); // holds what was submitted, which is bounded
-        Handle {
-            jobs: self.jobs.clone(),
-            reply,
-            completions,
-            waker,
-        }
+        Handle { jobs: self.jobs.clone(), reply, completions, waker }
     }
 }
 
@@ -105,11 +96,7 @@ pub struct Handle {
 
 impl Synthesizer for Handle {
     fn submit(&mut self, request: Request) -> Result<(), Request> {
-        let job = Job {
-            request,
-            reply: self.reply.clone(),
-            waker: self.waker.clone(),
-        };
+        let job = Job { request, reply: self.reply.clone(), waker: self.waker.clone() };
         match self.jobs.try_send(job) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(job)) => Err(job.request),
@@ -171,10 +158,7 @@ impl InFlight {
     /// # Panics
     /// If it was not issued, or taken back before.
     pub fn settle(&mut self, key: u64) {
-        assert!(
-            self.keys.remove(&key),
-            "an answer to request {key} that is not in flight"
-        );
+        assert!(self.keys.remove(&key), "an answer to request {key} that is not in flight");
     }
 
     /// Number of requests in flight.
@@ -197,10 +181,7 @@ mod tests {
         for disorder in 0..5 {
             let (queue, receiver) = Queue::new(4);
             let engine = scripted(receiver, disorder, |request| {
-                (
-                    request.tokens.iter().map(|token| token + 1).collect(),
-                    Finish::Stop,
-                )
+                (request.tokens.iter().map(|token| token + 1).collect(), Finish::Stop)
             });
             let (woken, wakes) = unbounded();
             let mut handle = queue.open(Arc::new(move || {
@@ -212,11 +193,7 @@ mod tests {
             while answers.len() < 50 {
                 while sent < 50 {
                     let tokens = vec![sent];
-                    let request = Request {
-                        key: in_flight.issue(),
-                        tokens,
-                        new_tokens_max: 1,
-                    };
+                    let request = Request { key: in_flight.issue(), tokens, new_tokens_max: 1 };
                     match handle.submit(request) {
                         Ok(()) => sent += 1,
                         Err(request) => {

@@ -76,12 +76,7 @@ impl Tokenizer {
             text.and_then(|text| inner.token_to_id(text))
         };
         let (bos, eos) = (id("bos_token"), id("eos_token"));
-        Ok(Tokenizer {
-            inner,
-            bos,
-            eos,
-            files,
-        })
+        Ok(Tokenizer { inner, bos, eos, files })
     }
 
     /// Trains a byte-level BPE tokenizer (Sennrich et al., 2016; arXiv 1508.07909) of `vocabulary` tokens.
@@ -136,29 +131,20 @@ impl Tokenizer {
     /// The ids of `text`, nothing added.
     pub fn encode(&self, text: &str) -> Vec<u32> {
         let encoding = self.inner.encode_fast(text, false);
-        encoding
-            .expect("a loaded tokenizer encodes every string")
-            .get_ids()
-            .to_vec()
+        encoding.expect("a loaded tokenizer encodes every string").get_ids().to_vec()
     }
 
     /// The ids of `text`, each with the byte it starts at.
     pub fn encode_with_starts(&self, text: &str) -> (Vec<u32>, Vec<usize>) {
         let encoding = self.inner.encode(text, false);
         let encoding = encoding.expect("a loaded tokenizer encodes every string");
-        let starts = encoding
-            .get_offsets()
-            .iter()
-            .map(|&(start, _)| start)
-            .collect();
+        let starts = encoding.get_offsets().iter().map(|&(start, _)| start).collect();
         (encoding.get_ids().to_vec(), starts)
     }
 
     /// The text of `ids`, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> String {
-        self.inner
-            .decode(ids, true)
-            .expect("a loaded tokenizer decodes every id")
+        self.inner.decode(ids, true).expect("a loaded tokenizer decodes every id")
     }
 
     /// The id that opens a text.
@@ -173,11 +159,7 @@ impl Tokenizer {
 
     /// One more than the largest id.
     pub fn vocabulary(&self) -> usize {
-        self.inner
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |&id| id as usize + 1)
+        self.inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1)
     }
 
     /// The files to write beside a model that uses this tokenizer.
@@ -193,12 +175,7 @@ impl Tokenizer {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "Tokenizer({} tokens, {:032x})",
-            self.vocabulary(),
-            self.digest()
-        )
+        write!(f, "Tokenizer({} tokens, {:032x})", self.vocabulary(), self.digest())
     }
 }
 
@@ -208,10 +185,7 @@ pub(crate) mod tests {
 
     /// A small tokenizer over English prose.
     pub(crate) fn small() -> Tokenizer {
-        let texts = [
-            "The rates rose by 25 points.",
-            "What rose? The rates, to 75.\n\nRates rose.",
-        ];
+        let texts = ["The rates rose by 25 points.", "What rose? The rates, to 75.\n\nRates rose."];
         let texts = texts.iter().cycle().take(40).map(|&text| text.to_owned());
         Tokenizer::train(texts, 300).unwrap()
     }
@@ -222,25 +196,13 @@ pub(crate) mod tests {
         assert_eq!(ids, tokenizer.encode(text));
         assert_eq!(tokenizer.decode(&ids), text);
         assert!(starts.is_sorted() && starts.iter().all(|&start| start < text.len()));
-        assert!(
-            !ids.contains(&tokenizer.bos().unwrap()),
-            "text became a special token"
-        );
-        assert!(
-            !ids.contains(&tokenizer.eos().unwrap()),
-            "text became a special token"
-        );
+        assert!(!ids.contains(&tokenizer.bos().unwrap()), "text became a special token");
+        assert!(!ids.contains(&tokenizer.eos().unwrap()), "text became a special token");
     }
 
     #[test]
     fn every_text_comes_back() {
-        for text in [
-            "",
-            "Rates rose.",
-            "\n\n  a\t b \r\n",
-            "é漢字 🙂 ½",
-            "\u{0}\u{fffd}",
-        ] {
+        for text in ["", "Rates rose.", "\n\n  a\t b \r\n", "é漢字 🙂 ½", "\u{0}\u{fffd}"] {
             check(text);
         }
     }
@@ -253,10 +215,8 @@ pub(crate) mod tests {
     #[test]
     fn ids_do_not_change_when_text_follows_line_feeds() {
         let tokenizer = small();
-        let [prompt, rest] = [
-            " <CON> Rates rose. </CON>\n\n",
-            "<QUE> What rose? <ANS> Rates </END>",
-        ];
+        let [prompt, rest] =
+            [" <CON> Rates rose. </CON>\n\n", "<QUE> What rose? <ANS> Rates </END>"];
         let joined = [tokenizer.encode(prompt), tokenizer.encode(rest)].concat();
         assert_eq!(tokenizer.encode(&format!("{prompt}{rest}")), joined);
     }

@@ -136,10 +136,7 @@ pub struct MachineArgs {
 impl InputArgs {
     /// Where ids and texts are in JSON.
     pub fn fields(&self) -> Fields {
-        Fields {
-            id: self.id_field.clone(),
-            text: self.text_field.clone(),
-        }
+        Fields { id: self.id_field.clone(), text: self.text_field.clone() }
     }
 }
 
@@ -170,10 +167,7 @@ pub fn check_progress(how: &str) -> Result<()> {
 /// # Errors
 /// If it is no ratio of whole numbers.
 pub fn ratio(text: &str) -> Result<[u64; 2]> {
-    let parts: Vec<_> = text
-        .split(':')
-        .map(|part| part.trim().parse::<u64>())
-        .collect();
+    let parts: Vec<_> = text.split(':').map(|part| part.trim().parse::<u64>()).collect();
     match parts.as_slice() {
         [Ok(augmented), Ok(general)] if *augmented > 0 => Ok([*augmented, *general]),
         _ => bail!("--ratio takes two whole numbers such as 1:1, the first above 0, not {text:?}"),

@@ -48,10 +48,8 @@ const SAMPLES: [(&str, &str); 4] = [
 /// # Panics
 /// If there is no such sample.
 pub fn unpack(name: &str, folder: &Path) -> Result<PathBuf> {
-    let (_, text) = SAMPLES
-        .iter()
-        .find(|(known, _)| *known == name)
-        .expect("the caller knows the samples");
+    let (_, text) =
+        SAMPLES.iter().find(|(known, _)| *known == name).expect("the caller knows the samples");
     std::fs::create_dir_all(folder).with_context(|| format!("could not create {folder:?}"))?;
     let path = folder.join(name);
     std::fs::write(&path, text).with_context(|| format!("could not write {path:?}"))?;

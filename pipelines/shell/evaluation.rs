@@ -15,12 +15,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-const SETTINGS: EngineSettings = EngineSettings {
-    sequences_max: 32,
-    step_tokens_max: 512,
-    cache_bytes: 2 << 30,
-    queue_max: 64,
-};
+const SETTINGS: EngineSettings =
+    EngineSettings { sequences_max: 32, step_tokens_max: 512, cache_bytes: 2 << 30, queue_max: 64 };
 
 /// Asks the model in `directory`, and marks its answers; none if the run is to stop.
 ///
@@ -29,23 +25,14 @@ const SETTINGS: EngineSettings = EngineSettings {
 pub fn evaluate(exam: &Exam, directory: &Path, device: &Device) -> Result<Option<Scores>> {
     let config = ModelConfig::read(directory)?;
     let tokenizer = Tokenizer::read(directory)?;
-    let dtype = if device.is_cpu() {
-        DType::F32
-    } else {
-        DType::BF16
-    };
+    let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
     let model = Llama::load(&config, &Weights::open(directory)?, dtype, device)?;
     let (failed, failure) = unbounded();
     let ends = tokenizer.eos().into_iter().collect();
-    let (queue, _) = engine::start(
-        model,
-        ends,
-        SETTINGS,
-        Arc::new(EngineCounters::default()),
-        move |error| {
+    let (queue, _) =
+        engine::start(model, ends, SETTINGS, Arc::new(EngineCounters::default()), move |error| {
             let _ = failed.send(error);
-        },
-    )?;
+        })?;
     let (woken, wakes) = unbounded();
     let mut handle = queue.open(Arc::new(move || {
         let _ = woken.send(()); // nobody listens when all is answered

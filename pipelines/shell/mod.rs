@@ -51,11 +51,7 @@ pub fn finish(outcome: &Outcome, json: bool, example: bool) -> Result<ExitCode> 
 
 /// Status of a run in which something was rejected, if that was not to be.
 pub fn has_rejected(rejected: bool, strict: bool) -> ExitCode {
-    if rejected && strict {
-        ExitCode::from(REJECTED)
-    } else {
-        ExitCode::SUCCESS
-    }
+    if rejected && strict { ExitCode::from(REJECTED) } else { ExitCode::SUCCESS }
 }
 
 /// A command that cannot work as it was given.
@@ -79,9 +75,5 @@ pub fn wrong_use(error: anyhow::Error) -> anyhow::Error {
 pub fn report(error: &anyhow::Error) -> ExitCode {
     eprintln!("error: {error:#}");
     let is_setting = matches!(error.downcast_ref(), Some(Error::Setting(_)));
-    ExitCode::from(if is_setting || error.is::<WrongUse>() {
-        WRONG_USE
-    } else {
-        FAILED
-    })
+    ExitCode::from(if is_setting || error.is::<WrongUse>() { WRONG_USE } else { FAILED })
 }

@@ -55,12 +55,7 @@ impl Model {
         let tokenizer = Tokenizer::read(&directory)?;
         config.eos_token_ids = ends(&directory, &config, &tokenizer);
         let origin = Origin::Directory(directory);
-        Ok(Model {
-            name: name.to_owned(),
-            config,
-            tokenizer,
-            origin,
-        })
+        Ok(Model { name: name.to_owned(), config, tokenizer, origin })
     }
 
     /// The model called `name`: a shape with random weights and the tokenizer of `tokenizer`, or whatever
@@ -71,10 +66,7 @@ impl Model {
     pub fn named(name: &str, tokenizer: &Tokenizer, length: usize) -> Result<Self> {
         let Some(shape) = Shape::named(name) else {
             return Self::trained(name).with_context(|| {
-                format!(
-                    "--model {name:?} is also none of the shapes {}",
-                    Shape::names()
-                )
+                format!("--model {name:?} is also none of the shapes {}", Shape::names())
             });
         };
         let config = shape.config();
@@ -86,29 +78,15 @@ impl Model {
             ..config
         };
         let tokenizer = tokenizer.clone();
-        Ok(Model {
-            name: name.to_owned(),
-            config,
-            tokenizer,
-            origin: Origin::Shape,
-        })
+        Ok(Model { name: name.to_owned(), config, tokenizer, origin: Origin::Shape })
     }
 
     fn bundled() -> Result<Self> {
-        let BundledModel {
-            config,
-            tokenizer,
-            weights: _,
-        } = bundled::synthesizer();
+        let BundledModel { config, tokenizer, weights: _ } = bundled::synthesizer();
         let mut config = ModelConfig::parse(config).map_err(anyhow::Error::msg)?;
         let tokenizer = Tokenizer::from_files(tokenizer).map_err(anyhow::Error::msg)?;
         config.eos_token_ids = tokenizer.eos().into_iter().collect();
-        Ok(Model {
-            name: BUNDLED.into(),
-            config,
-            tokenizer,
-            origin: Origin::Bundled,
-        })
+        Ok(Model { name: BUNDLED.into(), config, tokenizer, origin: Origin::Bundled })
     }
 
     /// A digest of the weights: the bytes of the files, or the name of the shape.
@@ -136,9 +114,7 @@ impl Model {
     /// # Errors
     /// If the weights do not fit the shape, or the device has no room.
     pub fn load(&self, dtype: DType, device: &Device) -> Result<Llama> {
-        let weights = self
-            .weights()?
-            .context("random weights have nothing to say")?;
+        let weights = self.weights()?.context("random weights have nothing to say")?;
         Ok(Llama::load(&self.config, &weights, dtype, device)?)
     }
 
@@ -170,10 +146,8 @@ impl Model {
 fn ends(directory: &Path, config: &ModelConfig, tokenizer: &Tokenizer) -> Vec<u32> {
     let mut ends = config.eos_token_ids.clone();
     let text = std::fs::read_to_string(directory.join("generation_config.json"));
-    let json: serde_json::Value = text
-        .ok()
-        .and_then(|text| serde_json::from_str(&text).ok())
-        .unwrap_or_default();
+    let json: serde_json::Value =
+        text.ok().and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default();
     match &json["eos_token_id"] {
         serde_json::Value::Array(ids) => {
             ends.extend(ids.iter().filter_map(|id| id.as_u64().map(|id| id as u32)));

@@ -69,24 +69,14 @@ impl Parts {
         let meters = Arc::new(Meters::default());
         let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
         let engine = Arc::new(EngineCounters::default());
-        let model = settings
-            .synthesizer
-            .load(settings.dtype, &settings.device)?;
+        let model = settings.synthesizer.load(settings.dtype, &settings.device)?;
         let ends = settings.synthesizer.config.eos_token_ids.clone();
-        let (queue, _) = engine::start(
-            model,
-            ends,
-            settings.engine_settings(),
-            engine.clone(),
-            |error| {
+        let (queue, _) =
+            engine::start(model, ends, settings.engine_settings(), engine.clone(), |error| {
                 fail(&format!("the synthesis engine failed: {error}"));
-            },
-        )?;
+            })?;
         let prompt_tokens_max = settings.prompt_tokens_max();
-        let admission = Admission {
-            writer: writer.clone(),
-            prompt_tokens_max,
-        };
+        let admission = Admission { writer: writer.clone(), prompt_tokens_max };
         Ok(Parts {
             blocks: Mutex::new(Some(blocks(settings, admission, &manifest))),
             synthesis: Synthesis {
@@ -101,10 +91,7 @@ impl Parts {
                 seed: settings.machine.seed,
             },
             mixing: mixing(settings, &manifest, &meters),
-            packing: Packing {
-                length: settings.augment.length,
-                open_max: OPEN_MAX,
-            },
+            packing: Packing { length: settings.augment.length, open_max: OPEN_MAX },
             rounds: settings.preset.rounds,
             window: settings.augment.epochs_in_flight,
             feed: Mutex::new(feed),
@@ -125,11 +112,7 @@ impl Parts {
 
     /// The trainer's feed, for the worker that commits; none for the others.
     pub fn feed(&self, worker: usize) -> Option<Feed> {
-        if worker == 0 {
-            self.feed.lock().ok()?.take()
-        } else {
-            None
-        }
+        if worker == 0 { self.feed.lock().ok()?.take() } else { None }
     }
 
     /// Credit for the source.
@@ -148,10 +131,7 @@ impl Parts {
 
     /// Where epochs go on from.
     pub fn committing(&self) -> Committing {
-        Committing {
-            lanes: self.mixing.lanes.clone(),
-            meters: self.meters.clone(),
-        }
+        Committing { lanes: self.mixing.lanes.clone(), meters: self.meters.clone() }
     }
 
     /// Gives a worker its synthesizer.
@@ -182,13 +162,11 @@ fn blocks(settings: &Settings, admission: Admission, manifest: &Manifest) -> Blo
     let (files, fields) = (settings.inputs.clone(), settings.fields.clone());
     let documents = Documents::resume(files, settings.preset.corpus, fields, manifest.input());
     let read = manifest.ledger().get("read/records");
-    Blocks::new(
-        documents,
-        admission,
-        settings.preset.epoch_documents,
-        settings.limit,
+    Blocks::new(documents, admission, settings.preset.epoch_documents, settings.limit).resume(
+        manifest.next_epoch(),
+        manifest.input(),
+        read,
     )
-    .resume(manifest.next_epoch(), manifest.input(), read)
 }
 
 fn mixing(settings: &Settings, manifest: &Manifest, meters: &Arc<Meters>) -> Mixing {
@@ -204,11 +182,7 @@ fn mixing(settings: &Settings, manifest: &Manifest, meters: &Arc<Meters>) -> Mix
     };
     Mixing {
         weights: settings.weights.clone(),
-        sides: if settings.general.is_empty() {
-            Vec::new()
-        } else {
-            vec![side]
-        },
+        sides: if settings.general.is_empty() { Vec::new() } else { vec![side] },
         lanes,
         meters: meters.clone(),
     }

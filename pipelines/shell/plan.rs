@@ -44,11 +44,7 @@ impl Plan {
         let sampled: usize = census.sample.iter().map(String::len).sum::<usize>().max(1);
         let per_byte = |tokens: usize| tokens as f64 / sampled as f64;
         let count = |model: &super::models::Model| -> usize {
-            census
-                .sample
-                .iter()
-                .map(|text| model.tokenizer.encode(text).len())
-                .sum()
+            census.sample.iter().map(|text| model.tokenizer.encode(text).len()).sum()
         };
         let trained = per_byte(count(&settings.model));
         let prompted = per_byte(count(&settings.synthesizer));
@@ -61,14 +57,7 @@ impl Plan {
         let sequences = mix_tokens.div_ceil(settings.augment.length as u64);
         let training = settings.train.as_ref();
         let training = training.map(|args| self::training(args, &settings.model.name, sequences));
-        Ok(Plan {
-            census,
-            text_tokens,
-            prompt_tokens,
-            mix_tokens,
-            sequences,
-            training,
-        })
+        Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
     }
 
     /// The plan as text.
@@ -142,10 +131,7 @@ impl Plan {
         let training = match self.training {
             None => 0.0,
             Some(_) => {
-                let flops = settings
-                    .model
-                    .config
-                    .training_flops_per_token(settings.augment.length);
+                let flops = settings.model.config.training_flops_per_token(settings.augment.length);
                 self.mix_tokens as f64 * flops
             }
         };
@@ -188,9 +174,7 @@ impl Plan {
         let synthesizer = &settings.synthesizer.config;
         let element = settings.dtype.size_in_bytes() as u64;
         let blocks = settings.engine.sequences
-            * synthesizer
-                .max_position_embeddings
-                .div_ceil(headwater::kernels::cached::BLOCK);
+            * synthesizer.max_position_embeddings.div_ceil(headwater::kernels::cached::BLOCK);
         let cache = blocks * Cache::block_bytes(synthesizer, DType::F32);
         let cache = cache.min(settings.engine.cache_mib << 20) as u64;
         let training = self.training.as_ref().map_or(0, |training| {
@@ -213,10 +197,7 @@ fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
 
 /// How to train a model on so many sequences.
 pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings {
-    let total_steps = args
-        .steps
-        .unwrap_or_else(|| sequences.div_ceil(args.batch as u64))
-        .max(1);
+    let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch as u64)).max(1);
     let random = headwater::model::shape::Shape::named(model).is_some();
     TrainSettings {
         batch_sequences: args.batch,
@@ -233,13 +214,8 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings 
 }
 
 /// The constants of the paper's runs (recipe (g), (h)).
-pub const OPTIMIZER: AdamW = AdamW {
-    beta1: 0.9,
-    beta2: 0.95,
-    epsilon: 1e-8,
-    weight_decay: 0.1,
-    clip_norm: 1.0,
-};
+pub const OPTIMIZER: AdamW =
+    AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 };
 
 /// Floating-point operations a second in a large matrix product.
 fn matrix_rate(device: &Device) -> Result<f64> {
@@ -260,11 +236,7 @@ pub fn count(number: u64) -> String {
         0..10_000 => {
             let digits = number.to_string();
             let cut = digits.len().saturating_sub(3);
-            if cut == 0 {
-                digits
-            } else {
-                format!("{},{}", &digits[..cut], &digits[cut..])
-            }
+            if cut == 0 { digits } else { format!("{},{}", &digits[..cut], &digits[cut..]) }
         }
         10_000..1_000_000 => format!("{:.1}K", number as f64 / 1e3),
         1_000_000..1_000_000_000 => format!("{:.1}M", number as f64 / 1e6),
@@ -300,13 +272,7 @@ mod tests {
     fn numbers_read_well() {
         let counts = [7, 1234, 45_678, 7_241_732_096].map(count);
         assert_eq!(counts, ["7", "1,234", "45.7K", "7.24B"]);
-        assert_eq!(
-            [900, 12_345, 3_000_000_000].map(bytes),
-            ["900 B", "12.3 kB", "3000.0 MB"]
-        );
-        assert_eq!(
-            [3.4, 125.0, 7200.0].map(seconds),
-            ["3 s", "2 min 05 s", "2 h 00 min"]
-        );
+        assert_eq!([900, 12_345, 3_000_000_000].map(bytes), ["900 B", "12.3 kB", "3000.0 MB"]);
+        assert_eq!([3.4, 125.0, 7200.0].map(seconds), ["3 s", "2 min 05 s", "2 h 00 min"]);
     }
 }

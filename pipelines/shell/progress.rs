@@ -29,12 +29,8 @@ impl TrainMeter {
 
     fn say(&self) -> Option<String> {
         let step = self.step.load(Relaxed);
-        (step > 0).then(|| {
-            format!(
-                "step {step}, loss {:.3}",
-                f64::from_bits(self.loss.load(Relaxed))
-            )
-        })
+        (step > 0)
+            .then(|| format!("step {step}, loss {:.3}", f64::from_bits(self.loss.load(Relaxed))))
     }
 }
 
@@ -66,13 +62,7 @@ impl Progress {
         expected: Expected,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let watch = Watch {
-            meters,
-            trainer,
-            expected,
-            start: Instant::now(),
-            stop: stop.clone(),
-        };
+        let watch = Watch { meters, trainer, expected, start: Instant::now(), stop: stop.clone() };
         let bars = how == "auto" && std::io::stderr().is_terminal();
         let thread = (how != "none")
             .then(|| std::thread::spawn(move || if bars { watch.bars() } else { watch.lines() }));
@@ -100,12 +90,7 @@ struct Watch {
 impl Watch {
     /// Name, what is done, what is expected, and what else there is to say, for each stage.
     fn stages(&self) -> Vec<(&'static str, u64, u64, String)> {
-        let Expected {
-            texts,
-            sequences,
-            synthesized,
-            trained,
-        } = self.expected;
+        let Expected { texts, sequences, synthesized, trained } = self.expected;
         let meters = &self.meters;
         let pairs = format!("{} pairs", count(meters.pairs.get()));
         let tokens = format!("{} tokens mixed", count(meters.mixed_tokens.get()));
@@ -171,11 +156,7 @@ impl Watch {
                     true => format!(", {} left", seconds(left)),
                     false => String::new(),
                 };
-                let said = if said.is_empty() {
-                    said
-                } else {
-                    format!(", {said}")
-                };
+                let said = if said.is_empty() { said } else { format!(", {said}") };
                 format!("{name} {done}/{expected} ({rate:.1}/s{eta}{said})")
             })
             .collect();

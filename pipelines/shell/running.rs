@@ -43,10 +43,7 @@ pub fn run(
     eprint!("{}", plan.describe(settings));
     if settings.machine.dry_run {
         let least = plan.seconds_at_least(settings)?;
-        eprintln!(
-            "  time          {} at least, at this machine's matrix rate",
-            seconds(least)
-        );
+        eprintln!("  time          {} at least, at this machine's matrix rate", seconds(least));
         return Ok(Outcome::Planned);
     }
     let start = Instant::now();
@@ -56,10 +53,7 @@ pub fn run(
     let parts = Arc::new(Parts::open(settings, &plan, feed)?);
     if parts.manifest.next_epoch() > 0 {
         let epochs = parts.manifest.next_epoch();
-        eprintln!(
-            "going on in {} behind {epochs} epochs",
-            settings.out.display()
-        );
+        eprintln!("going on in {} behind {epochs} epochs", settings.out.display());
     }
     let train_meter = Arc::new(TrainMeter::default());
     let progress = Progress::start(
@@ -69,13 +63,7 @@ pub fn run(
         expected(settings, &plan, &parts),
     );
     let trainer = match plan.training {
-        Some(training) => Some(spawn_trainer(
-            settings,
-            training,
-            &parts,
-            sequences,
-            train_meter,
-        )?),
+        Some(training) => Some(spawn_trainer(settings, training, &parts, sequences, train_meter)?),
         None => {
             stop_without_trainer();
             None
@@ -83,20 +71,12 @@ pub fn run(
     };
     work(settings.engine.workers, parts.clone(), dataflow)?;
     let span = match trainer {
-        Some(trainer) => trainer
-            .join()
-            .map_err(|_| anyhow!("the trainer's thread failed"))?,
+        Some(trainer) => trainer.join().map_err(|_| anyhow!("the trainer's thread failed"))?,
         None => None,
     };
     drop(progress);
     let manifest = parts.folder.manifest()?;
-    let summary = Summary::new(
-        settings,
-        &parts,
-        manifest,
-        span,
-        start.elapsed().as_secs_f64(),
-    )?;
+    let summary = Summary::new(settings, &parts, manifest, span, start.elapsed().as_secs_f64())?;
     summary.write_ledger(&parts.folder)?;
     Ok(Outcome::Done(Box::new(summary)))
 }
@@ -106,10 +86,7 @@ fn expected(settings: &Settings, plan: &Plan, parts: &Parts) -> Expected {
     let before = parts.manifest.ledger().get("admit/texts");
     Expected {
         texts: plan.census.documents.saturating_sub(before).max(1),
-        sequences: plan
-            .sequences
-            .saturating_sub(parts.manifest.sequences())
-            .max(1),
+        sequences: plan.sequences.saturating_sub(parts.manifest.sequences()).max(1),
         synthesized: true,
         trained: settings.train.is_some(),
     }
@@ -159,16 +136,10 @@ fn spawn_trainer(
     meter: Arc<TrainMeter>,
 ) -> Result<JoinHandle<Span>> {
     let args = settings.train.as_ref().context("planned with training")?;
-    let folder = TrainingFolder {
-        run: settings.out.clone(),
-        checkpoint_every: args.checkpoint_every,
-    };
+    let folder =
+        TrainingFolder { run: settings.out.clone(), checkpoint_every: args.checkpoint_every };
     let device = settings.device.clone();
-    let compute = if device.is_cpu() {
-        DType::F32
-    } else {
-        DType::BF16
-    };
+    let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
     let trainer = match folder.latest()? {
         Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, &device)?,
         None => {
@@ -180,24 +151,17 @@ fn spawn_trainer(
     let train = move || -> Result<(Ended, Span)> {
         let mut drive = Drive::new(trainer, &tokenizer, folder)?;
         let epochs = parts.manifest.epochs.clone();
-        let ended = train_on(
-            &mut drive,
-            &parts.folder,
-            &epochs,
-            &sequences,
-            |report, _| {
-                meter.note(report.step, report.loss);
-                parts.meters.learned.add(drive_sequences(report, &training));
-            },
-        )?;
+        let ended = train_on(&mut drive, &parts.folder, &epochs, &sequences, |report, _| {
+            meter.note(report.step, report.loss);
+            parts.meters.learned.add(drive_sequences(report, &training));
+        })?;
         if ended == Ended::Stopped {
             std::mem::forget(sequences); // nobody is to mistake the stop for a failure
         }
         Ok((ended, drive.span()))
     };
-    let thread = std::thread::Builder::new()
-        .name("trainer".into())
-        .spawn(move || match train() {
+    let thread =
+        std::thread::Builder::new().name("trainer".into()).spawn(move || match train() {
             Ok((Ended::Done, span)) => span,
             Ok((Ended::Stopped, _)) => stopped(),
             Err(error) => fail(&format!("training failed: {error:#}")),

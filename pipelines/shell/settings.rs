@@ -89,10 +89,7 @@ impl Settings {
         ensure!(augment.length >= 16, "--length must be 16 at least");
         ensure!(engine.workers > 0, "--workers must be 1 at least");
         ensure!((1..=99).contains(&augment.lanes), "--lanes takes 1 to 99");
-        ensure!(
-            augment.epochs_in_flight > 0,
-            "--epochs-in-flight must be 1 at least"
-        );
+        ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
         ensure!(train.batch > 0, "--batch must be 1 at least");
         check_progress(&machine.progress)?;
         let ratio = match &augment.ratio {
@@ -115,20 +112,11 @@ impl Settings {
             augment.new_tokens
         );
         let settings = Settings {
-            preset: Preset {
-                rounds,
-                ratio,
-                epoch_documents,
-                ..preset
-            },
+            preset: Preset { rounds, ratio, epoch_documents, ..preset },
             inputs: files(&input.input)?,
             fields: input.fields(),
             limit: input.limit,
-            weights: if general.is_empty() {
-                vec![1]
-            } else {
-                ratio.to_vec()
-            },
+            weights: if general.is_empty() { vec![1] } else { ratio.to_vec() },
             general,
             augment,
             train: (!no_train).then_some(train),
@@ -161,12 +149,8 @@ impl Settings {
 
     /// Kinds of the input files, each once.
     pub fn kinds(&self) -> Vec<&'static str> {
-        let mut kinds: Vec<&str> = self
-            .inputs
-            .iter()
-            .filter_map(|file| Kind::of(file).ok())
-            .map(Kind::name)
-            .collect();
+        let mut kinds: Vec<&str> =
+            self.inputs.iter().filter_map(|file| Kind::of(file).ok()).map(Kind::name).collect();
         kinds.sort_unstable();
         kinds.dedup();
         kinds

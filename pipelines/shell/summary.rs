@@ -41,14 +41,8 @@ impl Summary {
         let mut ledger = manifest.ledger();
         let trained = training.map_or(0, |(_, last)| last.next_sequence);
         ledger.add("train/sequences", trained);
-        ledger.add(
-            "train/waiting",
-            manifest.sequences().saturating_sub(trained),
-        );
-        ledger.add(
-            "train/tokens",
-            training.map_or(0, |(_, last)| last.tokens_total),
-        );
+        ledger.add("train/waiting", manifest.sequences().saturating_sub(trained));
+        ledger.add("train/tokens", training.map_or(0, |(_, last)| last.tokens_total));
         Ok(Summary {
             ledger,
             manifest,
@@ -97,102 +91,100 @@ impl Summary {
 
     /// The account and the figures as text.
     pub fn describe(&self) -> String {
+        let ledger = &self.ledger;
+        let mut lines = self.describe_texts();
+        lines.extend(self.describe_tokens());
+        lines.push(("train", self.describe_training()));
+        lines.push(("unknown", ledger.unknown().to_string()));
+        let run = format!(
+            "{}, {:.1} documents/s synthesized, {} peak memory",
+            seconds(self.seconds),
+            self.generated as f64 / self.seconds,
+            bytes(peak_memory()),
+        );
+        lines.push(("run", run));
         let mut text = String::new();
+        for (name, value) in lines {
+            let _ = writeln!(text, "  {name:<12} {value}");
+        }
+        text
+    }
+
+    /// What became of records and texts.
+    fn describe_texts(&self) -> Vec<(&'static str, String)> {
         let ledger = &self.ledger;
         let get = |name: &str| ledger.get(name);
-        let mut line = |name: &str, value: String| {
-            let _ = writeln!(text, "  {name:<12} {value}");
-        };
-        line(
-            "read",
-            format!(
-                "{} records = {} documents + {} rejected{} + {} withdrawn",
-                get("read/records"),
-                get("read/documents"),
-                ledger.sum("read/rejected/"),
-                reasons(ledger, "read/rejected/"),
-                get("read/withdrawn"),
-            ),
-        );
-        line(
-            "admit",
-            format!(
-                "{} texts from {} whole and {} split documents; {} rejected{}; {} hold markers",
-                get("admit/texts"),
-                get("admit/whole"),
-                get("admit/split"),
-                ledger.sum("admit/rejected/"),
-                reasons(ledger, "admit/rejected/"),
-                get("admit/marker_in_text"),
-            ),
-        );
         let texts = get("admit/texts").max(1) as f64;
-        line(
-            "synthesize",
-            format!(
-                "{} prompt and {} generated tokens; ended by{}",
-                count(get("synthesize/prompt_tokens")),
-                count(get("synthesize/generated_tokens")),
-                reasons(ledger, "synthesize/finished/"),
-            ),
+        let read = format!(
+            "{} records = {} documents + {} rejected{} + {} withdrawn",
+            get("read/records"),
+            get("read/documents"),
+            ledger.sum("read/rejected/"),
+            reasons(ledger, "read/rejected/"),
+            get("read/withdrawn"),
         );
-        line(
-            "parse",
-            format!(
-                "{} pieces = {} pairs + {} rejected{}; {:.1} % of texts have a pair, {:.2} on average",
-                get("parse/pieces"),
-                get("parse/pairs"),
-                ledger.sum("parse/rejected/"),
-                reasons(ledger, "parse/rejected/"),
-                100.0 * get("parse/texts_with_pairs") as f64 / texts,
-                get("parse/pairs") as f64 / texts,
-            ),
+        let admit = format!(
+            "{} texts from {} whole and {} split documents; {} rejected{}; {} hold markers",
+            get("admit/texts"),
+            get("admit/whole"),
+            get("admit/split"),
+            ledger.sum("admit/rejected/"),
+            reasons(ledger, "admit/rejected/"),
+            get("admit/marker_in_text"),
         );
-        line(
-            "templify",
-            format!(
-                "{} documents: {} texts augmented, {} raw; pairs{}; rejected {}{}",
-                get("templify/documents"),
-                get("templify/texts/augmented"),
-                get("templify/texts/raw"),
-                reasons(ledger, "templify/pairs/"),
-                ledger.sum("templify/rejected/"),
-                reasons(ledger, "templify/rejected/"),
-            ),
+        let synthesize = format!(
+            "{} prompt and {} generated tokens; ended by{}",
+            count(get("synthesize/prompt_tokens")),
+            count(get("synthesize/generated_tokens")),
+            reasons(ledger, "synthesize/finished/"),
         );
-        line(
-            "mix",
-            format!(
-                "{} tokens{}; error {} tokens; {} rejected{}",
-                get("mix/tokens"),
-                reasons(ledger, "mix/tokens_of/"),
-                self.mix_errors().iter().max().copied().unwrap_or(0),
-                ledger.sum("mix/rejected/"),
-                reasons(ledger, "mix/rejected/"),
-            ),
+        let parse = format!(
+            "{} pieces = {} pairs + {} rejected{}; {:.1} % of texts have a pair, {:.2} on average",
+            get("parse/pieces"),
+            get("parse/pairs"),
+            ledger.sum("parse/rejected/"),
+            reasons(ledger, "parse/rejected/"),
+            100.0 * get("parse/texts_with_pairs") as f64 / texts,
+            get("parse/pairs") as f64 / texts,
         );
-        line(
-            "pack",
-            format!(
-                "{} sequences, {:.2} % full ({} padding, {} items cut)",
-                get("pack/sequences"),
-                100.0 * self.utilisation(),
-                get("pack/padding"),
-                get("pack/cuts"),
-            ),
+        let templify = format!(
+            "{} documents: {} texts augmented, {} raw; pairs{}; rejected {}{}",
+            get("templify/documents"),
+            get("templify/texts/augmented"),
+            get("templify/texts/raw"),
+            reasons(ledger, "templify/pairs/"),
+            ledger.sum("templify/rejected/"),
+            reasons(ledger, "templify/rejected/"),
         );
-        line("train", self.describe_training());
-        line("unknown", ledger.unknown().to_string());
-        line(
-            "run",
-            format!(
-                "{}, {:.1} documents/s synthesized, {} peak memory",
-                seconds(self.seconds),
-                self.generated as f64 / self.seconds,
-                bytes(peak_memory()),
-            ),
+        vec![
+            ("read", read),
+            ("admit", admit),
+            ("synthesize", synthesize),
+            ("parse", parse),
+            ("templify", templify),
+        ]
+    }
+
+    /// What became of tokens.
+    fn describe_tokens(&self) -> Vec<(&'static str, String)> {
+        let ledger = &self.ledger;
+        let get = |name: &str| ledger.get(name);
+        let mix = format!(
+            "{} tokens{}; error {} tokens; {} rejected{}",
+            get("mix/tokens"),
+            reasons(ledger, "mix/tokens_of/"),
+            self.mix_errors().iter().max().copied().unwrap_or(0),
+            ledger.sum("mix/rejected/"),
+            reasons(ledger, "mix/rejected/"),
         );
-        text
+        let pack = format!(
+            "{} sequences, {:.2} % full ({} padding, {} items cut)",
+            get("pack/sequences"),
+            100.0 * self.utilisation(),
+            get("pack/padding"),
+            get("pack/cuts"),
+        );
+        vec![("mix", mix), ("pack", pack)]
     }
 
     /// Where everything lies.
@@ -200,10 +192,7 @@ impl Summary {
         let out = self.out.display();
         let model = match self.training {
             Some((_, last)) => {
-                format!(
-                    "\n  the model      {out}/checkpoints/step-{:08}/",
-                    last.step
-                )
+                format!("\n  the model      {out}/checkpoints/step-{:08}/", last.step)
             }
             None => String::new(),
         };
@@ -225,10 +214,7 @@ impl Summary {
                 let rank = |document: &Augmented| {
                     (document.choices.is_some(), document.entries.len().min(2))
                 };
-                if best
-                    .as_ref()
-                    .is_none_or(|best| rank(&document) > rank(best))
-                {
+                if best.as_ref().is_none_or(|best| rank(&document) > rank(best)) {
                     best = Some(document);
                 }
             }
@@ -241,10 +227,7 @@ impl Summary {
 
     fn describe_training(&self) -> String {
         match self.training {
-            None => format!(
-                "nothing; {} sequences wait",
-                self.ledger.get("train/waiting")
-            ),
+            None => format!("nothing; {} sequences wait", self.ledger.get("train/waiting")),
             Some((first, last)) => format!(
                 "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end",
                 last.step,
@@ -266,11 +249,7 @@ impl Summary {
 
     /// Pieces and records that were rejected at any stage.
     pub fn rejected(&self) -> u64 {
-        self.ledger
-            .iter()
-            .filter(|(name, _)| name.contains("/rejected/"))
-            .map(|(_, n)| n)
-            .sum()
+        self.ledger.iter().filter(|(name, _)| name.contains("/rejected/")).map(|(_, n)| n).sum()
     }
 
     fn utilisation(&self) -> f64 {
@@ -279,24 +258,16 @@ impl Summary {
 
     /// Distance of each lane from the asked ratio, in tokens.
     fn mix_errors(&self) -> Vec<u64> {
-        let lanes = self
-            .manifest
-            .epochs
-            .last()
-            .map_or(&[][..], |last| &last.lanes);
+        let lanes = self.manifest.epochs.last().map_or(&[][..], |last| &last.lanes);
         let started = lanes.iter().filter(|lane| !lane.mix.tokens.is_empty());
-        started
-            .map(|lane| Mixer::resume(&self.weights, lane.mix.clone()).error_tokens())
-            .collect()
+        started.map(|lane| Mixer::resume(&self.weights, lane.mix.clone()).error_tokens()).collect()
     }
 }
 
 /// ` (a 1, b 2)` for the counts under a name; nothing if there are none.
 fn reasons(ledger: &Ledger, prefix: &str) -> String {
-    let counts: Vec<String> = ledger
-        .under(prefix)
-        .map(|(name, amount)| format!("{name} {amount}"))
-        .collect();
+    let counts: Vec<String> =
+        ledger.under(prefix).map(|(name, amount)| format!("{name} {amount}")).collect();
     match counts.is_empty() {
         true => String::new(),
         false => format!(" ({})", counts.join(", ")),

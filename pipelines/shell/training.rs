@@ -76,19 +76,9 @@ impl<'a> Drive<'a> {
         std::fs::create_dir_all(&checkpoints).context("could not create the checkpoints folder")?;
         let path = folder.run.join("metrics.jsonl");
         let reports = keep_metrics(&path, trainer.progress().step)?;
-        let metrics = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)?;
+        let metrics = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
         let (first, last) = (reports.first().copied(), reports.last().copied());
-        Ok(Drive {
-            trainer,
-            tokenizer,
-            folder,
-            metrics,
-            first,
-            last,
-        })
+        Ok(Drive { trainer, tokenizer, folder, metrics, first, last })
     }
 
     /// Learns from one batch; `watch` sees the report and the seconds the step took.
@@ -149,10 +139,7 @@ pub fn train_on(
 ) -> Result<Ended> {
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
     let behind = drive.trainer.progress().next_sequence;
-    for epoch in epochs
-        .iter()
-        .filter(|epoch| epoch.first_sequence + epoch.sequences > behind)
-    {
+    for epoch in epochs.iter().filter(|epoch| epoch.first_sequence + epoch.sequences > behind) {
         let skip = behind.saturating_sub(epoch.first_sequence) as usize;
         waiting.extend(folder.sequences(epoch)?.into_iter().skip(skip));
         if learn(drive, &mut waiting, &mut watch)? == Ended::Stopped {

@@ -65,13 +65,11 @@ pub fn start(
 ) -> Result<(Queue, JoinHandle<()>)> {
     let mut engine = Engine::new(model, ends, settings, counters)?;
     let (queue, jobs) = Queue::new(settings.queue_max);
-    let thread = std::thread::Builder::new()
-        .name("engine".into())
-        .spawn(move || {
-            if let Err(error) = engine.serve(&jobs) {
-                failed(error);
-            }
-        });
+    let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        if let Err(error) = engine.serve(&jobs) {
+            failed(error);
+        }
+    });
     let thread = thread.map_err(|error| Error::Stopped(format!("no engine thread: {error}")))?;
     Ok((queue, thread))
 }
@@ -96,12 +94,7 @@ impl Engine {
         settings: EngineSettings,
         counters: Arc<EngineCounters>,
     ) -> Result<Self> {
-        let EngineSettings {
-            sequences_max,
-            step_tokens_max,
-            cache_bytes,
-            queue_max: _,
-        } = settings;
+        let EngineSettings { sequences_max, step_tokens_max, cache_bytes, queue_max: _ } = settings;
         let context = model.config.max_position_embeddings;
         let wanted = sequences_max * context.div_ceil(BLOCK);
         let block = Cache::block_bytes(&model.config, model.dtype());
@@ -114,18 +107,8 @@ impl Engine {
             )));
         }
         let cache = Cache::new(&model.config, blocks, model.dtype(), model.device())?;
-        let bounds = Bounds {
-            sequences_max,
-            step_tokens_max,
-            blocks,
-        };
-        Ok(Engine {
-            model,
-            cache,
-            schedule: Schedule::new(bounds),
-            ends,
-            counters,
-        })
+        let bounds = Bounds { sequences_max, step_tokens_max, blocks };
+        Ok(Engine { model, cache, schedule: Schedule::new(bounds), ends, counters })
     }
 
     /// Answers jobs until their senders are gone and all is answered.
@@ -174,18 +157,10 @@ impl Engine {
         let step = self.schedule.plan();
         let sampled = self.compute(&step).context("generation step")?;
         let rows = step.ids.len() as u64;
-        let decoded = step
-            .runs
-            .iter()
-            .filter(|run| run.rows == 1 && run.position > 0)
-            .count();
+        let decoded = step.runs.iter().filter(|run| run.rows == 1 && run.position > 0).count();
         self.counters.steps.fetch_add(1, Relaxed);
-        self.counters
-            .prompt_tokens
-            .fetch_add(rows - decoded as u64, Relaxed);
-        self.counters
-            .generated_tokens
-            .fetch_add(sampled.len() as u64, Relaxed);
+        self.counters.prompt_tokens.fetch_add(rows - decoded as u64, Relaxed);
+        self.counters.generated_tokens.fetch_add(sampled.len() as u64, Relaxed);
         for (sequence, closed) in self.schedule.take(&step, &sampled, &self.ends) {
             let finish = if closed { Finish::Stop } else { Finish::Length };
             let tokens = sequence.generated().to_vec();
@@ -198,21 +173,17 @@ impl Engine {
     /// The most likely next token of each sampled row.
     fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<u32>> {
         let (model, cache) = (&self.model, &mut self.cache);
-        let x = model.forward(&step.ids, &step.positions, |layer, qkv| {
-            cache.step(layer, qkv, &step.runs)
-        })?;
+        let x = model
+            .forward(&step.ids, &step.positions, |layer, qkv| cache.step(layer, qkv, &step.runs))?;
         if step.samples.is_empty() {
             return Ok(Vec::new());
         }
         let rows = Tensor::new(step.samples.as_slice(), x.device())?;
         let logits = model.logits(&x.index_select(&rows, 0)?)?;
         match logits.device().is_cpu() {
-            true => Ok(logits
-                .to_dtype(DType::F32)?
-                .to_vec2()?
-                .iter()
-                .map(|row| best(row))
-                .collect()),
+            true => {
+                Ok(logits.to_dtype(DType::F32)?.to_vec2()?.iter().map(|row| best(row)).collect())
+            }
             false => logits.argmax(D::Minus1)?.to_vec1(),
         }
     }
@@ -248,15 +219,10 @@ mod tests {
         };
         Llama::build(&config, form, &Device::Cpu, |name, shape| {
             let mut stream = seed::stream(5, name, "engine test");
-            let values: Vec<f32> = (0..shape.iter().product())
-                .map(|_| 0.3 * stream.normal() as f32)
-                .collect();
+            let values: Vec<f32> =
+                (0..shape.iter().product()).map(|_| 0.3 * stream.normal() as f32).collect();
             let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
-            Ok(if name.contains("norm") {
-                (tensor + 1.0)?
-            } else {
-                tensor
-            })
+            Ok(if name.contains("norm") { (tensor + 1.0)? } else { tensor })
         })
         .unwrap()
     }
@@ -266,10 +232,7 @@ mod tests {
         (0..24)
             .map(|index| {
                 let length = 1 + stream.index(150);
-                (
-                    (0..length).map(|_| stream.index(97) as u32).collect(),
-                    5 + index % 20,
-                )
+                ((0..length).map(|_| stream.index(97) as u32).collect(), 5 + index % 20)
             })
             .collect()
     }
@@ -290,11 +253,7 @@ mod tests {
         while done < prompts.len() {
             while sent < prompts.len() {
                 let (tokens, new_tokens_max) = prompts[sent].clone();
-                match handle.submit(Request {
-                    key: sent as u64,
-                    tokens,
-                    new_tokens_max,
-                }) {
+                match handle.submit(Request { key: sent as u64, tokens, new_tokens_max }) {
                     Ok(()) => sent += 1,
                     Err(_) => break,
                 }
@@ -319,22 +278,10 @@ mod tests {
 
     #[test]
     fn an_answer_does_not_depend_on_its_company_or_its_chunks() {
-        let alone = generate(EngineSettings {
-            sequences_max: 1,
-            step_tokens_max: 512,
-            ..SETTINGS
-        });
+        let alone = generate(EngineSettings { sequences_max: 1, step_tokens_max: 512, ..SETTINGS });
         for (sequences_max, step_tokens_max) in [(1, 7), (4, 33), (24, 64), (24, 4096)] {
-            let settings = EngineSettings {
-                sequences_max,
-                step_tokens_max,
-                ..SETTINGS
-            };
-            assert_eq!(
-                generate(settings),
-                alone,
-                "{sequences_max} at {step_tokens_max} a step"
-            );
+            let settings = EngineSettings { sequences_max, step_tokens_max, ..SETTINGS };
+            assert_eq!(generate(settings), alone, "{sequences_max} at {step_tokens_max} a step");
         }
         assert!(alone.iter().any(|(_, finish)| *finish == Finish::Length));
     }
@@ -376,13 +323,7 @@ mod tests {
         let (queue, jobs) = Queue::new(4);
         let mut handle = queue.open(Arc::new(|| {}));
         for (key, length) in [(1, 300), (2, 0), (3, 10)] {
-            handle
-                .submit(Request {
-                    key,
-                    tokens: vec![5; length],
-                    new_tokens_max: 5,
-                })
-                .unwrap();
+            handle.submit(Request { key, tokens: vec![5; length], new_tokens_max: 5 }).unwrap();
         }
         drop(queue);
         let answers: Vec<(u64, bool)> = std::thread::scope(|scope| {
@@ -390,10 +331,7 @@ mod tests {
             let mut answers = Vec::new();
             while answers.len() < 3 {
                 if let Some(completion) = handle.poll() {
-                    answers.push((
-                        completion.key,
-                        matches!(completion.finish, Finish::Failed(_)),
-                    ));
+                    answers.push((completion.key, matches!(completion.finish, Finish::Failed(_))));
                 }
                 std::thread::yield_now();
             }

@@ -79,22 +79,10 @@ impl<T> Schedule<T> {
     /// # Panics
     /// If a bound is zero.
     pub fn new(bounds: Bounds) -> Self {
-        let Bounds {
-            sequences_max,
-            step_tokens_max,
-            blocks,
-        } = bounds;
-        assert!(
-            sequences_max > 0 && step_tokens_max > 0 && blocks > 0,
-            "{bounds:?}"
-        );
+        let Bounds { sequences_max, step_tokens_max, blocks } = bounds;
+        assert!(sequences_max > 0 && step_tokens_max > 0 && blocks > 0, "{bounds:?}");
         let free = (0..blocks as u32).rev().collect();
-        Schedule {
-            bounds,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            free,
-        }
+        Schedule { bounds, waiting: VecDeque::new(), running: Vec::new(), free }
     }
 
     /// Takes a prompt in, or hands its owner back if the whole cache would be too small for it.
@@ -150,10 +138,8 @@ impl<T> Schedule<T> {
                     position: from,
                     table: sequence.table.clone(),
                 });
-                step.ids
-                    .extend_from_slice(&sequence.tokens[from..from + rows]);
-                step.positions
-                    .extend((from..from + rows).map(|position| position as u32));
+                step.ids.extend_from_slice(&sequence.tokens[from..from + rows]);
+                step.positions.extend((from..from + rows).map(|position| position as u32));
                 sequence.computed += rows;
                 if sequence.computed == sequence.tokens.len() {
                     step.samples.push(step.ids.len() as u32 - 1);
@@ -170,11 +156,7 @@ impl<T> Schedule<T> {
     /// # Panics
     /// If there is not one token for each sample of the step.
     pub fn take(&mut self, step: &Step, sampled: &[u32], ends: &[u32]) -> Vec<(Sequence<T>, bool)> {
-        assert_eq!(
-            step.sampled.len(),
-            sampled.len(),
-            "one token for each sample"
-        );
+        assert_eq!(step.sampled.len(), sampled.len(), "one token for each sample");
         let mut done = Vec::new();
         for (&index, &token) in step.sampled.iter().zip(sampled) {
             let sequence = &mut self.running[index];
@@ -226,10 +208,7 @@ mod tests {
         }
         while !schedule.is_empty() {
             let step = schedule.plan();
-            assert!(
-                !step.ids.is_empty(),
-                "a step without rows: nothing would ever finish"
-            );
+            assert!(!step.ids.is_empty(), "a step without rows: nothing would ever finish");
             assert!(step.ids.len() <= bounds.step_tokens_max);
             assert!(step.runs.len() <= bounds.sequences_max);
             let mut blocks: Vec<u32> = step.runs.iter().flat_map(|run| run.table.clone()).collect();
@@ -243,11 +222,7 @@ mod tests {
             let next = |&index: &usize| {
                 let sequence = &schedule.running[index];
                 let wanted = prompts[sequence.owner].1;
-                if sequence.generated().len() < wanted {
-                    7
-                } else {
-                    END
-                }
+                if sequence.generated().len() < wanted { 7 } else { END }
             };
             let tokens: Vec<u32> = step.sampled.iter().map(next).collect();
             for (sequence, closed) in schedule.take(&step, &tokens, &[END]) {
@@ -259,11 +234,7 @@ mod tests {
         finished
     }
 
-    const BOUNDS: Bounds = Bounds {
-        sequences_max: 3,
-        step_tokens_max: 50,
-        blocks: 12,
-    };
+    const BOUNDS: Bounds = Bounds { sequences_max: 3, step_tokens_max: 50, blocks: 12 };
 
     #[test]
     fn a_sequence_ends_where_the_model_closes_it_or_at_its_limit() {
@@ -274,32 +245,21 @@ mod tests {
     #[test]
     fn a_prompt_that_can_never_fit_is_handed_back() {
         let found = run(&[(12 * BLOCK, 1), (5, 1), (0, 1)], BOUNDS, 8);
-        assert_eq!(
-            found,
-            [(0, usize::MAX, false), (1, 1, true), (2, usize::MAX, false)]
-        );
+        assert_eq!(found, [(0, usize::MAX, false), (1, 1, true), (2, usize::MAX, false)]);
     }
 
     #[test]
     fn running_sequences_go_before_prompts() {
         let mut schedule = Schedule::new(BOUNDS);
         for owner in ["a", "b"] {
-            schedule
-                .push(vec![1; if owner == "a" { 3 } else { 90 }], 4, owner)
-                .unwrap();
+            schedule.push(vec![1; if owner == "a" { 3 } else { 90 }], 4, owner).unwrap();
         }
         let step = schedule.plan();
-        assert_eq!(
-            step.runs.iter().map(|run| run.rows).collect::<Vec<_>>(),
-            [3, 47]
-        );
+        assert_eq!(step.runs.iter().map(|run| run.rows).collect::<Vec<_>>(), [3, 47]);
         schedule.take(&step, &[7], &[END]);
         let step = schedule.plan();
         assert_eq!(
-            step.runs
-                .iter()
-                .map(|run| (run.rows, run.position))
-                .collect::<Vec<_>>(),
+            step.runs.iter().map(|run| (run.rows, run.position)).collect::<Vec<_>>(),
             [(1, 3), (43, 47)]
         );
     }

@@ -36,26 +36,16 @@ const SAMPLE: usize = 200;
 /// # Errors
 /// If a file cannot be opened.
 pub fn census(files: &[PathBuf], fields: &Fields, limit: Option<u64>) -> Result<Census> {
-    let mut census = Census {
-        files: files.len() as u64,
-        exact: true,
-        ..Census::default()
-    };
+    let mut census = Census { files: files.len() as u64, exact: true, ..Census::default() };
     for file in files {
-        census.bytes += std::fs::metadata(file)
-            .map_err(Error::file("open", file))?
-            .len();
+        census.bytes += std::fs::metadata(file).map_err(Error::file("open", file))?.len();
     }
     let (mut read, mut records) = (0, 0);
     for file in files {
         let counter = input::Counter::default();
         let before = read;
-        let mut documents = Documents::counted(
-            vec![file.clone()],
-            "census",
-            fields.clone(),
-            counter.clone(),
-        );
+        let mut documents =
+            Documents::counted(vec![file.clone()], "census", fields.clone(), counter.clone());
         let wanted = limit.unwrap_or(u64::MAX);
         while records < wanted {
             if records >= RECORDS_MAX || read >= BYTES_MAX {
@@ -95,16 +85,11 @@ mod tests {
     fn check(lines: u64, limit: Option<u64>, expected: std::ops::RangeInclusive<u64>, exact: bool) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
-        let text: String = (0..lines)
-            .map(|i| format!("{{\"id\":{i},\"text\":\"text\"}}\n"))
-            .collect();
+        let text: String =
+            (0..lines).map(|i| format!("{{\"id\":{i},\"text\":\"text\"}}\n")).collect();
         std::fs::write(&path, text).unwrap();
         let census = census(&[path], &Fields::detected(), limit).unwrap();
-        assert!(
-            expected.contains(&census.documents),
-            "{} documents",
-            census.documents
-        );
+        assert!(expected.contains(&census.documents), "{} documents", census.documents);
         assert_eq!(census.exact, exact);
     }
 

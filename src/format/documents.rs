@@ -94,14 +94,7 @@ impl Documents {
     /// [`Documents::new`], counting the bytes that are read from disk.
     pub fn counted(files: Vec<PathBuf>, source: &str, fields: Fields, counter: Counter) -> Self {
         let position = InputPosition::default();
-        Documents {
-            files,
-            source: source.to_owned(),
-            fields,
-            open: None,
-            position,
-            counter,
-        }
+        Documents { files, source: source.to_owned(), fields, open: None, position, counter }
     }
 
     /// Goes on behind an earlier position. Pieces of a record are the caller's business.
@@ -130,11 +123,7 @@ impl Documents {
                 Ok(open) => self.open = Some(open),
                 // A file that vanished or cannot be read costs that file, not the run.
                 Err(error) => {
-                    let place = Place {
-                        file: path.display().to_string(),
-                        record: 0,
-                        byte: 0,
-                    };
+                    let place = Place { file: path.display().to_string(), record: 0, byte: 0 };
                     let rejected = Rejected::unread("unreadable_input", error, place, "");
                     self.open = Some(Box::new(std::iter::empty()));
                     self.position.records += 1;
@@ -166,10 +155,7 @@ impl Iterator for Documents {
                 return Some(found);
             }
             self.open = None;
-            self.position = InputPosition {
-                file: self.position.file + 1,
-                ..Default::default()
-            };
+            self.position = InputPosition { file: self.position.file + 1, ..Default::default() };
         }
         None
     }

@@ -12,8 +12,7 @@ use std::path::Path;
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("tmp");
     let mut file = File::create(&temporary).map_err(Error::file("create", &temporary))?;
-    file.write_all(bytes)
-        .map_err(Error::file("write", &temporary))?;
+    file.write_all(bytes).map_err(Error::file("write", &temporary))?;
     file.sync_all().map_err(Error::file("write", &temporary))?;
     drop(file);
     fs::rename(&temporary, path).map_err(Error::file("rename", &temporary))?;
@@ -30,8 +29,7 @@ pub fn append_line(path: &Path, line: &str) -> Result<()> {
         .append(true)
         .open(path)
         .map_err(Error::file("open", path))?;
-    file.write_all(format!("{line}\n").as_bytes())
-        .map_err(Error::file("write", path))?;
+    file.write_all(format!("{line}\n").as_bytes()).map_err(Error::file("write", path))?;
     file.sync_all().map_err(Error::file("write", path))
 }
 
@@ -55,11 +53,7 @@ pub fn publish_directory(temporary: &Path, path: &Path) -> Result<()> {
 /// # Errors
 /// If the disk refuses.
 pub fn sync_directory(path: &Path) -> Result<()> {
-    let path = if path.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        path
-    };
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
     let directory = File::open(path).map_err(Error::file("open", path))?;
     directory.sync_all().map_err(Error::file("write", path))
 }

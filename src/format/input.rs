@@ -50,19 +50,10 @@ pub fn open(path: &Path) -> Result<Box<dyn BufRead + Send>> {
 /// If the file cannot be opened or read.
 pub fn open_counted(path: &Path, counter: Counter) -> Result<Box<dyn BufRead + Send>> {
     let file = File::open(path).map_err(Error::file("open", path))?;
-    let mut raw = BufReader::with_capacity(
-        BUFFER_BYTES,
-        Counted {
-            inner: file,
-            counter,
-        },
-    );
+    let mut raw = BufReader::with_capacity(BUFFER_BYTES, Counted { inner: file, counter });
     let start = raw.fill_buf().map_err(Error::file("read", path))?;
     Ok(if start.starts_with(&GZIP) {
-        Box::new(BufReader::with_capacity(
-            BUFFER_BYTES,
-            MultiGzDecoder::new(raw),
-        ))
+        Box::new(BufReader::with_capacity(BUFFER_BYTES, MultiGzDecoder::new(raw)))
     } else if start.starts_with(&ZSTD) {
         let decoder = zstd::Decoder::with_buffer(raw).map_err(Error::file("read", path))?;
         Box::new(BufReader::with_capacity(BUFFER_BYTES, decoder))
@@ -96,28 +87,16 @@ fn list(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     }
     names.sort();
     let hidden = |path: &Path| {
-        path.file_name()
-            .is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
     };
-    names
-        .iter()
-        .filter(|name| !hidden(name))
-        .try_for_each(|name| list(name, files))
+    names.iter().filter(|name| !hidden(name)).try_for_each(|name| list(name, files))
 }
 
 /// The extension of a file under its compression: `xml` for `a.xml.gz`.
 pub fn kind(path: &Path) -> String {
-    let name = path
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .to_lowercase();
-    let name = [".gz", ".zst"]
-        .iter()
-        .find_map(|end| name.strip_suffix(end))
-        .unwrap_or(&name);
-    name.rsplit_once('.')
-        .map_or(String::new(), |(_, extension)| extension.to_owned())
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let name = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
+    name.rsplit_once('.').map_or(String::new(), |(_, extension)| extension.to_owned())
 }
 
 /// A digest of the bytes of a file, as they lie on disk.
@@ -160,10 +139,7 @@ mod tests {
     fn the_first_bytes_decide_how_a_file_is_read() {
         check("plain.gz", b"one\ntwo\n");
         check("gzip", &gzip("one\ntwo\n"));
-        check(
-            "zstd.txt",
-            &zstd::encode_all(&b"one\ntwo\n"[..], 1).unwrap(),
-        );
+        check("zstd.txt", &zstd::encode_all(&b"one\ntwo\n"[..], 1).unwrap());
     }
 
     #[test]

@@ -48,15 +48,8 @@ fn parse(line: &str, place: &Place) -> std::result::Result<Instruction, (&'stati
         serde_json::from_str(line).map_err(|error| ("malformed_json", error.to_string()))?;
     let field = |name: &str| object.get(name).and_then(Value::as_str).map(str::trim);
     let one_of = |names: &[&'static str]| {
-        let found = names
-            .iter()
-            .find_map(|name| field(name).filter(|text| !text.is_empty()));
-        found.ok_or_else(|| {
-            (
-                "no_instruction",
-                format!("none of {} is a text", names.join(", ")),
-            )
-        })
+        let found = names.iter().find_map(|name| field(name).filter(|text| !text.is_empty()));
+        found.ok_or_else(|| ("no_instruction", format!("none of {} is a text", names.join(", "))))
     };
     let (question, response) = (one_of(&QUESTIONS)?, one_of(&RESPONSES)?);
     let question = match field("input").filter(|input| !input.is_empty()) {
@@ -68,10 +61,7 @@ fn parse(line: &str, place: &Place) -> std::result::Result<Instruction, (&'stati
         Some(Value::Number(id)) => id.to_string(),
         _ => format!("{}:{}", place.file, place.record),
     };
-    Ok(Instruction {
-        id,
-        text: format!("{question} {response}"),
-    })
+    Ok(Instruction { id, text: format!("{question} {response}") })
 }
 
 /// The instructions of all files in their order, from the beginning again after the last, for ever.
@@ -88,13 +78,7 @@ pub struct Endless {
 impl Endless {
     /// Reads `files` over and over.
     pub fn new(files: Vec<PathBuf>) -> Self {
-        Endless {
-            files,
-            next_file: 0,
-            open: None,
-            pass: 0,
-            found_in_pass: false,
-        }
+        Endless { files, next_file: 0, open: None, pass: 0, found_in_pass: false }
     }
 }
 
@@ -120,11 +104,7 @@ impl Iterator for Endless {
                 Ok(instructions) => self.open = Some(Box::new(instructions)),
                 Err(error) => {
                     self.open = None;
-                    let place = Place {
-                        file: path.display().to_string(),
-                        record: 0,
-                        byte: 0,
-                    };
+                    let place = Place { file: path.display().to_string(), record: 0, byte: 0 };
                     let rejected = Rejected::unread("unreadable_input", error, place, "");
                     return Some((self.pass, Err(of_mix(Box::new(rejected)))));
                 }
@@ -138,11 +118,7 @@ mod tests {
     use super::*;
 
     fn check(line: &str, expected: std::result::Result<&str, &str>) {
-        let place = Place {
-            file: "f".into(),
-            record: 1,
-            byte: 0,
-        };
+        let place = Place { file: "f".into(), record: 1, byte: 0 };
         let found = parse(line, &place).map(|instruction| instruction.text);
         let found = found.as_deref().map_err(|(reason, _)| *reason);
         assert_eq!(found, expected, "{line}");
@@ -150,28 +126,16 @@ mod tests {
 
     #[test]
     fn the_usual_spellings_are_read() {
-        check(
-            r#"{"instruction":"Add.","input":"1 2","response":"3"}"#,
-            Ok("Add.\n1 2 3"),
-        );
-        check(
-            r#"{"instruction":"Say hi.","input":"","output":"Hi."}"#,
-            Ok("Say hi. Hi."),
-        );
+        check(r#"{"instruction":"Add.","input":"1 2","response":"3"}"#, Ok("Add.\n1 2 3"));
+        check(r#"{"instruction":"Say hi.","input":"","output":"Hi."}"#, Ok("Say hi. Hi."));
         check(r#"{"question":"Why?","answer":"So."}"#, Ok("Why? So."));
         check(r#"{"prompt":"Why?","completion":"So."}"#, Ok("Why? So."));
     }
 
     #[test]
     fn what_is_no_instruction_is_rejected() {
-        check(
-            r#"{"instruction":"Add.","response":3}"#,
-            Err("no_instruction"),
-        );
-        check(
-            r#"{"instruction":" ","response":"3"}"#,
-            Err("no_instruction"),
-        );
+        check(r#"{"instruction":"Add.","response":3}"#, Err("no_instruction"));
+        check(r#"{"instruction":" ","response":"3"}"#, Err("no_instruction"));
         check("[1]", Err("malformed_json"));
     }
 

@@ -22,10 +22,7 @@ pub struct Fields {
 impl Fields {
     /// The id in `id`, the text wherever it is found.
     pub fn detected() -> Self {
-        Fields {
-            id: "id".into(),
-            text: Vec::new(),
-        }
+        Fields { id: "id".into(), text: Vec::new() }
     }
 }
 
@@ -39,17 +36,15 @@ pub fn read(
     fields: Fields,
     counter: Counter,
 ) -> Result<impl Iterator<Item = Found> + use<>> {
-    Ok(
-        Lines::open_counted(path, counter)?.map(move |line| match line {
-            Err(rejected) => Found::Rejected(rejected),
-            Ok((line, place)) => match parse(&line, &source, &fields, &place) {
-                Ok(document) => Found::Document(Box::new(document)),
-                Err((reason, detail)) => {
-                    Found::Rejected(Box::new(Rejected::unread(reason, detail, place, &line)))
-                }
-            },
-        }),
-    )
+    Ok(Lines::open_counted(path, counter)?.map(move |line| match line {
+        Err(rejected) => Found::Rejected(rejected),
+        Ok((line, place)) => match parse(&line, &source, &fields, &place) {
+            Ok(document) => Found::Document(Box::new(document)),
+            Err((reason, detail)) => {
+                Found::Rejected(Box::new(Rejected::unread(reason, detail, place, &line)))
+            }
+        },
+    }))
 }
 
 fn parse(
@@ -91,9 +86,7 @@ fn take_text(
     const KNOWN: [&[&str]; 3] = [&["text"], &["title", "abstract"], &["content"]];
     let names: Vec<&str> = match named {
         [] => {
-            let known = KNOWN
-                .iter()
-                .find(|names| object.contains_key(names[names.len() - 1]));
+            let known = KNOWN.iter().find(|names| object.contains_key(names[names.len() - 1]));
             known.map_or_else(|| KNOWN[0].to_vec(), |names| names.to_vec())
         }
         named => named.iter().map(String::as_str).collect(),
@@ -114,10 +107,7 @@ fn take_text(
 }
 
 fn wrong_type(field: &str, value: &Value) -> (&'static str, String) {
-    (
-        "wrong_type",
-        format!("field {field:?} is a JSON {}", name(value)),
-    )
+    ("wrong_type", format!("field {field:?} is a JSON {}", name(value)))
 }
 
 fn name(value: &Value) -> &'static str {
@@ -136,51 +126,26 @@ mod tests {
     use super::*;
 
     fn check(line: &str, fields: &Fields, expected: std::result::Result<(&str, &str), &str>) {
-        let place = Place {
-            file: "f".into(),
-            record: 7,
-            byte: 9,
-        };
+        let place = Place { file: "f".into(), record: 7, byte: 9 };
         let found = parse(line, "s", fields, &place);
-        let found = found
-            .as_ref()
-            .map(|document| (document.id.as_str(), document.text.as_str()));
+        let found = found.as_ref().map(|document| (document.id.as_str(), document.text.as_str()));
         assert_eq!(found.map_err(|(reason, _)| *reason), expected, "{line}");
     }
 
     #[test]
     fn the_text_is_found_where_it_usually_is() {
         let fields = Fields::detected();
-        check(
-            r#"{"id":"a","text":"t","title":"x"}"#,
-            &fields,
-            Ok(("a", "t")),
-        );
-        check(
-            r#"{"id":5,"title":"x","abstract":"y"}"#,
-            &fields,
-            Ok(("5", "x\n\ny")),
-        );
-        check(
-            r#"{"id":null,"title":" ","abstract":"y"}"#,
-            &fields,
-            Ok(("f:7", "y")),
-        );
+        check(r#"{"id":"a","text":"t","title":"x"}"#, &fields, Ok(("a", "t")));
+        check(r#"{"id":5,"title":"x","abstract":"y"}"#, &fields, Ok(("5", "x\n\ny")));
+        check(r#"{"id":null,"title":" ","abstract":"y"}"#, &fields, Ok(("f:7", "y")));
         check(r#"{"content":"c"}"#, &fields, Ok(("f:7", "c")));
         check(r#"{"text":""}"#, &fields, Ok(("f:7", "")));
     }
 
     #[test]
     fn or_where_the_user_says() {
-        let fields = Fields {
-            id: "url".into(),
-            text: vec!["h".into(), "b".into()],
-        };
-        check(
-            r#"{"url":"u","b":"two","h":"one","text":"no"}"#,
-            &fields,
-            Ok(("u", "one\n\ntwo")),
-        );
+        let fields = Fields { id: "url".into(), text: vec!["h".into(), "b".into()] };
+        check(r#"{"url":"u","b":"two","h":"one","text":"no"}"#, &fields, Ok(("u", "one\n\ntwo")));
     }
 
     #[test]
@@ -198,14 +163,8 @@ mod tests {
         let place = Place::default();
         let line = r#"{"id":"a","text":"t","year":1999,"tags":["x"],"lang":"en"}"#;
         let document = parse(line, "s", &Fields::detected(), &place).unwrap();
-        let metadata: Vec<_> = document
-            .metadata
-            .iter()
-            .map(|(k, v)| (k.as_str(), v.as_str()))
-            .collect();
-        assert_eq!(
-            metadata,
-            [("lang", "en"), ("tags", "[\"x\"]"), ("year", "1999")]
-        );
+        let metadata: Vec<_> =
+            document.metadata.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        assert_eq!(metadata, [("lang", "en"), ("tags", "[\"x\"]"), ("year", "1999")]);
     }
 }

@@ -45,23 +45,12 @@ impl Lines {
     /// If the file cannot be opened.
     pub fn open_counted(path: &Path, counter: Counter) -> Result<Self> {
         let reader = input::open_counted(path, counter)?;
-        Ok(Self::new(
-            reader,
-            path.display().to_string(),
-            LINE_BYTES_MAX,
-        ))
+        Ok(Self::new(reader, path.display().to_string(), LINE_BYTES_MAX))
     }
 
     /// Reads lines of at most `limit` bytes.
     pub fn new(reader: Box<dyn BufRead + Send>, file: String, limit: usize) -> Self {
-        Lines {
-            reader,
-            file,
-            line: 0,
-            byte: 0,
-            limit,
-            ended: false,
-        }
+        Lines { reader, file, line: 0, byte: 0, limit, ended: false }
     }
 
     /// Collects one line without its line feed. Beyond the limit, bytes are counted and let go.
@@ -95,9 +84,7 @@ impl Lines {
         let reject = |reason: &str, detail: String, bytes: &[u8], place| {
             let start = &bytes[..bytes.len().min(1000)];
             let text = String::from_utf8_lossy(start);
-            Some(Err(Box::new(Rejected::unread(
-                reason, detail, place, &text,
-            ))))
+            Some(Err(Box::new(Rejected::unread(reason, detail, place, &text))))
         };
         match end {
             End::TooLong => {
@@ -134,11 +121,7 @@ impl Iterator for Lines {
     fn next(&mut self) -> Option<Line> {
         while !self.ended {
             self.line += 1;
-            let place = Place {
-                file: self.file.clone(),
-                record: self.line,
-                byte: self.byte,
-            };
+            let place = Place { file: self.file.clone(), record: self.line, byte: self.byte };
             let mut bytes = Vec::new();
             let end = self.read(&mut bytes);
             if let Some(line) = self.finish(bytes, end, place) {
@@ -186,18 +169,12 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_text_are_rejected() {
-        check(
-            b"a\n\xff\xfe\nb\n",
-            &["1:0 a", "2:2 invalid_utf8!", "3:5 b"],
-        );
+        check(b"a\n\xff\xfe\nb\n", &["1:0 a", "2:2 invalid_utf8!", "3:5 b"]);
     }
 
     #[test]
     fn a_byte_order_mark_is_no_text() {
-        check(
-            "\u{feff}a\n\u{feff}b\n".as_bytes(),
-            &["1:0 a", "2:5 \u{feff}b"],
-        );
+        check("\u{feff}a\n\u{feff}b\n".as_bytes(), &["1:0 a", "2:5 \u{feff}b"]);
     }
 
     #[test]
@@ -212,10 +189,7 @@ mod tests {
         let mut lines = Lines::new(Box::new(reader), "f".into(), 100);
         assert_eq!(lines.next().unwrap().unwrap().0, "one");
         let bad = lines.next().unwrap().unwrap_err();
-        assert_eq!(
-            (bad.reason.as_str(), bad.excerpt.as_str()),
-            ("unreadable_input", "tw")
-        );
+        assert_eq!((bad.reason.as_str(), bad.excerpt.as_str()), ("unreadable_input", "tw"));
         assert_eq!((bad.place.record, bad.place.byte), (2, 4));
         assert!(lines.next().is_none());
     }

@@ -74,11 +74,7 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
         put::<Int32Type>(&mut rows, group, positions)?;
         put::<BoolType>(&mut rows, group, |sequence| sequence.learned.clone())?;
         put::<ByteArrayType>(&mut rows, group, |sequence| {
-            sequence
-                .segments
-                .iter()
-                .map(|segment| segment.item.as_str().into())
-                .collect()
+            sequence.segments.iter().map(|segment| segment.item.as_str().into()).collect()
         })?;
         for field in [
             |segment: &Segment| segment.source,
@@ -86,11 +82,7 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
             |segment: &Segment| segment.length,
         ] {
             put::<Int32Type>(&mut rows, group, |sequence| {
-                sequence
-                    .segments
-                    .iter()
-                    .map(|segment| field(segment) as i32)
-                    .collect()
+                sequence.segments.iter().map(|segment| field(segment) as i32).collect()
             })?;
         }
         rows.close()?;
@@ -112,9 +104,7 @@ fn put<T: DataType>(
         repeated.extend((0..entries).map(|entry| i16::from(entry > 0)));
         values.extend(list);
     }
-    let mut column = rows
-        .next_column()?
-        .ok_or_else(|| ParquetError::EOF("no column".into()))?;
+    let mut column = rows.next_column()?.ok_or_else(|| ParquetError::EOF("no column".into()))?;
     let writer: &mut ColumnWriterImpl<'_, T> = column.typed();
     writer.write_batch(&values, Some(&defined), Some(&repeated))?;
     column.close()
@@ -170,9 +160,7 @@ fn get<T: DataType>(
             &mut values,
         )?;
         if records == 0 {
-            return Err(ParquetError::EOF(format!(
-                "column {column} ends after {read} rows"
-            )));
+            return Err(ParquetError::EOF(format!("column {column} ends after {read} rows")));
         }
         read += records;
     }
@@ -183,9 +171,7 @@ fn get<T: DataType>(
             lists.push(Vec::new());
         }
         if defined > 0 {
-            let list = lists
-                .last_mut()
-                .expect("the first entry of a column starts a list");
+            let list = lists.last_mut().expect("the first entry of a column starts a list");
             list.extend(values.next());
         }
     }
@@ -207,16 +193,9 @@ mod tests {
         for (index, &length) in segments.iter().enumerate() {
             let tokens = (0..length).map(|token| token * 7 + index as u32);
             sequence.tokens.extend(tokens);
-            sequence
-                .learned
-                .extend((0..length).map(|token| token % 2 == 0));
+            sequence.learned.extend((0..length).map(|token| token % 2 == 0));
             let item = format!("item ä {index}");
-            sequence.segments.push(Segment {
-                item,
-                source: 1,
-                offset: 5,
-                length,
-            });
+            sequence.segments.push(Segment { item, source: 1, offset: 5, length });
         }
         sequence
     }

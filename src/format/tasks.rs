@@ -49,20 +49,14 @@ fn parse(line: &str, place: Place) -> std::result::Result<Task, Box<Rejected>> {
     if text.is_empty() {
         return reject("empty_text", String::new(), place);
     }
-    let pairs = row
-        .pairs
-        .into_iter()
-        .map(|RowPair { question, answer }| Pair {
-            question: question.trim().to_owned(),
-            answer: answer.trim().to_owned(),
-        });
-    let pairs: Vec<Pair> = pairs
-        .filter(|pair| !pair.question.is_empty() && !pair.answer.is_empty())
-        .collect();
+    let pairs = row.pairs.into_iter().map(|RowPair { question, answer }| Pair {
+        question: question.trim().to_owned(),
+        answer: answer.trim().to_owned(),
+    });
+    let pairs: Vec<Pair> =
+        pairs.filter(|pair| !pair.question.is_empty() && !pair.answer.is_empty()).collect();
     Ok(Task {
-        id: row
-            .id
-            .unwrap_or_else(|| format!("{}:{}", place.file, place.record)),
+        id: row.id.unwrap_or_else(|| format!("{}:{}", place.file, place.record)),
         dataset: row.dataset.unwrap_or_else(|| place.file.clone()),
         text: text.to_owned(),
         pairs,
@@ -108,17 +102,8 @@ mod tests {
     use super::*;
 
     fn check(line: &str, expected: std::result::Result<(&str, &str, usize), &str>) {
-        let found = parse(
-            line,
-            Place {
-                file: "f".into(),
-                record: 3,
-                byte: 9,
-            },
-        );
-        let found = found
-            .as_ref()
-            .map(|t| (t.dataset.as_str(), t.text.as_str(), t.pairs.len()));
+        let found = parse(line, Place { file: "f".into(), record: 3, byte: 9 });
+        let found = found.as_ref().map(|t| (t.dataset.as_str(), t.text.as_str(), t.pairs.len()));
         assert_eq!(found.map_err(|rejected| rejected.reason.as_str()), expected);
     }
 
@@ -128,14 +113,8 @@ mod tests {
             r#"{"dataset":"a","context":" t ","pairs":[{"instruction":"q","response":"a","x":1}]}"#,
             Ok(("a", "t", 1)),
         );
-        check(
-            r#"{"rc_name":"b","context":"t","QA_list":[{"Q":"q","A":"a"}]}"#,
-            Ok(("b", "t", 1)),
-        );
-        check(
-            r#"{"text":"t","pairs":[{"question":"q","answer":" "}]}"#,
-            Ok(("f", "t", 0)),
-        );
+        check(r#"{"rc_name":"b","context":"t","QA_list":[{"Q":"q","A":"a"}]}"#, Ok(("b", "t", 1)));
+        check(r#"{"text":"t","pairs":[{"question":"q","answer":" "}]}"#, Ok(("f", "t", 0)));
         check(r#"{"text":"t"}"#, Ok(("f", "t", 0)));
     }
 

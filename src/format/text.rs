@@ -18,32 +18,19 @@ pub fn read(
     counter: Counter,
 ) -> Result<impl Iterator<Item = Found> + use<>> {
     let file = path.display().to_string();
-    let place = Place {
-        file: file.clone(),
-        record: 1,
-        byte: 0,
-    };
+    let place = Place { file: file.clone(), record: 1, byte: 0 };
     let mut bytes = Vec::new();
     let limit = LINE_BYTES_MAX as u64;
-    let outcome = input::open_counted(path, counter)?
-        .take(limit + 1)
-        .read_to_end(&mut bytes);
+    let outcome = input::open_counted(path, counter)?.take(limit + 1).read_to_end(&mut bytes);
     let reject = |reason: &str, detail: String, bytes: &[u8]| {
         let start = String::from_utf8_lossy(&bytes[..bytes.len().min(1000)]).into_owned();
-        Found::Rejected(Box::new(Rejected::unread(
-            reason,
-            detail,
-            place.clone(),
-            &start,
-        )))
+        Found::Rejected(Box::new(Rejected::unread(reason, detail, place.clone(), &start)))
     };
     let found = match outcome {
         Err(error) => reject("unreadable_input", error.to_string(), &bytes),
-        Ok(count) if count as u64 > limit => reject(
-            "record_too_large",
-            format!("longer than {limit} bytes"),
-            &bytes,
-        ),
+        Ok(count) if count as u64 > limit => {
+            reject("record_too_large", format!("longer than {limit} bytes"), &bytes)
+        }
         Ok(_) => match String::from_utf8(bytes) {
             Ok(text) => Found::Document(Box::new(Document {
                 id: file,
@@ -69,9 +56,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.txt");
         std::fs::write(&path, bytes).unwrap();
-        let found: Vec<Found> = read(&path, "s".into(), Counter::default())
-            .unwrap()
-            .collect();
+        let found: Vec<Found> = read(&path, "s".into(), Counter::default()).unwrap().collect();
         let found: Vec<Result<&str, &str>> = found
             .iter()
             .map(|found| match found {

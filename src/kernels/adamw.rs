@@ -40,10 +40,7 @@ impl Parameter {
         let flat = value.to_dtype(DType::F32)?.flatten_all()?;
         let zeros = flat.zeros_like()?;
         let state = Tensor::stack(&[&flat, &zeros, &zeros], 0)?;
-        Ok(Parameter {
-            state,
-            shape: value.shape().clone(),
-        })
+        Ok(Parameter { state, shape: value.shape().clone() })
     }
 
     /// The value: shares its memory with the parameter, so that it follows every update.
@@ -60,9 +57,7 @@ impl Parameter {
     /// Restores mean and mean square.
     pub fn set_moments(&self, mean: &Tensor, mean_square: &Tensor) -> Result<()> {
         for (row, moment) in [(1, mean), (2, mean_square)] {
-            let flat = moment
-                .to_dtype(DType::F32)?
-                .reshape((1, self.shape.elem_count()))?;
+            let flat = moment.to_dtype(DType::F32)?.reshape((1, self.shape.elem_count()))?;
             self.state.slice_set(&flat.contiguous()?, 0, row)?;
         }
         Ok(())
@@ -78,15 +73,7 @@ impl Parameter {
     }
 
     fn update_composed(&self, gradient: &Tensor, update: &Update) -> Result<()> {
-        let Update {
-            rate,
-            beta1,
-            beta2,
-            epsilon,
-            decay,
-            gradient_scale,
-            ..
-        } = *update;
+        let Update { rate, beta1, beta2, epsilon, decay, gradient_scale, .. } = *update;
         let row = |i| self.state.get(i)?.copy();
         let gradient = (gradient * gradient_scale)?;
         let mean = ((row(1)? * beta1)? + (&gradient * (1.0 - beta1))?)?;
@@ -105,10 +92,7 @@ impl Update {
     /// What undoes the bias of the two means towards their start at zero.
     fn corrections(&self) -> (f64, f64) {
         let step = self.step as f64;
-        (
-            1.0 / (1.0 - self.beta1.powf(step)),
-            1.0 / (1.0 - self.beta2.powf(step)),
-        )
+        (1.0 / (1.0 - self.beta1.powf(step)), 1.0 / (1.0 - self.beta2.powf(step)))
     }
 }
 
@@ -127,10 +111,9 @@ impl InplaceOp2 for Update {
         let (CpuStorage::F32(state), CpuStorage::F32(gradient)) = (state, gradient) else {
             bail!("the optimizer state is f32")
         };
-        let (Some((start, end)), Some((from, to))) = (
-            layout.contiguous_offsets(),
-            gradient_layout.contiguous_offsets(),
-        ) else {
+        let (Some((start, end)), Some((from, to))) =
+            (layout.contiguous_offsets(), gradient_layout.contiguous_offsets())
+        else {
             bail!("the optimizer state is contiguous")
         };
         let (state, gradient) = (&mut state[start..end], &gradient[from..to]);
@@ -197,28 +180,16 @@ mod tests {
     #[test]
     fn the_kernel_equals_its_composed_twin() {
         let start = random(&[70, 1000], DType::F32);
-        let (ours, twin) = (
-            Parameter::new(&start).unwrap(),
-            Parameter::new(&start).unwrap(),
-        );
+        let (ours, twin) = (Parameter::new(&start).unwrap(), Parameter::new(&start).unwrap());
         for step in 1..=5 {
             let gradient = random(&[70, 1000], DType::F32);
             let update = Update { step, ..UPDATE };
             ours.update(&gradient, &update).unwrap();
-            twin.update_composed(&gradient.flatten_all().unwrap(), &update)
-                .unwrap();
+            twin.update_composed(&gradient.flatten_all().unwrap(), &update).unwrap();
         }
         close(&ours.value().unwrap(), &twin.value().unwrap(), "value");
-        close(
-            &ours.moments().unwrap().0,
-            &twin.moments().unwrap().0,
-            "mean",
-        );
-        close(
-            &ours.moments().unwrap().1,
-            &twin.moments().unwrap().1,
-            "mean square",
-        );
+        close(&ours.moments().unwrap().0, &twin.moments().unwrap().0, "mean");
+        close(&ours.moments().unwrap().1, &twin.moments().unwrap().1, "mean square");
     }
 
     #[test]
@@ -228,12 +199,7 @@ mod tests {
         let value = parameter.value().unwrap();
         let gradient = Tensor::ones(3, DType::F32, &Device::Cpu).unwrap();
         for step in 1..=200 {
-            let update = Update {
-                rate: 1e-3,
-                decay: 0.0,
-                step,
-                ..UPDATE
-            };
+            let update = Update { rate: 1e-3, decay: 0.0, step, ..UPDATE };
             parameter.update(&gradient, &update).unwrap();
         }
         // A steady gradient moves a value by the rate at every step.

@@ -88,9 +88,7 @@ impl LayerCache {
     }
 
     fn store(&mut self, k: &[f32], v: &[f32], runs: &[Run]) {
-        let Heads {
-            key_value, width, ..
-        } = self.heads;
+        let Heads { key_value, width, .. } = self.heads;
         for run in runs {
             for row in 0..run.rows {
                 let position = run.position + row;
@@ -118,22 +116,12 @@ impl LayerCache {
     }
 
     fn attend(&self, q: &[f32], rows: usize, runs: &[Run]) -> Vec<f32> {
-        let Heads {
-            query,
-            key_value,
-            width,
-            ..
-        } = self.heads;
+        let Heads { query, key_value, width, .. } = self.heads;
         let mut tasks = Vec::new();
         for run in runs {
             for first in (0..run.rows).step_by(ROWS_PER_TASK) {
                 let count = ROWS_PER_TASK.min(run.rows - first);
-                tasks.extend((0..key_value).map(|head| Task {
-                    run,
-                    first,
-                    count,
-                    head,
-                }));
+                tasks.extend((0..key_value).map(|head| Task { run, first, count, head }));
             }
         }
         let parts: Vec<Vec<f32>> = tasks.par_iter().map(|task| task.attend(self, q)).collect();
@@ -247,18 +235,12 @@ impl Fold<'_> {
         let arch = pulp::Arch::new();
         let weights = &mut weights[..COUNT * BLOCK];
         let columns = std::array::from_fn(|index| queries[index].columns);
-        arch.dispatch(ScoreTile::<COUNT> {
-            queries: columns,
-            keys: self.keys,
-            out: weights,
-        });
+        arch.dispatch(ScoreTile::<COUNT> { queries: columns, keys: self.keys, out: weights });
         let (mut keep, mut end) = ([1.0; COUNT], 0);
         let (rows, _) = weights.as_chunks_mut::<BLOCK>();
         for ((query, weights), keep) in queries.iter_mut().zip(rows).zip(&mut keep) {
             let from = query.first_visible.max(self.start) - self.start;
-            let to = (query.position + 1)
-                .min(self.start + BLOCK)
-                .saturating_sub(self.start);
+            let to = (query.position + 1).min(self.start + BLOCK).saturating_sub(self.start);
             if from < to {
                 *keep = simd(
                     #[inline(always)]
@@ -277,12 +259,7 @@ impl Fold<'_> {
                 let own = own.next().expect("one for each query");
                 &mut own[stripe * PANEL..(stripe + 1) * PANEL]
             });
-            arch.dispatch(ValueTile::<COUNT> {
-                weights,
-                values: &values[..end],
-                keep,
-                sums,
-            });
+            arch.dispatch(ValueTile::<COUNT> { weights, values: &values[..end], keep, sums });
         }
     }
 }
@@ -324,12 +301,7 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
-    const HEADS: Heads = Heads {
-        query: 6,
-        key_value: 2,
-        width: 10,
-        window: None,
-    };
+    const HEADS: Heads = Heads { query: 6, key_value: 2, width: 10, window: None };
 
     fn check(lengths: &[usize], heads: Heads) {
         let rows = lengths.iter().sum();
@@ -340,12 +312,7 @@ mod tests {
             spans.push(at..at + length);
             let blocks = length.div_ceil(BLOCK) as u32;
             let table = (block..block + blocks).rev().collect();
-            runs.push(Run {
-                first_row: at,
-                rows: length,
-                position: 0,
-                table,
-            });
+            runs.push(Run { first_row: at, rows: length, position: 0, table });
             (at, block) = (at + length, block + blocks);
         }
         let [q, k, v] = &qkv;
@@ -359,69 +326,36 @@ mod tests {
         check(&[1], HEADS);
         check(&[64, 65, 63], HEADS);
         check(&[200, 1, 130], HEADS);
-        check(
-            &[150],
-            Heads {
-                width: 32,
-                query: 4,
-                ..HEADS
-            },
-        );
+        check(&[150], Heads { width: 32, query: 4, ..HEADS });
         for window in [1, 5, 64, 100] {
-            check(
-                &[200, 70],
-                Heads {
-                    window: Some(window),
-                    ..HEADS
-                },
-            );
+            check(&[200, 70], Heads { window: Some(window), ..HEADS });
         }
     }
 
     #[test]
     fn a_sequence_computes_the_same_bits_in_any_chunks_and_any_company() {
-        let heads = Heads {
-            window: Some(90),
-            ..HEADS
-        };
+        let heads = Heads { window: Some(90), ..HEADS };
         let (wide, narrow) = (heads.query * heads.width, heads.key_value * heads.width);
         let qkv = [wide, narrow, narrow].map(|width| random(&[180, width], DType::F32));
         let part = |from, rows| qkv.clone().map(|t| t.narrow(0, from, rows).unwrap());
         let bits = |t: &Tensor| t.to_vec2::<f32>().unwrap();
 
         let mut cache = LayerCache::new(3, heads);
-        let whole = Run {
-            first_row: 0,
-            rows: 180,
-            position: 0,
-            table: vec![0, 1, 2],
-        };
+        let whole = Run { first_row: 0, rows: 180, position: 0, table: vec![0, 1, 2] };
         let whole = bits(&cache.step(&qkv, &[whole]).unwrap());
 
         let mut cache = LayerCache::new(6, heads);
         let mut position = 0;
         for rows in [1, 2, 61, 1, 70, 16, 29] {
             // Beside it, a sequence that takes the same tokens from their end.
-            let mine = Run {
-                first_row: 0,
-                rows,
-                position,
-                table: vec![5, 1, 3],
-            };
-            let other = Run {
-                first_row: rows,
-                rows,
-                position,
-                table: vec![0, 2, 4],
-            };
+            let mine = Run { first_row: 0, rows, position, table: vec![5, 1, 3] };
+            let other = Run { first_row: rows, rows, position, table: vec![0, 2, 4] };
             let both: Vec<Tensor> = part(position, rows)
                 .iter()
                 .zip(&part(180 - position - rows, rows))
                 .map(|(a, b)| Tensor::cat(&[a, b], 0).unwrap())
                 .collect();
-            let out = cache
-                .step(&both.try_into().unwrap(), &[mine, other])
-                .unwrap();
+            let out = cache.step(&both.try_into().unwrap(), &[mine, other]).unwrap();
             assert_eq!(bits(&out)[..rows], whole[position..position + rows]);
             position += rows;
         }

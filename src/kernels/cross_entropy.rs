@@ -49,10 +49,7 @@ pub fn cross_entropy(
 ) -> Result<HeadLoss> {
     assert_eq!(hidden.dim(0)?, targets.len(), "one target a row");
     let vocabulary = weight.dim(0)?;
-    assert!(
-        targets.iter().all(|&t| (t as usize) < vocabulary),
-        "target outside the vocabulary"
-    );
+    assert!(targets.iter().all(|&t| (t as usize) < vocabulary), "target outside the vocabulary");
     dispatch!(
         hidden,
         T => kernel::<T>(hidden, weight, targets, gradients),
@@ -132,11 +129,7 @@ fn composed(
     gradients: Gradients,
 ) -> Result<HeadLoss> {
     let device = hidden.device();
-    let wide = if hidden.dtype() == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    };
+    let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let (mut losses, mut of_x) = (Vec::new(), Vec::new());
     let mut of_w = weight.zeros_like()?.to_dtype(wide)?;
     for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
@@ -148,12 +141,7 @@ fn composed(
         let exponentials = shifted.exp()?;
         let totals = exponentials.sum_keepdim(D::Minus1)?;
         let chunk_losses = (totals.log()? - shifted.gather(&index, 1)?)?;
-        losses.extend(
-            chunk_losses
-                .to_dtype(DType::F64)?
-                .flatten_all()?
-                .to_vec1::<f64>()?,
-        );
+        losses.extend(chunk_losses.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?);
         if let Gradients::Scaled(scale) = gradients {
             let minus_one = Tensor::full(-1.0f32, (rows, 1), device)?.to_dtype(wide)?;
             let of_logits = exponentials.broadcast_div(&totals)?;
@@ -188,10 +176,7 @@ mod tests {
         let alone = cross_entropy(&hidden, &weight, &targets, Gradients::Skip).unwrap();
         assert_eq!(alone.losses, ours.losses);
         for (ours, twin) in ours.losses.iter().zip(&twin.losses) {
-            assert!(
-                (ours - twin).abs() < 1e-5 * twin.abs().max(1.0),
-                "{ours} and {twin}"
-            );
+            assert!((ours - twin).abs() < 1e-5 * twin.abs().max(1.0), "{ours} and {twin}");
         }
     }
 
@@ -209,10 +194,6 @@ mod tests {
         let hidden = Tensor::zeros((3, 4), DType::F32, &candle_core::Device::Cpu).unwrap();
         let weight = random(&[50, 4], DType::F32);
         let loss = cross_entropy(&hidden, &weight, &[0, 7, 49], Gradients::Skip).unwrap();
-        assert!(
-            loss.losses
-                .iter()
-                .all(|loss| (loss - 50f64.ln()).abs() < 1e-6)
-        );
+        assert!(loss.losses.iter().all(|loss| (loss - 50f64.ln()).abs() < 1e-6));
     }
 }

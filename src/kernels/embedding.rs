@@ -33,40 +33,30 @@ fn kernel<T: Real>(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<
     let rows = &*rows;
     let mut out = vec![T::ZERO; vocabulary * width];
     let per_stripe = vocabulary.div_ceil(STRIPES).max(1);
-    out.par_chunks_mut(per_stripe * width)
-        .enumerate()
-        .for_each(|(stripe, out)| {
-            let first = stripe * per_stripe;
-            let mine = first..first + out.len() / width;
-            simd(
-                #[inline(always)]
-                || {
-                    for (id, row) in ids.iter().zip(rows.chunks_exact(width)) {
-                        if mine.contains(&(*id as usize)) {
-                            let sum = &mut out[(*id as usize - first) * width..][..width];
-                            for i in 0..width {
-                                sum[i] += row[i];
-                            }
+    out.par_chunks_mut(per_stripe * width).enumerate().for_each(|(stripe, out)| {
+        let first = stripe * per_stripe;
+        let mine = first..first + out.len() / width;
+        simd(
+            #[inline(always)]
+            || {
+                for (id, row) in ids.iter().zip(rows.chunks_exact(width)) {
+                    if mine.contains(&(*id as usize)) {
+                        let sum = &mut out[(*id as usize - first) * width..][..width];
+                        for i in 0..width {
+                            sum[i] += row[i];
                         }
                     }
-                },
-            );
-        });
+                }
+            },
+        );
+    });
     tensor(out, (vocabulary, width))
 }
 
 fn composed(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<Tensor> {
-    let wide = if gradient.dtype() == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    };
+    let wide = if gradient.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let zeros = Tensor::zeros((vocabulary, gradient.dim(1)?), wide, gradient.device())?;
-    zeros.index_add(
-        &Tensor::new(ids, gradient.device())?,
-        &gradient.to_dtype(wide)?,
-        0,
-    )
+    zeros.index_add(&Tensor::new(ids, gradient.device())?, &gradient.to_dtype(wide)?, 0)
 }
 
 #[cfg(test)]
@@ -81,11 +71,7 @@ mod tests {
                 let ids: Vec<u32> = (0..200).map(|i| (i * i * 13 % vocabulary) as u32).collect();
                 let gradient = random(&[200, 33], dtype);
                 let ours = embed_backward(&gradient, &ids, vocabulary).unwrap();
-                close(
-                    &ours,
-                    &composed(&gradient, &ids, vocabulary).unwrap(),
-                    "gradient",
-                );
+                close(&ours, &composed(&gradient, &ids, vocabulary).unwrap(), "gradient");
             }
         }
     }

@@ -2,10 +2,7 @@
 
 // Reason: the `gemm` crate takes raw pointers. Every call below first checks that the last element
 // each pointer can reach lies inside its slice, and the output slice is borrowed exclusively.
-#![expect(
-    unsafe_code,
-    reason = "gemm takes raw pointers; bounds are asserted before the call"
-)]
+#![expect(unsafe_code, reason = "gemm takes raw pointers; bounds are asserted before the call")]
 
 use super::real::Real;
 use gemm::Parallelism;
@@ -23,13 +20,7 @@ pub(crate) struct View<'a, T> {
 impl<'a, T> View<'a, T> {
     /// A matrix whose rows lie one after another, `stride` elements apart.
     pub(crate) fn rows(data: &'a [T], rows: usize, columns: usize, stride: usize) -> Self {
-        View {
-            data,
-            rows,
-            columns,
-            row_stride: stride,
-            column_stride: 1,
-        }
+        View { data, rows, columns, row_stride: stride, column_stride: 1 }
     }
 
     /// The same matrix with rows and columns exchanged.
@@ -83,11 +74,7 @@ pub(crate) fn multiply_parallel<T: Real>(
     into: Into,
 ) {
     let threads = rayon::current_num_threads();
-    let parallelism = if threads > 1 {
-        Parallelism::Rayon(threads)
-    } else {
-        Parallelism::None
-    };
+    let parallelism = if threads > 1 { Parallelism::Rayon(threads) } else { Parallelism::None };
     product(out, stride, left, right, into, parallelism);
 }
 
@@ -101,17 +88,11 @@ fn product<T: Real>(
 ) {
     let (m, n, k) = (left.rows, right.columns, left.columns);
     assert_eq!(right.rows, k, "inner dimensions differ");
-    assert!(
-        left.holds_its_elements() && right.holds_its_elements(),
-        "matrix beyond its slice"
-    );
+    assert!(left.holds_its_elements() && right.holds_its_elements(), "matrix beyond its slice");
     if m == 0 || n == 0 {
         return;
     }
-    assert!(
-        stride >= n && (m - 1) * stride + n <= out.len(),
-        "output beyond its slice"
-    );
+    assert!(stride >= n && (m - 1) * stride + n <= out.len(), "output beyond its slice");
     // SAFETY: all three matrices lie inside their slices, as asserted above; `out` is exclusive.
     unsafe {
         gemm::gemm(
@@ -146,19 +127,14 @@ mod tests {
         let value = |i: usize| ((i * 7 + 3) % 11) as f64 - 5.0;
         let left: Vec<f64> = (0..m * k).map(value).collect();
         let right: Vec<f64> = (0..n * k).map(value).collect();
-        let (a, b) = (
-            View::rows(&left, m, k, k),
-            View::rows(&right, n, k, k).transposed(),
-        );
+        let (a, b) = (View::rows(&left, m, k, k), View::rows(&right, n, k, k).transposed());
         let stride = n + 3;
         let mut out = vec![1.0; m * stride];
         multiply(&mut out, stride, a, b, Into::Add);
         multiply_parallel(&mut out, stride, a, b, Into::Add);
         for row in 0..m {
             for column in 0..n {
-                let exact: f64 = (0..k)
-                    .map(|i| left[row * k + i] * right[column * k + i])
-                    .sum();
+                let exact: f64 = (0..k).map(|i| left[row * k + i] * right[column * k + i]).sum();
                 assert_eq!(out[row * stride + column], 1.0 + 2.0 * exact);
             }
             let gap = &out[row * stride + n..(row + 1) * stride];

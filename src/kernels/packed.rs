@@ -86,26 +86,19 @@ impl PackedWeight {
             Storage::Cpu(CpuStorage::F32(all)) => {
                 Panels::F32(panels(inputs, outputs, |i| all[start..end][i]))
             }
-            Storage::Cpu(CpuStorage::BF16(all)) => Panels::Bf16(panels(inputs, outputs, |i| {
-                Bf16(all[start..end][i].to_bits())
-            })),
+            Storage::Cpu(CpuStorage::BF16(all)) => {
+                Panels::Bf16(panels(inputs, outputs, |i| Bf16(all[start..end][i].to_bits())))
+            }
             _ => bail!("weights are packed on the CPU"),
         };
-        Ok(PackedWeight {
-            panels,
-            outputs,
-            inputs,
-        })
+        Ok(PackedWeight { panels, outputs, inputs })
     }
 
     /// `x (rows, in)` in f32 to `(rows, out)` in f32.
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
         let (rows, inputs) = x.dims2()?;
         if inputs != self.inputs {
-            bail!(
-                "rows of {inputs} elements cannot meet a weight of {} inputs",
-                self.inputs
-            )
+            bail!("rows of {inputs} elements cannot meet a weight of {} inputs", self.inputs)
         }
         let x = elements::<f32>(x)?;
         let out = match &self.panels {
@@ -170,11 +163,7 @@ fn panels<E: Element>(inputs: usize, outputs: usize, weight: impl Fn(usize) -> E
 /// rows.
 fn fill_column<E: Element>(column: &mut [[f32; PANEL]], x: &[f32], panel: &[E]) {
     E::with_wide(panel, |panel| {
-        pulp::Arch::new().dispatch(PanelTile {
-            x,
-            panel,
-            out: column,
-        });
+        pulp::Arch::new().dispatch(PanelTile { x, panel, out: column });
     });
 }
 
@@ -184,54 +173,35 @@ mod tests {
     use super::*;
 
     fn check(rows: usize, outputs: usize, inputs: usize) {
-        let (x, weight) = (
-            random(&[rows, inputs], DType::F32),
-            random(&[outputs, inputs], DType::F32),
-        );
+        let (x, weight) =
+            (random(&[rows, inputs], DType::F32), random(&[outputs, inputs], DType::F32));
         let ours = PackedWeight::new(&weight).unwrap().multiply(&x).unwrap();
         close(&ours, &x.matmul(&weight.t().unwrap()).unwrap(), "product");
 
         let weight = weight.to_dtype(DType::BF16).unwrap();
         let ours = PackedWeight::new(&weight).unwrap().multiply(&x).unwrap();
         let wide = weight.to_dtype(DType::F32).unwrap();
-        close(
-            &ours,
-            &x.matmul(&wide.t().unwrap()).unwrap(),
-            "product with bf16 weights",
-        );
+        close(&ours, &x.matmul(&wide.t().unwrap()).unwrap(), "product with bf16 weights");
     }
 
     #[test]
     fn the_kernel_equals_a_plain_product() {
-        for (rows, outputs, inputs) in [
-            (1, 1, 1),
-            (2, 33, 5),
-            (5, 64, 40),
-            (31, 100, 64),
-            (64, 31, 7),
-            (201, 96, 50),
-        ] {
+        for (rows, outputs, inputs) in
+            [(1, 1, 1), (2, 33, 5), (5, 64, 40), (31, 100, 64), (64, 31, 7), (201, 96, 50)]
+        {
             check(rows, outputs, inputs);
         }
     }
 
     #[test]
     fn a_row_has_the_same_bits_in_every_batch() {
-        let (x, weight) = (
-            random(&[150, 70], DType::F32),
-            random(&[90, 70], DType::F32),
-        );
+        let (x, weight) = (random(&[150, 70], DType::F32), random(&[90, 70], DType::F32));
         let weight = PackedWeight::new(&weight).unwrap();
         let all: Vec<Vec<f32>> = weight.multiply(&x).unwrap().to_vec2().unwrap();
         for (first, rows) in [(0, 1), (3, 2), (10, 13), (40, 63), (1, 64), (50, 100)] {
             let part = x.narrow(0, first, rows).unwrap();
             let part: Vec<Vec<f32>> = weight.multiply(&part).unwrap().to_vec2().unwrap();
-            assert_eq!(
-                part,
-                all[first..first + rows],
-                "rows {first}..{}",
-                first + rows
-            );
+            assert_eq!(part, all[first..first + rows], "rows {first}..{}", first + rows);
         }
     }
 }

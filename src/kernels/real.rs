@@ -73,10 +73,7 @@ impl Real for f32 {
         p = p.mul_add(r, 0.166_666_66);
         p = p.mul_add(r, 0.5);
         let p = p.mul_add(r * r, r) + 1.0;
-        let exponent = shifted
-            .to_bits()
-            .wrapping_sub(SHIFT.to_bits())
-            .wrapping_add(127);
+        let exponent = shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127);
         p * f32::from_bits(exponent << 23)
     }
 
@@ -181,8 +178,7 @@ pub(crate) fn max<T: Real>(values: &[T]) -> T {
             lanes[lane] = larger(block[lane], lanes[lane]);
         }
     }
-    rest.iter()
-        .fold(fold(lanes, larger), |top, &x| larger(x, top))
+    rest.iter().fold(fold(lanes, larger), |top, &x| larger(x, top))
 }
 
 #[inline(always)]
@@ -212,10 +208,7 @@ mod tests {
         for step in -8_700..8_700 {
             let x = step as f32 / 100.0;
             let (ours, exact) = (Real::exp(x), f64::from(x).exp());
-            assert!(
-                (f64::from(ours) / exact - 1.0).abs() < 3e-7,
-                "exp({x}) = {ours}, not {exact}"
-            );
+            assert!((f64::from(ours) / exact - 1.0).abs() < 3e-7, "exp({x}) = {ours}, not {exact}");
         }
         assert_eq!(Real::exp(f32::NEG_INFINITY), Real::exp(-87.0f32));
     }
@@ -224,10 +217,7 @@ mod tests {
     fn reductions_are_the_same_in_every_instruction_set() {
         let left: Vec<f32> = (0..1000).map(|i| (i as f32).sin()).collect();
         let right: Vec<f32> = (0..1000).map(|i| (i as f32).cos()).collect();
-        assert_eq!(
-            simd(|| dot(&left, &right)).to_bits(),
-            dot(&left, &right).to_bits()
-        );
+        assert_eq!(simd(|| dot(&left, &right)).to_bits(), dot(&left, &right).to_bits());
         assert_eq!(simd(|| sum(&left)).to_bits(), sum(&left).to_bits());
         assert_eq!(simd(|| max(&left)), max(&left));
     }

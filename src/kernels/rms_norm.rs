@@ -34,21 +34,19 @@ fn forward<T: Real>(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor>
     let (width, weight) = (weight.len(), &*weight);
     let mut out = vec![T::ZERO; input.len()];
     let task = ROWS_PER_TASK * width;
-    out.par_chunks_mut(task)
-        .zip(input.par_chunks(task))
-        .for_each(|(out, x)| {
-            simd(
-                #[inline(always)]
-                || {
-                    for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        let scale = inverse_rms(x, epsilon);
-                        for i in 0..width {
-                            out[i] = x[i] * scale * weight[i];
-                        }
+    out.par_chunks_mut(task).zip(input.par_chunks(task)).for_each(|(out, x)| {
+        simd(
+            #[inline(always)]
+            || {
+                for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                    let scale = inverse_rms(x, epsilon);
+                    for i in 0..width {
+                        out[i] = x[i] * scale * weight[i];
                     }
-                },
-            );
-        });
+                }
+            },
+        );
+    });
     tensor(out, x.shape())
 }
 
@@ -58,11 +56,8 @@ fn backward<T: Real>(
     epsilon: f64,
     gradient: &Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    let (input, scale, gradient) = (
-        elements::<T>(x)?,
-        elements::<T>(weight)?,
-        elements::<T>(gradient)?,
-    );
+    let (input, scale, gradient) =
+        (elements::<T>(x)?, elements::<T>(weight)?, elements::<T>(gradient)?);
     let (width, scale) = (scale.len(), &*scale);
     let mut input_gradient = vec![T::ZERO; input.len()];
     let task = ROWS_PER_TASK * width;
@@ -80,15 +75,9 @@ fn backward<T: Real>(
         .collect();
     let mut weight_gradient = vec![T::ZERO; width];
     for part in &partial {
-        weight_gradient
-            .iter_mut()
-            .zip(part)
-            .for_each(|(sum, &x)| *sum += x);
+        weight_gradient.iter_mut().zip(part).for_each(|(sum, &x)| *sum += x);
     }
-    Ok((
-        tensor(input_gradient, x.shape())?,
-        tensor(weight_gradient, weight.shape())?,
-    ))
+    Ok((tensor(input_gradient, x.shape())?, tensor(weight_gradient, weight.shape())?))
 }
 
 #[inline(always)]
@@ -131,17 +120,12 @@ fn wide(tensor: &Tensor) -> Result<Tensor> {
 
 fn normalised(x: &Tensor, epsilon: f64) -> Result<(Tensor, Tensor)> {
     let x = wide(x)?;
-    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?
-        .sqrt()?
-        .recip()?;
+    let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + epsilon)?.sqrt()?.recip()?;
     Ok((x.broadcast_mul(&scale)?, scale))
 }
 
 fn composed(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
-    normalised(x, epsilon)?
-        .0
-        .to_dtype(x.dtype())?
-        .broadcast_mul(weight)
+    normalised(x, epsilon)?.0.to_dtype(x.dtype())?.broadcast_mul(weight)
 }
 
 fn composed_backward(
@@ -152,9 +136,7 @@ fn composed_backward(
 ) -> Result<(Tensor, Tensor)> {
     let (normalised, scale) = normalised(x, epsilon)?;
     let gradient = wide(gradient)?;
-    let weight_gradient = (&gradient * &normalised)?
-        .sum(0)?
-        .to_dtype(weight.dtype())?;
+    let weight_gradient = (&gradient * &normalised)?.sum(0)?.to_dtype(weight.dtype())?;
     let scaled = gradient.broadcast_mul(&wide(weight)?)?;
     let along = (&scaled * &normalised)?.mean_keepdim(D::Minus1)?;
     let input_gradient = (scaled - normalised.broadcast_mul(&along)?)?.broadcast_mul(&scale)?;

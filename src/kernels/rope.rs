@@ -40,18 +40,12 @@ impl RopeTable {
         dtype: DType,
         device: &Device,
     ) -> Result<Self> {
-        let angles = (0..positions).flat_map(|position| {
-            frequencies
-                .iter()
-                .map(move |f| f64::from(position as f32 * f))
-        });
+        let angles = (0..positions)
+            .flat_map(|position| frequencies.iter().map(move |f| f64::from(position as f32 * f)));
         let (sines, cosines): (Vec<f64>, Vec<f64>) = angles.map(f64::sin_cos).unzip();
         let shape = (positions, frequencies.len());
         let table = |values| Tensor::from_vec(values, shape, device)?.to_dtype(dtype);
-        Ok(RopeTable {
-            cosines: table(cosines)?,
-            sines: table(sines)?,
-        })
+        Ok(RopeTable { cosines: table(cosines)?, sines: table(sines)? })
     }
 
     /// The number of positions the table covers.
@@ -66,10 +60,7 @@ impl RopeTable {
 /// If a position lies beyond the table.
 pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn) -> Result<Tensor> {
     let furthest = positions.iter().max().map_or(0, |&p| p as usize);
-    assert!(
-        furthest < table.positions(),
-        "position {furthest} is beyond the rotary table"
-    );
+    assert!(furthest < table.positions(), "position {furthest} is beyond the rotary table");
     dispatch!(
         x,
         T => kernel::<T>(x, table, positions, turn),
@@ -80,25 +71,14 @@ pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn) -> Res
 fn kernel<T: Real>(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     assert_eq!(rows, positions.len(), "one position a row");
-    let (input, cosines, sines) = (
-        elements::<T>(x)?,
-        elements::<T>(&table.cosines)?,
-        elements::<T>(&table.sines)?,
-    );
+    let (input, cosines, sines) =
+        (elements::<T>(x)?, elements::<T>(&table.cosines)?, elements::<T>(&table.sines)?);
     let (cosines, sines) = (&*cosines, &*sines);
     let half = table.cosines.dim(1)?;
-    let sign = if turn == Turn::Forward {
-        T::ONE
-    } else {
-        -T::ONE
-    };
+    let sign = if turn == Turn::Forward { T::ONE } else { -T::ONE };
     let mut out = vec![T::ZERO; input.len()];
     out.par_chunks_mut(ROWS_PER_TASK * width)
-        .zip(
-            input
-                .par_chunks(ROWS_PER_TASK * width)
-                .zip(positions.par_chunks(ROWS_PER_TASK)),
-        )
+        .zip(input.par_chunks(ROWS_PER_TASK * width).zip(positions.par_chunks(ROWS_PER_TASK)))
         .for_each(|(out, (x, positions))| {
             simd(
                 #[inline(always)]
@@ -136,11 +116,7 @@ fn composed(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn) -> Res
     let positions = Tensor::new(positions, x.device())?;
     let cos = table.cosines.index_select(&positions, 0)?.unsqueeze(1)?;
     let sin = table.sines.index_select(&positions, 0)?.unsqueeze(1)?;
-    let sin = if turn == Turn::Forward {
-        sin
-    } else {
-        sin.neg()?
-    };
+    let sin = if turn == Turn::Forward { sin } else { sin.neg()? };
     let x = x.reshape((rows, width / (2 * half), 2 * half))?;
     let (left, right) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
     let out_left = (left.broadcast_mul(&cos)? - right.broadcast_mul(&sin)?)?;
@@ -160,18 +136,10 @@ mod tests {
         let x = random(&[130, heads * 2 * half], dtype);
         for turn in [Turn::Forward, Turn::Back] {
             let ours = rope(&x, &table, &positions, turn).unwrap();
-            close(
-                &ours,
-                &composed(&x, &table, &positions, turn).unwrap(),
-                "output",
-            );
+            close(&ours, &composed(&x, &table, &positions, turn).unwrap(), "output");
         }
         let there = rope(&x, &table, &positions, Turn::Forward).unwrap();
-        close(
-            &rope(&there, &table, &positions, Turn::Back).unwrap(),
-            &x,
-            "there and back",
-        );
+        close(&rope(&there, &table, &positions, Turn::Back).unwrap(), &x, "there and back");
     }
 
     #[test]

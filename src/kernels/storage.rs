@@ -20,17 +20,9 @@ pub(crate) fn elements<T: Real>(tensor: &Tensor) -> Result<Elements<'_, T>> {
     };
     match &*storage {
         Storage::Cpu(cpu) => T::cpu_storage_as_slice(cpu)?,
-        _ => bail!(
-            "a CPU kernel was called with a tensor on {:?}",
-            tensor.device()
-        ),
+        _ => bail!("a CPU kernel was called with a tensor on {:?}", tensor.device()),
     };
-    Ok(Elements {
-        storage,
-        start,
-        end,
-        element: PhantomData,
-    })
+    Ok(Elements { storage, start, end, element: PhantomData })
 }
 
 impl<T: Real> Deref for Elements<'_, T> {

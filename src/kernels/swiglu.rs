@@ -30,11 +30,7 @@ fn forward<T: Real>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (gates, ups) = (elements::<T>(gate)?, elements::<T>(up)?);
     let mut out = vec![T::ZERO; gates.len()];
     out.par_chunks_mut(ELEMENTS_PER_TASK)
-        .zip(
-            gates
-                .par_chunks(ELEMENTS_PER_TASK)
-                .zip(ups.par_chunks(ELEMENTS_PER_TASK)),
-        )
+        .zip(gates.par_chunks(ELEMENTS_PER_TASK).zip(ups.par_chunks(ELEMENTS_PER_TASK)))
         .for_each(|(out, (gate, up))| {
             simd(
                 #[inline(always)]
@@ -49,21 +45,14 @@ fn forward<T: Real>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 }
 
 fn backward<T: Real>(gate: &Tensor, up: &Tensor, gradient: &Tensor) -> Result<(Tensor, Tensor)> {
-    let (gates, ups, gradients) = (
-        elements::<T>(gate)?,
-        elements::<T>(up)?,
-        elements::<T>(gradient)?,
-    );
+    let (gates, ups, gradients) =
+        (elements::<T>(gate)?, elements::<T>(up)?, elements::<T>(gradient)?);
     let mut gate_gradient = vec![T::ZERO; gates.len()];
     let mut up_gradient = vec![T::ZERO; gates.len()];
     gate_gradient
         .par_chunks_mut(ELEMENTS_PER_TASK)
         .zip(up_gradient.par_chunks_mut(ELEMENTS_PER_TASK))
-        .zip(
-            gates
-                .par_chunks(ELEMENTS_PER_TASK)
-                .zip(ups.par_chunks(ELEMENTS_PER_TASK)),
-        )
+        .zip(gates.par_chunks(ELEMENTS_PER_TASK).zip(ups.par_chunks(ELEMENTS_PER_TASK)))
         .zip(gradients.par_chunks(ELEMENTS_PER_TASK))
         .for_each(|(((gate_out, up_out), (gate, up)), dy)| {
             simd(
@@ -78,10 +67,7 @@ fn backward<T: Real>(gate: &Tensor, up: &Tensor, gradient: &Tensor) -> Result<(T
                 },
             );
         });
-    Ok((
-        tensor(gate_gradient, gate.shape())?,
-        tensor(up_gradient, up.shape())?,
-    ))
+    Ok((tensor(gate_gradient, gate.shape())?, tensor(up_gradient, up.shape())?))
 }
 
 #[inline(always)]

@@ -37,9 +37,7 @@ impl Cache {
                 },
             })
         };
-        let layers = (0..config.num_hidden_layers)
-            .map(layer)
-            .collect::<Result<_>>()?;
+        let layers = (0..config.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         Ok(Cache { layers, heads })
     }
 
@@ -84,63 +82,34 @@ fn rows_step(
         let rows: Vec<u32> = (0..end).map(|position| row(run, position)).collect();
         let rows = Tensor::new(rows, device)?;
         let (k, v) = (keys.index_select(&rows, 0)?, values.index_select(&rows, 0)?);
-        outputs.push(attend(
-            &q.narrow(0, run.first_row, run.rows)?,
-            &k,
-            &v,
-            run,
-            heads,
-        )?);
+        outputs.push(attend(&q.narrow(0, run.first_row, run.rows)?, &k, &v, run, heads)?);
     }
     Tensor::cat(&outputs, 0)
 }
 
 /// The rows of one sequence against all its positions.
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor, run: &Run, heads: &Heads) -> Result<Tensor> {
-    let Heads {
-        query,
-        key_value,
-        width,
-        ..
-    } = *heads;
+    let Heads { query, key_value, width, .. } = *heads;
     let (rows, all) = (run.rows, k.dim(0)?);
     // (key-value heads, group * rows, width): query heads of a group share their keys
-    let q = q
-        .reshape((rows, key_value, heads.group(), width))?
-        .permute((1, 2, 0, 3))?;
-    let q = q
-        .contiguous()?
-        .reshape((key_value, heads.group() * rows, width))?;
-    let by_head = |t: &Tensor| {
-        t.reshape((all, key_value, width))?
-            .transpose(0, 1)?
-            .contiguous()
-    };
+    let q = q.reshape((rows, key_value, heads.group(), width))?.permute((1, 2, 0, 3))?;
+    let q = q.contiguous()?.reshape((key_value, heads.group() * rows, width))?;
+    let by_head = |t: &Tensor| t.reshape((all, key_value, width))?.transpose(0, 1)?.contiguous();
     let (k, v) = (by_head(k)?, by_head(v)?);
     let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? * heads.scale())?;
     let hidden: Vec<f32> = (0..heads.group() * rows)
         .flat_map(|index| {
             let position = run.position + index % rows;
             let visible = heads.first_visible(position)..=position;
-            (0..all).map(move |key| {
-                if visible.contains(&key) {
-                    0.0
-                } else {
-                    f32::NEG_INFINITY
-                }
-            })
+            (0..all).map(move |key| if visible.contains(&key) { 0.0 } else { f32::NEG_INFINITY })
         })
         .collect();
     let hidden = Tensor::from_vec(hidden, (1, heads.group() * rows, all), q.device())?;
     let scores = scores.to_dtype(DType::F32)?.broadcast_add(&hidden)?;
-    let exponentials = scores
-        .broadcast_sub(&scores.max_keepdim(D::Minus1)?)?
-        .exp()?;
+    let exponentials = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = exponentials.broadcast_div(&exponentials.sum_keepdim(D::Minus1)?)?;
     let out = weights.to_dtype(v.dtype())?.matmul(&v)?;
-    let out = out
-        .reshape((key_value, heads.group(), rows, width))?
-        .permute((2, 0, 1, 3))?;
+    let out = out.reshape((key_value, heads.group(), rows, width))?.permute((2, 0, 1, 3))?;
     out.contiguous()?.reshape((rows, query * width))
 }
 
@@ -169,18 +138,8 @@ mod tests {
         let (keys, values) = (zeros(), zeros());
         for (position, rows) in [(0, 100), (100, 1), (101, 20)] {
             let runs = [
-                Run {
-                    first_row: 0,
-                    rows,
-                    position,
-                    table: vec![3, 1],
-                },
-                Run {
-                    first_row: rows,
-                    rows,
-                    position,
-                    table: vec![0, 2],
-                },
+                Run { first_row: 0, rows, position, table: vec![3, 1] },
+                Run { first_row: rows, rows, position, table: vec![0, 2] },
             ];
             let (wide, narrow) = (heads.query * heads.width, heads.key_value * heads.width);
             let qkv = [wide, narrow, narrow].map(|width| random(2 * rows, width));

@@ -136,14 +136,9 @@ impl ModelConfig {
     /// Names and shapes of all parameters, in checkpoint order.
     pub fn parameters(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, middle) = (self.hidden_size, self.intermediate_size);
-        let (query, key_value) = (
-            self.num_attention_heads * self.head_dim,
-            self.num_key_value_heads * self.head_dim,
-        );
-        let mut all = vec![(
-            "model.embed_tokens.weight".into(),
-            vec![self.vocab_size, hidden],
-        )];
+        let (query, key_value) =
+            (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let mut all = vec![("model.embed_tokens.weight".into(), vec![self.vocab_size, hidden])];
         for layer in 0..self.num_hidden_layers {
             let parts: [(&str, Vec<usize>); 9] = [
                 ("input_layernorm", vec![hidden]),
@@ -170,9 +165,7 @@ impl ModelConfig {
     /// The number of parameters.
     pub fn parameter_count(&self) -> u64 {
         let sizes = self.parameters().into_iter();
-        sizes
-            .map(|(_, shape)| shape.iter().map(|&n| n as u64).product::<u64>())
-            .sum()
+        sizes.map(|(_, shape)| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
     }
 
     /// Floating-point operations to train on one token of a sequence of `length` tokens: six for each
@@ -180,16 +173,9 @@ impl ModelConfig {
     /// (Chowdhery et al., 2022, appendix B; arXiv 2204.02311, halved for causal attention).
     pub fn training_flops_per_token(&self, length: usize) -> f64 {
         let embedding = (self.vocab_size * self.hidden_size) as u64;
-        let looked_up = if self.tie_word_embeddings {
-            0
-        } else {
-            embedding
-        };
+        let looked_up = if self.tie_word_embeddings { 0 } else { embedding };
         let products = (self.parameter_count() - looked_up) as f64;
-        let visible = self
-            .sliding_window
-            .map_or(length, |window| window.min(length)) as f64
-            / 2.0;
+        let visible = self.sliding_window.map_or(length, |window| window.min(length)) as f64 / 2.0;
         let attention = (self.num_hidden_layers * self.num_attention_heads * self.head_dim) as f64;
         6.0 * products + 12.0 * attention * visible
     }
@@ -337,9 +323,7 @@ impl Raw {
             ));
         }
         if let Some(act) = self.hidden_act.filter(|act| act != "silu") {
-            return Err(format!(
-                "hidden_act {act:?} is not supported, only \"silu\""
-            ));
+            return Err(format!("hidden_act {act:?} is not supported, only \"silu\""));
         }
         if self.attention_bias || self.mlp_bias {
             return Err("biases in projections are not supported".into());
@@ -352,9 +336,7 @@ impl Raw {
             ));
         }
         let rope = self.rope_parameters.or(self.rope_scaling);
-        let rope_theta = self
-            .rope_theta
-            .or(rope.as_ref().and_then(|rope| rope.rope_theta));
+        let rope_theta = self.rope_theta.or(rope.as_ref().and_then(|rope| rope.rope_theta));
         Ok(ModelConfig {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
@@ -362,18 +344,14 @@ impl Raw {
             num_hidden_layers: self.num_hidden_layers,
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: key_value,
-            head_dim: self
-                .head_dim
-                .unwrap_or(self.hidden_size / self.num_attention_heads),
+            head_dim: self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads),
             max_position_embeddings: self.max_position_embeddings,
             rms_norm_eps: self.rms_norm_eps,
             rope_theta: rope_theta.unwrap_or(10_000.0),
             rope_scaling: rope.map_or(Ok(RopeScaling::None), RawRope::check)?,
             sliding_window: self.sliding_window.filter(|_| self.model_type == "mistral"),
             tie_word_embeddings: self.tie_word_embeddings,
-            bos_token_id: self
-                .bos_token_id
-                .and_then(|ids| ids.into_vec().first().copied()),
+            bos_token_id: self.bos_token_id.and_then(|ids| ids.into_vec().first().copied()),
             eos_token_ids: self.eos_token_id.map_or(Vec::new(), Ids::into_vec),
             model_type: self.model_type,
         })
@@ -386,9 +364,7 @@ impl RawRope {
         let need = |value: Option<f64>, name| value.ok_or(format!("{kind} rope needs {name}"));
         match kind {
             "default" => Ok(RopeScaling::None),
-            "linear" => Ok(RopeScaling::Linear {
-                factor: need(self.factor, "factor")?,
-            }),
+            "linear" => Ok(RopeScaling::Linear { factor: need(self.factor, "factor")? }),
             "llama3" => Ok(RopeScaling::Llama3 {
                 factor: need(self.factor, "factor")?,
                 low_freq_factor: need(self.low_freq_factor, "low_freq_factor")?,
@@ -448,10 +424,7 @@ mod tests {
                 bos_token_id: None,
                 ..mistral()
             };
-            assert_eq!(
-                ModelConfig::parse(&config.to_json().to_string()),
-                Ok(config)
-            );
+            assert_eq!(ModelConfig::parse(&config.to_json().to_string()), Ok(config));
         }
     }
 
@@ -462,10 +435,7 @@ mod tests {
                 json.as_object_mut().unwrap().remove("rope_theta");
                 json["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 5e5});
             },
-            Ok(ModelConfig {
-                rope_theta: 5e5,
-                ..mistral()
-            }),
+            Ok(ModelConfig { rope_theta: 5e5, ..mistral() }),
         );
     }
 
@@ -473,11 +443,7 @@ mod tests {
     fn llama_has_no_sliding_window() {
         check(
             |json| json["model_type"] = json!("llama"),
-            Ok(ModelConfig {
-                model_type: "llama".into(),
-                sliding_window: None,
-                ..mistral()
-            }),
+            Ok(ModelConfig { model_type: "llama".into(), sliding_window: None, ..mistral() }),
         );
     }
 

@@ -29,9 +29,7 @@ pub fn dtype(name: &str, device: &Device) -> Result<DType> {
         "auto" | "bf16" => Ok(DType::BF16),
         "f32" => Ok(DType::F32),
         "f16" => Ok(DType::F16),
-        _ => Err(Error::Setting(format!(
-            "unknown type {name:?}; use auto, f32, bf16 or f16"
-        ))),
+        _ => Err(Error::Setting(format!("unknown type {name:?}; use auto, f32, bf16 or f16"))),
     }
 }
 
@@ -75,10 +73,7 @@ mod tests {
         check("cpu", Ok(()));
         check("gpu", Err("unknown device \"gpu\"; use cpu or cuda:0"));
         check("cpu:1", Err("unknown device \"cpu:1\"; use cpu or cuda:0"));
-        check(
-            "cuda:x",
-            Err("unknown device \"cuda:x\"; use cpu or cuda:0"),
-        );
+        check("cuda:x", Err("unknown device \"cuda:x\"; use cpu or cuda:0"));
     }
 
     #[test]

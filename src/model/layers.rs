@@ -92,38 +92,15 @@ impl Block {
     ) -> Result<(Tensor, Trace<A>)> {
         let normed = rms_norm(&x, &self.input_layernorm, self.epsilon)?;
         let qkv = [
-            rope(
-                &self.q_proj.forward(&normed)?,
-                table,
-                positions,
-                Turn::Forward,
-            )?,
-            rope(
-                &self.k_proj.forward(&normed)?,
-                table,
-                positions,
-                Turn::Forward,
-            )?,
+            rope(&self.q_proj.forward(&normed)?, table, positions, Turn::Forward)?,
+            rope(&self.k_proj.forward(&normed)?, table, positions, Turn::Forward)?,
             self.v_proj.forward(&normed)?,
         ];
         let (output, attended) = attend(&qkv)?;
         let middle = (&x + self.o_proj.forward(&output)?)?;
         let normed = rms_norm(&middle, &self.post_attention_layernorm, self.epsilon)?;
-        let (gate, up) = (
-            self.gate_proj.forward(&normed)?,
-            self.up_proj.forward(&normed)?,
-        );
+        let (gate, up) = (self.gate_proj.forward(&normed)?, self.up_proj.forward(&normed)?);
         let y = (&middle + self.down_proj.forward(&swiglu(&gate, &up)?)?)?;
-        Ok((
-            y,
-            Trace {
-                x,
-                qkv,
-                attended,
-                middle,
-                gate,
-                up,
-            },
-        ))
+        Ok((y, Trace { x, qkv, attended, middle, gate, up }))
     }
 }

@@ -54,14 +54,8 @@ impl Llama {
         dtype: DType,
         device: &Device,
     ) -> LoadResult<Self> {
-        let form = if device.is_cpu() {
-            Form::Packed
-        } else {
-            Form::Plain
-        };
-        Self::build(config, form, device, |name, shape| {
-            weights.get(name, shape, dtype, device)
-        })
+        let form = if device.is_cpu() { Form::Packed } else { Form::Plain };
+        Self::build(config, form, device, |name, shape| weights.get(name, shape, dtype, device))
     }
 
     /// Builds the model from parameters by name and shape.
@@ -76,9 +70,7 @@ impl Llama {
     ) -> LoadResult<Self> {
         let shapes: std::collections::BTreeMap<_, _> = config.parameters().into_iter().collect();
         let mut get = |name: &str| {
-            let shape = shapes
-                .get(name)
-                .expect("every name below is a parameter of the config");
+            let shape = shapes.get(name).expect("every name below is a parameter of the config");
             parameter(name, shape)
         };
         let linear = |weight: Tensor| -> LoadResult<Linear> {
@@ -123,14 +115,7 @@ impl Llama {
             block.post_attention_layernorm = small(&block.post_attention_layernorm)?;
         }
         let norm = small(&norm)?;
-        Ok(Llama {
-            config: config.clone(),
-            embed_tokens,
-            blocks,
-            norm,
-            lm_head,
-            table,
-        })
+        Ok(Llama { config: config.clone(), embed_tokens, blocks, norm, lm_head, table })
     }
 
     /// The device the parameters are on.
@@ -154,16 +139,14 @@ impl Llama {
     ) -> Result<Tensor> {
         let mut x = embed(&self.embed_tokens, ids)?.to_dtype(self.dtype())?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            (x, _) = block.forward(x, &self.table, positions, |qkv| {
-                Ok((attend(layer, qkv)?, ()))
-            })?;
+            (x, _) =
+                block.forward(x, &self.table, positions, |qkv| Ok((attend(layer, qkv)?, ())))?;
         }
         Ok(x)
     }
 
     /// The logits of rows that [`Llama::forward`] returned: `(rows, vocabulary)`.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.lm_head
-            .forward(&rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
+        self.lm_head.forward(&rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
     }
 }

@@ -143,11 +143,7 @@ impl Shape {
             head_dim: self.hidden / self.heads,
             max_position_embeddings: self.context,
             rms_norm_eps: 1e-5,
-            rope_theta: if self.name == "8b" {
-                500_000.0
-            } else {
-                10_000.0
-            },
+            rope_theta: if self.name == "8b" { 500_000.0 } else { 10_000.0 },
             rope_scaling: RopeScaling::None,
             sliding_window: None,
             tie_word_embeddings: self.tied,
@@ -162,11 +158,7 @@ mod tests {
     use super::*;
 
     fn check(name: &str, parameters: u64) {
-        assert_eq!(
-            Shape::named(name).unwrap().config().parameter_count(),
-            parameters,
-            "{name}"
-        );
+        assert_eq!(Shape::named(name).unwrap().config().parameter_count(), parameters, "{name}");
     }
 
     #[test]

@@ -31,10 +31,7 @@ impl Weights {
         // SAFETY: the mapping lives as long as `self`; see the reason at the top of this file.
         let files = unsafe { MmapedSafetensors::multi(&paths) }
             .map_err(|error| Error::malformed(directory, error))?;
-        Ok(Weights {
-            files: Files::Mapped(files),
-            origin: directory.to_owned(),
-        })
+        Ok(Weights { files: Files::Mapped(files), origin: directory.to_owned() })
     }
 
     /// A checkpoint that is already in memory.
@@ -44,10 +41,7 @@ impl Weights {
     pub fn from_bytes(bytes: Vec<u8>, origin: &str) -> Result<Self> {
         let files = BufferedSafetensors::new(bytes)
             .map_err(|error| Error::malformed(Path::new(origin), error))?;
-        Ok(Weights {
-            files: Files::Memory(files),
-            origin: origin.into(),
-        })
+        Ok(Weights { files: Files::Memory(files), origin: origin.into() })
     }
 
     /// Whether the checkpoint has the parameter `name`.
@@ -74,10 +68,7 @@ impl Weights {
             Files::Memory(files) => files.load(name, device),
         };
         let tensor = tensor.map_err(|_| {
-            Error::malformed(
-                &self.origin,
-                format!("the checkpoint has no parameter {name:?}"),
-            )
+            Error::malformed(&self.origin, format!("the checkpoint has no parameter {name:?}"))
         })?;
         if tensor.dims() != shape {
             let reason = format!(
@@ -111,10 +102,7 @@ pub fn checkpoint_files(directory: &Path) -> Result<Vec<PathBuf>> {
         .as_object()
         .ok_or_else(|| Error::malformed(&index, "has no object \"weight_map\""))?;
     let names: BTreeSet<&str> = map.values().filter_map(serde_json::Value::as_str).collect();
-    names
-        .into_iter()
-        .map(|name| shard(directory, &index, name))
-        .collect()
+    names.into_iter().map(|name| shard(directory, &index, name)).collect()
 }
 
 /// A shard is a file of the same directory: an index cannot lead elsewhere.
@@ -122,9 +110,6 @@ fn shard(directory: &Path, index: &Path, name: &str) -> Result<PathBuf> {
     let plain = Path::new(name).file_name().is_some_and(|file| file == name);
     match plain {
         true => Ok(directory.join(name)),
-        false => Err(Error::malformed(
-            index,
-            format!("{name:?} is not a file name"),
-        )),
+        false => Err(Error::malformed(index, format!("{name:?} is not a file name"))),
     }
 }

@@ -148,11 +148,7 @@ impl Source<'_> {
                 target_prefix: plain(raw.target_prefix)?,
                 separator: plain(raw.separator)?,
             };
-            let slots: Vec<Slot> = pattern
-                .input
-                .slots()
-                .chain(pattern.target.slots())
-                .collect();
+            let slots: Vec<Slot> = pattern.input.slots().chain(pattern.target.slots()).collect();
             check_slots(&slots, needed, allowed)?;
             Ok((pattern, raw.weight))
         })
@@ -173,10 +169,7 @@ impl Source<'_> {
             exactly(&pattern.header, &[Slot::Context])?;
             exactly(&pattern.test, &[Slot::Input, Slot::Output])?;
             let example = [Slot::Input, Slot::Output, Slot::Explanation];
-            exactly(
-                &pattern.example,
-                if explained { &example } else { &example[..2] },
-            )?;
+            exactly(&pattern.example, if explained { &example } else { &example[..2] })?;
             Ok((pattern, raw.weight))
         })
     }
@@ -193,17 +186,8 @@ impl Source<'_> {
     /// `[[names]]` entries; bullets only where they are allowed.
     pub(super) fn names(&self, bullets: bool) -> Result<Family<Names>, String> {
         self.load("names", |raw: RawNames| {
-            let RawNames {
-                style,
-                before,
-                after,
-                weight,
-            } = raw;
-            let names = Names {
-                style,
-                before: plain(before)?,
-                after: plain(after)?,
-            };
+            let RawNames { style, before, after, weight } = raw;
+            let names = Names { style, before: plain(before)?, after: plain(after)? };
             match names.is_enumeration() || bullets {
                 true => Ok((names, weight)),
                 false => Err("bullets cannot tell the items of this list apart".into()),
@@ -214,10 +198,7 @@ impl Source<'_> {
     /// `[[speakers]]` entries.
     pub(super) fn speakers(&self) -> Result<Family<Speakers>, String> {
         self.load("speakers", |raw: RawSpeakers| {
-            let speakers = Speakers {
-                first: plain(raw.first)?,
-                second: plain(raw.second)?,
-            };
+            let speakers = Speakers { first: plain(raw.first)?, second: plain(raw.second)? };
             Ok((speakers, raw.weight))
         })
     }
@@ -235,10 +216,7 @@ impl Source<'_> {
         if let Some(other) = file.keys().next() {
             return Err(format!("{}: [[{other}]] is not [[{key}]]", self.name));
         }
-        let mut family = Family {
-            entries: Vec::new(),
-            weights: Vec::new(),
-        };
+        let mut family = Family { entries: Vec::new(), weights: Vec::new() };
         let mut seen = BTreeSet::new();
         for entry in entries {
             let line = 1 + self.text[..entry.span().start].matches('\n').count();
@@ -356,13 +334,8 @@ mod tests {
     const QA: [Slot; 2] = [Slot::Question, Slot::Answer];
 
     fn check(text: &str, expected: Result<usize, &str>) {
-        let source = Source {
-            name: "qa.toml",
-            text,
-        };
-        let found = source
-            .pairs(&[Slot::Question], &QA)
-            .map(|family| family.len());
+        let source = Source { name: "qa.toml", text };
+        let found = source.pairs(&[Slot::Question], &QA).map(|family| family.len());
         match (found, expected) {
             (Ok(found), Ok(expected)) => assert_eq!(found, expected),
             (Err(found), Err(expected)) => assert!(found.contains(expected), "{found}"),
@@ -374,15 +347,8 @@ mod tests {
     fn entries_are_read_with_their_defaults() {
         let text = "[[pattern]]\ninput = '{question}'\ntarget = '{answer}'\n";
         check(text, Ok(1));
-        let family = Source {
-            name: "qa.toml",
-            text,
-        }
-        .pairs(&QA, &QA)
-        .unwrap();
-        let filled = family
-            .get(0)
-            .fill(&[(Slot::Question, "q"), (Slot::Answer, "a")]);
+        let family = Source { name: "qa.toml", text }.pairs(&QA, &QA).unwrap();
+        let filled = family.get(0).fill(&[(Slot::Question, "q"), (Slot::Answer, "a")]);
         assert_eq!(filled, "q\n\na");
         assert!(family.get(0).is_forward());
     }
@@ -392,26 +358,11 @@ mod tests {
         let entry = |fields: &str| format!("# qa\n[[pattern]]\n{fields}");
         let line_2 = |reason: &str| format!("qa.toml, line 2: {reason}");
         for (fields, reason) in [
-            (
-                "input = '{question}'\ntarget = '{reply}'",
-                "there is no slot {reply}",
-            ),
-            (
-                "input = '{question}'\ntarget = '{context}'",
-                "slot {context} has no meaning here",
-            ),
-            (
-                "input = '{answer}'\ntarget = ''",
-                "slot {question} is missing",
-            ),
-            (
-                "input = '{question}'\ntarget = '{question}'",
-                "slot {question} stands twice",
-            ),
-            (
-                "input = '{question}'\ntarget = ''\nweight = 0",
-                "an entry of weight 0 never occurs",
-            ),
+            ("input = '{question}'\ntarget = '{reply}'", "there is no slot {reply}"),
+            ("input = '{question}'\ntarget = '{context}'", "slot {context} has no meaning here"),
+            ("input = '{answer}'\ntarget = ''", "slot {question} is missing"),
+            ("input = '{question}'\ntarget = '{question}'", "slot {question} stands twice"),
+            ("input = '{question}'\ntarget = ''\nweight = 0", "an entry of weight 0 never occurs"),
             (
                 "input = '{question}'\ntarget = ''\ninput_prefix = '{answer}'",
                 "slot {answer} has no meaning in \"{answer}\"",
@@ -419,10 +370,7 @@ mod tests {
         ] {
             check(&entry(fields), Err(&line_2(reason)));
         }
-        check(
-            &entry("input = '{question}'\ntarget = ''\ninputs = ''"),
-            Err("unknown field"),
-        );
+        check(&entry("input = '{question}'\ntarget = ''\ninputs = ''"), Err("unknown field"));
         check(
             "[[phrase]]\ninput = '{question}'\ntarget = ''",
             Err("[[phrase]] is not [[pattern]]"),

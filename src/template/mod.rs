@@ -55,65 +55,26 @@ const BUILT_IN: [(&str, &str); 23] = [
     ("free-form.toml", include_str!("data/free-form.toml")),
     ("options.toml", include_str!("data/options.toml")),
     ("reasoning.toml", include_str!("data/reasoning.toml")),
-    (
-        "options-reasoning.toml",
-        include_str!("data/options-reasoning.toml"),
-    ),
+    ("options-reasoning.toml", include_str!("data/options-reasoning.toml")),
     ("numbered.toml", include_str!("data/numbered.toml")),
     ("next-turn.toml", include_str!("data/next-turn.toml")),
-    (
-        "inline-explained.toml",
-        include_str!("data/inline-explained.toml"),
-    ),
+    ("inline-explained.toml", include_str!("data/inline-explained.toml")),
     ("inline-plain.toml", include_str!("data/inline-plain.toml")),
     ("before-text.toml", include_str!("data/before-text.toml")),
     ("text-glue.toml", include_str!("data/text-glue.toml")),
     ("introduction.toml", include_str!("data/introduction.toml")),
-    (
-        "inverted-header.toml",
-        include_str!("data/inverted-header.toml"),
-    ),
-    (
-        "inverted-glue.toml",
-        include_str!("data/inverted-glue.toml"),
-    ),
-    (
-        "inverted-text.toml",
-        include_str!("data/inverted-text.toml"),
-    ),
-    (
-        "options-opener.toml",
-        include_str!("data/options-opener.toml"),
-    ),
+    ("inverted-header.toml", include_str!("data/inverted-header.toml")),
+    ("inverted-glue.toml", include_str!("data/inverted-glue.toml")),
+    ("inverted-text.toml", include_str!("data/inverted-text.toml")),
+    ("options-opener.toml", include_str!("data/options-opener.toml")),
     ("option-names.toml", include_str!("data/option-names.toml")),
-    (
-        "option-ending.toml",
-        include_str!("data/option-ending.toml"),
-    ),
-    (
-        "none-of-these.toml",
-        include_str!("data/none-of-these.toml"),
-    ),
-    (
-        "question-names.toml",
-        include_str!("data/question-names.toml"),
-    ),
-    (
-        "dialog-opener.toml",
-        include_str!("data/dialog-opener.toml"),
-    ),
-    (
-        "dialog-connector.toml",
-        include_str!("data/dialog-connector.toml"),
-    ),
-    (
-        "dialog-speakers.toml",
-        include_str!("data/dialog-speakers.toml"),
-    ),
-    (
-        "dialog-ending.toml",
-        include_str!("data/dialog-ending.toml"),
-    ),
+    ("option-ending.toml", include_str!("data/option-ending.toml")),
+    ("none-of-these.toml", include_str!("data/none-of-these.toml")),
+    ("question-names.toml", include_str!("data/question-names.toml")),
+    ("dialog-opener.toml", include_str!("data/dialog-opener.toml")),
+    ("dialog-connector.toml", include_str!("data/dialog-connector.toml")),
+    ("dialog-speakers.toml", include_str!("data/dialog-speakers.toml")),
+    ("dialog-ending.toml", include_str!("data/dialog-ending.toml")),
 ];
 
 impl Templates {
@@ -170,10 +131,8 @@ impl Templates {
             reasoning: file("reasoning")
                 .pairs(&[Question, Reasoning], &[Question, Reasoning, Answer])?,
             options_reasoning: file("options-reasoning").pairs(&[Question, Reasoning], &all)?,
-            numbered: file("numbered").pairs(
-                &[Context, Questions, Answers],
-                &[Context, Questions, Answers],
-            )?,
+            numbered: file("numbered")
+                .pairs(&[Context, Questions, Answers], &[Context, Questions, Answers])?,
             next_turn: file("next-turn").pairs(&[Dialog, LastTurn], &[Dialog, LastTurn])?,
             inline_explained: file("inline-explained").inlines(true)?,
             inline_plain: file("inline-plain").inlines(false)?,

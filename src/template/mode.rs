@@ -55,24 +55,14 @@ pub fn form(pair: &Pair, is_none: impl Fn(&str) -> bool) -> Result<Form, Unshown
     let (question, reasoning, answer) = chain(&pair.question, &pair.answer)?;
     let (stem, options) = options(&question)?;
     let Some(options) = options else {
-        return Ok(Form {
-            stem,
-            options: None,
-            reasoning,
-            answer,
-        });
+        return Ok(Form { stem, options: None, reasoning, answer });
     };
     let right = right_option(&options, &answer);
     if right.is_none() && !is_none(&answer) {
         return Err(Unshown::AnswerNotAnOption);
     }
     let answer = right.map_or(answer, |right| options[right].clone());
-    Ok(Form {
-        stem,
-        options: Some(Choice { options, right }),
-        reasoning,
-        answer,
-    })
+    Ok(Form { stem, options: Some(Choice { options, right }), reasoning, answer })
 }
 
 /// Question without the step-by-step line, reasoning, final answer.
@@ -96,11 +86,7 @@ fn chain(question: &str, answer: &str) -> Result<(String, Option<String>, String
         return malformed;
     }
     let reasoning = reasoning.strip_suffix('.').unwrap_or(reasoning);
-    Ok((
-        stem.to_owned(),
-        Some(reasoning.to_owned()),
-        answer.to_owned(),
-    ))
+    Ok((stem.to_owned(), Some(reasoning.to_owned()), answer.to_owned()))
 }
 
 /// Question without options, and the options.
@@ -113,10 +99,7 @@ fn options(question: &str) -> Result<(String, Option<Vec<String>>), Unshown> {
         [] => Ok((question.to_owned(), None)),
         &[at] if !question[..at].trim().is_empty() => {
             let list = &question[at + OPTIONS.len()..];
-            let options = list
-                .split("\n- ")
-                .map(|option| option.trim().to_owned())
-                .collect();
+            let options = list.split("\n- ").map(|option| option.trim().to_owned()).collect();
             Ok((question[..at].trim().to_owned(), Some(options)))
         }
         _ => Err(Unshown::OptionsMalformed),
@@ -143,32 +126,17 @@ mod tests {
     use super::*;
 
     fn check(question: &str, answer: &str, expected: Result<Form, Unshown>) {
-        let pair = Pair {
-            question: question.into(),
-            answer: answer.into(),
-        };
-        assert_eq!(
-            form(&pair, |answer| answer == "None"),
-            expected,
-            "{question:?} {answer:?}"
-        );
+        let pair = Pair { question: question.into(), answer: answer.into() };
+        assert_eq!(form(&pair, |answer| answer == "None"), expected, "{question:?} {answer:?}");
     }
 
     fn plain(stem: &str, answer: &str) -> Form {
-        Form {
-            stem: stem.into(),
-            options: None,
-            reasoning: None,
-            answer: answer.into(),
-        }
+        Form { stem: stem.into(), options: None, reasoning: None, answer: answer.into() }
     }
 
     fn choice(stem: &str, options: &[&str], right: Option<usize>, answer: &str) -> Form {
         let options = options.iter().map(|&option| option.to_owned()).collect();
-        Form {
-            options: Some(Choice { options, right }),
-            ..plain(stem, answer)
-        }
+        Form { options: Some(Choice { options, right }), ..plain(stem, answer) }
     }
 
     #[test]
@@ -188,10 +156,7 @@ mod tests {
         check(
             &format!("{options}\nLet's think step by step."),
             "It says so.\nTherefore, the answer is Rates",
-            Ok(Form {
-                reasoning: Some("It says so".into()),
-                ..form
-            }),
+            Ok(Form { reasoning: Some("It says so".into()), ..form }),
         );
     }
 
@@ -204,20 +169,12 @@ mod tests {
             check("What?\nOptions:\n- Rates\n- Wages", answer, Ok(form));
         }
         // Not if that makes two options alike.
-        check(
-            "What?\nOptions:\n- Rates\n- rates.",
-            "RATES",
-            Err(Unshown::AnswerNotAnOption),
-        );
+        check("What?\nOptions:\n- Rates\n- rates.", "RATES", Err(Unshown::AnswerNotAnOption));
     }
 
     #[test]
     fn row_14_two_options_at_once_are_no_option() {
-        check(
-            "What?\nOptions:\n- red\n- blue",
-            "red, blue",
-            Err(Unshown::AnswerNotAnOption),
-        );
+        check("What?\nOptions:\n- red\n- blue", "red, blue", Err(Unshown::AnswerNotAnOption));
     }
 
     #[test]
@@ -228,25 +185,13 @@ mod tests {
 
     #[test]
     fn row_16_one_option_is_enough() {
-        check(
-            "What?\nOptions:\n- red",
-            "red",
-            Ok(choice("What?", &["red"], Some(0), "red")),
-        );
+        check("What?\nOptions:\n- red", "red", Ok(choice("What?", &["red"], Some(0), "red")));
     }
 
     #[test]
     fn row_17_a_list_without_a_question_and_two_lists_are_malformed() {
-        check(
-            "Options:\n- red\n- blue",
-            "red",
-            Err(Unshown::OptionsMalformed),
-        );
-        check(
-            "What?\nOptions:\n- red\nOptions:\n- blue",
-            "red",
-            Err(Unshown::OptionsMalformed),
-        );
+        check("Options:\n- red\n- blue", "red", Err(Unshown::OptionsMalformed));
+        check("What?\nOptions:\n- red\nOptions:\n- blue", "red", Err(Unshown::OptionsMalformed));
     }
 
     #[test]
@@ -255,16 +200,10 @@ mod tests {
         for (question, answer) in [
             (format!("What?{line}"), "Rates"),
             ("What?".into(), "So.\nTherefore, the answer is Rates"),
-            (
-                format!("What?{line} Please."),
-                "So.\nTherefore, the answer is Rates",
-            ),
+            (format!("What?{line} Please."), "So.\nTherefore, the answer is Rates"),
             (format!("What?{line}"), "\nTherefore, the answer is Rates"),
             (format!("What?{line}"), "So.\nTherefore, the answer is "),
-            (
-                format!("What?{line}"),
-                "So.\nTherefore, the answer is a\nTherefore, the answer is b",
-            ),
+            (format!("What?{line}"), "So.\nTherefore, the answer is a\nTherefore, the answer is b"),
             (line.into(), "So.\nTherefore, the answer is Rates"),
         ] {
             check(&question, answer, Err(Unshown::ChainMalformed));
@@ -276,10 +215,6 @@ mod tests {
         let options: Vec<String> = (0..30).map(|i| format!("option {i}")).collect();
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         let question = format!("Which?\nOptions:\n- {}", options.join("\n- "));
-        check(
-            &question,
-            "option 29",
-            Ok(choice("Which?", &options, Some(29), "option 29")),
-        );
+        check(&question, "option 29", Ok(choice("Which?", &options, Some(29), "option 29")));
     }
 }

@@ -43,10 +43,7 @@ fn letters(index: usize) -> String {
             rest => index = rest - 1,
         }
     }
-    name.iter()
-        .rev()
-        .map(|&letter| char::from(letter))
-        .collect()
+    name.iter().rev().map(|&letter| char::from(letter)).collect()
 }
 
 fn roman(mut number: usize) -> String {
@@ -89,21 +86,11 @@ mod tests {
     fn names_go_on_beyond_the_alphabet() {
         check(
             Style::Upper,
-            &[
-                (0, "A"),
-                (25, "Z"),
-                (26, "AA"),
-                (27, "AB"),
-                (701, "ZZ"),
-                (702, "AAA"),
-            ],
+            &[(0, "A"), (25, "Z"), (26, "AA"), (27, "AB"), (701, "ZZ"), (702, "AAA")],
         );
         check(Style::Lower, &[(1, "b"), (52, "ba")]);
         check(Style::Digit, &[(0, "1"), (99, "100")]);
-        check(
-            Style::RomanUpper,
-            &[(0, "I"), (3, "IV"), (48, "XLIX"), (1993, "MCMXCIV")],
-        );
+        check(Style::RomanUpper, &[(0, "I"), (3, "IV"), (48, "XLIX"), (1993, "MCMXCIV")]);
         check(Style::RomanLower, &[(8, "ix")]);
         check(Style::Bullet, &[(0, ""), (9, "")]);
     }

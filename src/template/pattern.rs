@@ -54,10 +54,7 @@ const NAMES: [(Slot, &str); 14] = [
 
 impl fmt::Display for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = NAMES
-            .iter()
-            .find(|(slot, _)| slot == self)
-            .map(|(_, name)| *name);
+        let name = NAMES.iter().find(|(slot, _)| slot == self).map(|(_, name)| *name);
         write!(f, "{{{}}}", name.expect("every slot has a name"))
     }
 }
@@ -86,10 +83,7 @@ impl Pattern {
             let inside = from.strip_prefix('{').and_then(|from| from.split_once('}'));
             let (name, after) =
                 inside.ok_or_else(|| format!("a brace stands alone in {text:?}"))?;
-            let slot = NAMES
-                .iter()
-                .find(|(_, known)| *known == name)
-                .map(|(slot, _)| *slot);
+            let slot = NAMES.iter().find(|(_, known)| *known == name).map(|(slot, _)| *slot);
             let slot = slot.ok_or_else(|| format!("there is no slot {{{name}}}"))?;
             if parts.contains(&Part::Slot(slot)) {
                 return Err(format!("slot {slot} stands twice"));
@@ -134,10 +128,7 @@ impl Pattern {
             text += match part {
                 Part::Text(text) => text,
                 Part::Slot(slot) => {
-                    let value = values
-                        .iter()
-                        .find(|(own, _)| own == slot)
-                        .map(|(_, value)| *value);
+                    let value = values.iter().find(|(own, _)| own == slot).map(|(_, value)| *value);
                     value.unwrap_or_else(|| panic!("nothing to put into {slot}"))
                 }
             };
@@ -158,10 +149,7 @@ mod tests {
 
     #[test]
     fn slots_are_filled_and_content_is_not_scanned() {
-        check(
-            "Q: {question}\nA: {answer}.",
-            Ok("Q: What {answer}?\nA: {}."),
-        );
+        check("Q: {question}\nA: {answer}.", Ok("Q: What {answer}?\nA: {}."));
         check("{answer}{question}", Ok("{}What {answer}?"));
         check("", Ok(""));
     }
@@ -169,10 +157,7 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         check("{Question}", Err("there is no slot {Question}"));
-        check(
-            "{question} or {question}",
-            Err("slot {question} stands twice"),
-        );
+        check("{question} or {question}", Err("slot {question} stands twice"));
         check("{question", Err("a brace stands alone in \"{question\""));
         check("a } b", Err("a brace stands alone in \"a } b\""));
     }

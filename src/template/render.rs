@@ -79,13 +79,7 @@ fn augmented(
     let counts = || usable.iter().map(|(_, forms)| forms.len());
     let (fewest, most) = (counts().min().unwrap_or(0), counts().max().unwrap_or(0));
     let choices = Choices::draw(templates, run, &id, fewest, most);
-    let mut writer = Writer {
-        templates,
-        choices: &choices,
-        run,
-        shown: 0,
-        hidden: 0,
-    };
+    let mut writer = Writer { templates, choices: &choices, run, shown: 0, hidden: 0 };
     let texts: Vec<String> = usable
         .iter()
         .map(|(index, forms)| {
@@ -96,15 +90,7 @@ fn augmented(
     let joint = &templates.free_form.get(choices.joint).separator;
     let (text, shown, hidden) = (texts.join(joint), writer.shown, writer.hidden);
     let entries = usable.iter().map(|(index, _)| *index).collect();
-    Rendered {
-        id,
-        text,
-        entries,
-        choices: Some(choices),
-        shown,
-        hidden,
-        dropped,
-    }
+    Rendered { id, text, entries, choices: Some(choices), shown, hidden, dropped }
 }
 
 /// Writes the texts of one document.
@@ -137,18 +123,12 @@ impl Shown<'_> {
             (Slot::Options, &self.options),
             (Slot::OptionAnswer, &self.option_answer),
             (Slot::Answer, &self.form.answer),
-            (
-                Slot::Reasoning,
-                self.form.reasoning.as_deref().unwrap_or_default(),
-            ),
+            (Slot::Reasoning, self.form.reasoning.as_deref().unwrap_or_default()),
         ]
     }
 
     fn question(&self) -> String {
-        match (
-            self.form.options.is_some(),
-            self.options.starts_with(['\n', ' ']),
-        ) {
+        match (self.form.options.is_some(), self.options.starts_with(['\n', ' '])) {
             (false, _) => self.form.stem.clone(),
             (true, true) => format!("{}{}", self.form.stem, self.options),
             (true, false) => format!("{}\n{}", self.form.stem, self.options),
@@ -159,10 +139,8 @@ impl Shown<'_> {
 impl Writer<'_> {
     /// One text with its pairs.
     fn text(&mut self, id: &str, context: &str, forms: &Forms) -> String {
-        let pairs: Vec<Shown<'_>> = forms
-            .iter()
-            .map(|(number, form)| self.lay_out(id, *number, form))
-            .collect();
+        let pairs: Vec<Shown<'_>> =
+            forms.iter().map(|(number, form)| self.lay_out(id, *number, form)).collect();
         match self.choices.layout {
             Layout::Classic => self.classic(context, &pairs),
             Layout::Dialog => self.dialog(context, &pairs),
@@ -175,53 +153,27 @@ impl Writer<'_> {
     /// Shuffles and names the options of a pair; the order is drawn for each pair of each text.
     fn lay_out<'a>(&self, id: &str, number: usize, form: &'a Form) -> Shown<'a> {
         let Some(Choice { options, right }) = &form.options else {
-            return Shown {
-                form,
-                options: String::new(),
-                option_answer: form.answer.clone(),
-            };
+            return Shown { form, options: String::new(), option_answer: form.answer.clone() };
         };
         let mut order: Vec<usize> = (0..options.len()).collect();
         seed::stream(self.run, id, &format!("options of pair {number}")).shuffle(&mut order);
         let names = self.templates.option_names.get(self.choices.option_names);
-        let ending = self
-            .templates
-            .option_ending
-            .get(self.choices.option_ending)
-            .fill(&[]);
-        let mut block = self
-            .templates
-            .options_opener
-            .get(self.choices.options_opener)
-            .fill(&[]);
+        let ending = self.templates.option_ending.get(self.choices.option_ending).fill(&[]);
+        let mut block = self.templates.options_opener.get(self.choices.options_opener).fill(&[]);
         for (place, &option) in order.iter().enumerate() {
             block += &format!("{}{}{ending}", names.name(place), options[option]);
         }
         let place = right.and_then(|right| order.iter().position(|&option| option == right));
         let option_answer = match place {
-            None => self
-                .templates
-                .none_of_these
-                .get(self.choices.none_of_these)
-                .fill(&[]),
+            None => self.templates.none_of_these.get(self.choices.none_of_these).fill(&[]),
             Some(place) if names.is_enumeration() => names.name(place).trim().to_owned(),
             Some(_) => form.answer.clone(),
         };
-        Shown {
-            form,
-            options: block,
-            option_answer,
-        }
+        Shown { form, options: block, option_answer }
     }
 
     fn pattern(&self, form: &Form) -> &PairPattern {
-        let Templates {
-            free_form,
-            options,
-            reasoning,
-            options_reasoning,
-            ..
-        } = self.templates;
+        let Templates { free_form, options, reasoning, options_reasoning, .. } = self.templates;
         match (&form.options, &form.reasoning) {
             (None, None) => free_form.get(self.choices.free_form),
             (Some(_), None) => options.get(self.choices.options),
@@ -232,11 +184,7 @@ impl Writer<'_> {
 
     /// The separator of the free-form pattern rules the whole document.
     fn separator(&self) -> &str {
-        &self
-            .templates
-            .free_form
-            .get(self.choices.free_form)
-            .separator
+        &self.templates.free_form.get(self.choices.free_form).separator
     }
 
     fn classic(&mut self, context: &str, pairs: &[Shown<'_>]) -> String {
@@ -253,18 +201,10 @@ impl Writer<'_> {
         if self.choices.inverted {
             return self.inverted(context, &pairs);
         }
-        let introduction = self
-            .templates
-            .introduction
-            .get(self.choices.introduction)
-            .fill(&[]);
+        let introduction = self.templates.introduction.get(self.choices.introduction).fill(&[]);
         let glue = match introduction.is_empty() {
             true => String::new(),
-            false => self
-                .templates
-                .text_glue
-                .get(self.choices.text_glue)
-                .fill(&[]),
+            false => self.templates.text_glue.get(self.choices.text_glue).fill(&[]),
         };
         let before = self.templates.before_text.get(self.choices.before_text);
         let text = before.fill(&[(Slot::Context, context)]);
@@ -272,20 +212,11 @@ impl Writer<'_> {
     }
 
     fn inverted(&self, context: &str, pairs: &str) -> String {
-        let header = self
-            .templates
-            .inverted_header
-            .get(self.choices.inverted_header);
+        let header = self.templates.inverted_header.get(self.choices.inverted_header);
         let text = self.templates.inverted_text.get(self.choices.inverted_text);
-        let glue = self
-            .templates
-            .inverted_glue
-            .get(self.choices.inverted_glue)
-            .fill(&[]);
-        let (header, text) = (
-            header.fill(&[(Slot::Pairs, pairs)]),
-            text.fill(&[(Slot::Context, context)]),
-        );
+        let glue = self.templates.inverted_glue.get(self.choices.inverted_glue).fill(&[]);
+        let (header, text) =
+            (header.fill(&[(Slot::Pairs, pairs)]), text.fill(&[(Slot::Context, context)]));
         header + &glue + &text
     }
 
@@ -309,15 +240,8 @@ impl Writer<'_> {
 
     /// Turns as lines of a conversation, two for each pair.
     fn lines(&mut self, pairs: &[Shown<'_>]) -> Vec<String> {
-        let speakers = self
-            .templates
-            .dialog_speakers
-            .get(self.choices.dialog_speakers);
-        let ending = self
-            .templates
-            .dialog_ending
-            .get(self.choices.dialog_ending)
-            .fill(&[]);
+        let speakers = self.templates.dialog_speakers.get(self.choices.dialog_speakers);
+        let ending = self.templates.dialog_ending.get(self.choices.dialog_ending).fill(&[]);
         let turns = self.turns(pairs).into_iter();
         turns
             .flat_map(|(question, answer)| {
@@ -331,11 +255,7 @@ impl Writer<'_> {
 
     fn conversation(&self, lines: &[String]) -> String {
         let gap = if self.choices.spaced { "\n\n" } else { "\n" };
-        lines
-            .chunks(2)
-            .map(|pair| pair.join("\n"))
-            .collect::<Vec<_>>()
-            .join(gap)
+        lines.chunks(2).map(|pair| pair.join("\n")).collect::<Vec<_>>().join(gap)
     }
 
     fn dialog(&mut self, context: &str, pairs: &[Shown<'_>]) -> String {
@@ -344,16 +264,9 @@ impl Writer<'_> {
         if self.choices.inverted {
             return self.inverted(context, &turns);
         }
-        let connector = self
-            .templates
-            .dialog_connector
-            .get(self.choices.dialog_connector)
-            .fill(&[]);
-        let opener = self
-            .templates
-            .dialog_opener
-            .get(self.choices.dialog_opener)
-            .fill(&[]);
+        let connector =
+            self.templates.dialog_connector.get(self.choices.dialog_connector).fill(&[]);
+        let opener = self.templates.dialog_opener.get(self.choices.dialog_opener).fill(&[]);
         let gap = match (opener.is_empty(), self.choices.spaced) {
             (true, _) => "",
             (false, true) => "\n\n",
@@ -364,9 +277,7 @@ impl Writer<'_> {
 
     fn next_turn(&mut self, context: &str, pairs: &[Shown<'_>]) -> String {
         let mut lines = self.lines(pairs);
-        let last = lines
-            .pop()
-            .expect("a text in this layout has two pairs at least");
+        let last = lines.pop().expect("a text in this layout has two pairs at least");
         let dialog = self.conversation(&lines);
         let pattern = self.templates.next_turn.get(self.choices.next_turn);
         let filled = pattern.fill(&[(Slot::Dialog, &dialog), (Slot::LastTurn, &last)]);
@@ -374,10 +285,7 @@ impl Writer<'_> {
     }
 
     fn numbered(&mut self, context: &str, pairs: &[Shown<'_>]) -> String {
-        let names = self
-            .templates
-            .question_names
-            .get(self.choices.question_names);
+        let names = self.templates.question_names.get(self.choices.question_names);
         let (questions, answers): (Vec<String>, Vec<String>) = self
             .turns(pairs)
             .into_iter()
@@ -399,23 +307,15 @@ impl Writer<'_> {
         self.shown += pairs.len() as u64;
         let explained = pairs.iter().all(|pair| pair.form.reasoning.is_some());
         let pattern = match explained {
-            true => self
-                .templates
-                .inline_explained
-                .get(self.choices.inline_explained),
+            true => self.templates.inline_explained.get(self.choices.inline_explained),
             false => self.templates.inline_plain.get(self.choices.inline_plain),
         };
-        let (last, examples) = pairs
-            .split_last()
-            .expect("a text in this layout has two pairs");
+        let (last, examples) = pairs.split_last().expect("a text in this layout has two pairs");
         let fill = |pair: &Shown<'_>, pattern: &super::Pattern| {
             pattern.fill(&[
                 (Slot::Input, &pair.question()),
                 (Slot::Output, pair.answer()),
-                (
-                    Slot::Explanation,
-                    pair.form.reasoning.as_deref().unwrap_or_default(),
-                ),
+                (Slot::Explanation, pair.form.reasoning.as_deref().unwrap_or_default()),
             ])
         };
         let mut parts = vec![pattern.header.fill(&[(Slot::Context, context)])];
@@ -435,9 +335,6 @@ impl Templates {
         };
         let answer = plain(answer);
         answer == "none"
-            || self
-                .none_of_these
-                .iter()
-                .any(|phrase| plain(&phrase.fill(&[])) == answer)
+            || self.none_of_these.iter().any(|phrase| plain(&phrase.fill(&[])) == answer)
     }
 }

@@ -46,14 +46,8 @@ impl Trainer {
         self.export(&temporary, tokenizer, DType::F32)?;
         let moments = moments(&self.parameters)?;
         save_tensors(&temporary.join("optimizer.safetensors"), &moments)?;
-        let state = State {
-            progress: self.progress,
-            settings: self.settings,
-        };
-        write_json(
-            &temporary.join("trainer.json"),
-            &serde_json::to_value(&state).expect("plain"),
-        )?;
+        let state = State { progress: self.progress, settings: self.settings };
+        write_json(&temporary.join("trainer.json"), &serde_json::to_value(&state).expect("plain"))?;
         durable::publish_directory(&temporary, &path)?;
         Ok(path)
     }
@@ -75,21 +69,16 @@ impl Trainer {
         let generation = self.model.config.generation_json();
         write_json(&directory.join("generation_config.json"), &generation)?;
         let files = tokenizer.files();
-        for (name, text) in [
-            ("tokenizer.json", &files.tokenizer),
-            ("tokenizer_config.json", &files.config),
-        ] {
+        for (name, text) in
+            [("tokenizer.json", &files.tokenizer), ("tokenizer_config.json", &files.config)]
+        {
             let path = directory.join(name);
             fs::write(&path, text).map_err(Error::file("write", &path))?;
         }
         let value = |(name, parameter): (&str, &crate::kernels::adamw::Parameter)| {
             Ok((name.to_owned(), parameter.value()?.to_dtype(dtype)?))
         };
-        let values = self
-            .parameters
-            .iter()
-            .map(value)
-            .collect::<Result<Vec<_>>>()?;
+        let values = self.parameters.iter().map(value).collect::<Result<Vec<_>>>()?;
         save_tensors(&directory.join("model.safetensors"), &values)
     }
 
@@ -112,14 +101,8 @@ impl Trainer {
         let state = Weights::from_bytes(bytes, &path.display().to_string())?;
         for (name, parameter) in trainer.parameters.iter() {
             let value = parameter.value()?;
-            let get = |moment| {
-                state.get(
-                    &format!("{name}.{moment}"),
-                    value.dims(),
-                    DType::F32,
-                    device,
-                )
-            };
+            let get =
+                |moment| state.get(&format!("{name}.{moment}"), value.dims(), DType::F32, device);
             parameter.set_moments(&get("mean")?, &get("mean_square")?)?;
         }
         trainer.progress = read_state(directory)?.progress;
@@ -138,15 +121,8 @@ pub fn list(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::file("list", folder))? {
         let path = entry.map_err(Error::file("list", folder))?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
-        if name
-            .strip_prefix(PREFIX)
-            .is_some_and(|step| step.parse::<u64>().is_ok())
-        {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if name.strip_prefix(PREFIX).is_some_and(|step| step.parse::<u64>().is_ok()) {
             found.push(path);
         }
     }

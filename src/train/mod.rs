@@ -111,13 +111,7 @@ impl Trainer {
             copies.push((name.to_owned(), copy.clone()));
             Ok(copy)
         })?;
-        Ok(Trainer {
-            model,
-            parameters,
-            copies,
-            settings,
-            progress: Progress::default(),
-        })
+        Ok(Trainer { model, parameters, copies, settings, progress: Progress::default() })
     }
 
     /// The model as it is now.
@@ -141,16 +135,9 @@ impl Trainer {
     /// If the loss or the gradient is not finite: the error names the step and the sequences, and the
     /// parameters are as they were before.
     pub fn step(&mut self, sequences: &[Sequence]) -> Result<StepReport> {
-        let targets: usize = sequences
-            .iter()
-            .map(|sequence| batch([sequence]).rows.len())
-            .sum();
+        let targets: usize = sequences.iter().map(|sequence| batch([sequence]).rows.len()).sum();
         let tokens: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
-        let keep = if self.settings.recompute {
-            Keep::Inputs
-        } else {
-            Keep::Everything
-        };
+        let keep = if self.settings.recompute { Keep::Inputs } else { Keep::Everything };
         let (mut gradients, mut total) = (Gradients::default(), 0.0);
         for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
             let scale = 1.0 / targets.max(1) as f64;
@@ -161,20 +148,14 @@ impl Trainer {
         let step = self.progress.step + 1;
         let rate = self.settings.schedule.rate(step);
         let grad_norm = match loss.is_finite() {
-            true => self
-                .parameters
-                .update(&gradients, &self.settings.optimizer, rate, step)?,
+            true => self.parameters.update(&gradients, &self.settings.optimizer, rate, step)?,
             false => f64::NAN,
         };
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return Err(self.diverged(loss, grad_norm, sequences));
         }
         for (name, copy) in &self.copies {
-            let value = self
-                .parameters
-                .get(name)
-                .expect("copied from there")
-                .value()?;
+            let value = self.parameters.get(name).expect("copied from there").value()?;
             copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)?;
         }
         self.progress.step = step;
@@ -208,11 +189,8 @@ impl Trainer {
 
     fn diverged(&self, loss: f64, grad_norm: f64, sequences: &[Sequence]) -> Error {
         let first = self.progress.next_sequence;
-        let items: Vec<&str> = sequences
-            .iter()
-            .flat_map(|s| &s.segments)
-            .map(|segment| &*segment.item)
-            .collect();
+        let items: Vec<&str> =
+            sequences.iter().flat_map(|s| &s.segments).map(|segment| &*segment.item).collect();
         Error::Stopped(format!(
             "training diverged at step {}: loss {loss}, gradient norm {grad_norm}; sequences {first} \
              to {}, items {}",
@@ -272,10 +250,7 @@ pub fn loaded(
     device: &Device,
 ) -> Result<Vec<(String, Tensor)>> {
     let load = |(name, shape): (String, Vec<usize>)| {
-        Ok((
-            name.clone(),
-            weights.get(&name, &shape, DType::F32, device)?,
-        ))
+        Ok((name.clone(), weights.get(&name, &shape, DType::F32, device)?))
     };
     config.parameters().into_iter().map(load).collect()
 }
@@ -295,13 +270,10 @@ pub fn initial(config: &ModelConfig, run: u64, device: &Device) -> Result<Vec<(S
         let back = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
         let deviation = INITIAL_DEVIATION * if back { into_stream } else { 1.0 };
         let mut values = vec![0.0f32; shape.iter().product()];
-        values
-            .par_chunks_mut(CHUNK)
-            .enumerate()
-            .for_each(|(chunk, values)| {
-                let mut stream = seed::stream(run, &name, &format!("initial value {chunk}"));
-                values.fill_with(|| (deviation * stream.normal()) as f32);
-            });
+        values.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, values)| {
+            let mut stream = seed::stream(run, &name, &format!("initial value {chunk}"));
+            values.fill_with(|| (deviation * stream.normal()) as f32);
+        });
         Ok((name, Tensor::from_vec(values, shape, device)?))
     };
     config.parameters().into_iter().map(value).collect()

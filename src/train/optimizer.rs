@@ -44,9 +44,7 @@ impl Parameters {
 
     /// All parameters, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Parameter)> {
-        self.by_name
-            .iter()
-            .map(|(name, parameter)| (name.as_str(), parameter))
+        self.by_name.iter().map(|(name, parameter)| (name.as_str(), parameter))
     }
 
     /// Moves every parameter against its gradient; returns the norm of the gradients before clipping.
@@ -63,36 +61,15 @@ impl Parameters {
         if !norm.is_finite() {
             return Ok(norm);
         }
-        let gradient_scale = if norm > settings.clip_norm {
-            settings.clip_norm / norm
-        } else {
-            1.0
-        };
+        let gradient_scale =
+            if norm > settings.clip_norm { settings.clip_norm / norm } else { 1.0 };
         for (name, parameter) in &self.by_name {
             let Some(gradient) = gradients.get(name) else {
                 bail!("parameter {name:?} has no gradient")
             };
-            let AdamW {
-                beta1,
-                beta2,
-                epsilon,
-                weight_decay,
-                clip_norm: _,
-            } = *settings;
-            let decay = if gradient.rank() > 1 {
-                weight_decay
-            } else {
-                0.0
-            };
-            let update = Update {
-                rate,
-                beta1,
-                beta2,
-                epsilon,
-                decay,
-                step,
-                gradient_scale,
-            };
+            let AdamW { beta1, beta2, epsilon, weight_decay, clip_norm: _ } = *settings;
+            let decay = if gradient.rank() > 1 { weight_decay } else { 0.0 };
+            let update = Update { rate, beta1, beta2, epsilon, decay, step, gradient_scale };
             parameter.update(gradient, &update)?;
         }
         Ok(norm)

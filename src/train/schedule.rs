@@ -33,16 +33,8 @@ mod tests {
     use super::*;
 
     fn check(step: u64, expected: f64) {
-        let schedule = Schedule {
-            peak: 2.0,
-            warmup_steps: 10,
-            total_steps: 110,
-            floor_share: 0.1,
-        };
-        assert!(
-            (schedule.rate(step) - expected).abs() < 1e-12,
-            "step {step}"
-        );
+        let schedule = Schedule { peak: 2.0, warmup_steps: 10, total_steps: 110, floor_share: 0.1 };
+        assert!((schedule.rate(step) - expected).abs() < 1e-12, "step {step}");
     }
 
     #[test]
@@ -56,12 +48,7 @@ mod tests {
 
     #[test]
     fn there_may_be_no_warm_up() {
-        let schedule = Schedule {
-            peak: 1.0,
-            warmup_steps: 0,
-            total_steps: 2,
-            floor_share: 0.0,
-        };
+        let schedule = Schedule { peak: 1.0, warmup_steps: 0, total_steps: 2, floor_share: 0.0 };
         assert_eq!(schedule.rate(1), 0.5);
     }
 }

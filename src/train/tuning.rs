@@ -68,10 +68,7 @@ impl Lessons {
             if task.pairs.is_empty() && settings.loss_on == LossOn::Pairs {
                 rejected.push(task.reject("no_pairs", ""));
             } else {
-                by_dataset
-                    .entry(task.dataset.clone())
-                    .or_default()
-                    .push(task);
+                by_dataset.entry(task.dataset.clone()).or_default().push(task);
             }
         }
         let mut encode = |mut tasks: Vec<Task>| -> Vec<Lesson> {
@@ -89,25 +86,13 @@ impl Lessons {
                 if settings.loss_on == LossOn::Everything {
                     learned.fill(true);
                 }
-                Some(Lesson {
-                    id: task.id,
-                    tokens,
-                    learned,
-                })
+                Some(Lesson { id: task.id, tokens, learned })
             });
             lessons.collect()
         };
-        let by_dataset = by_dataset
-            .into_iter()
-            .map(|(name, tasks)| (name, encode(tasks)))
-            .collect();
-        (
-            Lessons {
-                settings,
-                by_dataset,
-            },
-            rejected,
-        )
+        let by_dataset =
+            by_dataset.into_iter().map(|(name, tasks)| (name, encode(tasks))).collect();
+        (Lessons { settings, by_dataset }, rejected)
     }
 
     /// Rows in use.
@@ -183,10 +168,7 @@ mod tests {
     };
 
     fn task(dataset: &str, index: usize, pairs: usize) -> Task {
-        let pair = |i| Pair {
-            question: format!("Q{i}?"),
-            answer: format!("A{index}"),
-        };
+        let pair = |i| Pair { question: format!("Q{i}?"), answer: format!("A{index}") };
         Task {
             id: format!("{dataset}-{index}"),
             dataset: dataset.into(),
@@ -199,13 +181,7 @@ mod tests {
     fn lessons(tasks: Vec<Task>, settings: LessonSettings) -> (Lessons, Vec<String>) {
         let writer = PromptWriter::new(small()).unwrap();
         let (lessons, rejected) = Lessons::new(tasks, &writer, settings);
-        (
-            lessons,
-            rejected
-                .into_iter()
-                .map(|r| format!("{} {}", r.ids[0], r.reason))
-                .collect(),
-        )
+        (lessons, rejected.into_iter().map(|r| format!("{} {}", r.ids[0], r.reason)).collect())
     }
 
     #[test]
@@ -217,11 +193,7 @@ mod tests {
             let sequences = lessons.epoch(epoch);
             let placed: usize = sequences.iter().map(|s| s.tokens.len()).sum();
             assert_eq!(placed as u64, lessons.tokens().0);
-            let learned = sequences
-                .iter()
-                .flat_map(|s| &s.learned)
-                .filter(|&&flag| flag)
-                .count();
+            let learned = sequences.iter().flat_map(|s| &s.learned).filter(|&&flag| flag).count();
             assert_eq!(learned as u64, lessons.tokens().1);
         }
         assert_ne!(lessons.epoch(0), lessons.epoch(1));
@@ -233,11 +205,7 @@ mod tests {
         let tasks = (0..40).map(|i| task(["a", "b"][i % 2], i, 1)).collect();
         let sequences = lessons(tasks, SETTINGS).0.epoch(0);
         let mut shots = [0; 4];
-        for segment in sequences
-            .iter()
-            .flat_map(|s| &s.segments)
-            .filter(|s| s.offset == 0)
-        {
+        for segment in sequences.iter().flat_map(|s| &s.segments).filter(|s| s.offset == 0) {
             let rows: Vec<&str> = segment.item.split('+').collect();
             assert!(rows.iter().all(|row| row[..2] == rows[0][..2]), "{rows:?}");
             shots[rows.len()] += 1;
@@ -250,30 +218,18 @@ mod tests {
         let mut long = task("a", 0, 1);
         long.text = "word ".repeat(300);
         let tasks = vec![long, task("a", 1, 0), task("a", 2, 1), task("a", 3, 2)];
-        let settings = LessonSettings {
-            rows_per_dataset_max: 2,
-            ..SETTINGS
-        };
+        let settings = LessonSettings { rows_per_dataset_max: 2, ..SETTINGS };
         let (lessons, rejected) = lessons(tasks, settings);
         assert_eq!(lessons.rows(), 1);
         assert_eq!(rejected.len(), 3);
         assert!(rejected.contains(&"a-1 no_pairs".into()), "{rejected:?}");
-        assert!(
-            rejected.contains(&"a-2 dataset_is_full".into()),
-            "{rejected:?}"
-        );
-        assert!(
-            rejected[2].starts_with("a-0 example_too_long"),
-            "{rejected:?}"
-        );
+        assert!(rejected.contains(&"a-2 dataset_is_full".into()), "{rejected:?}");
+        assert!(rejected[2].starts_with("a-0 example_too_long"), "{rejected:?}");
     }
 
     #[test]
     fn with_loss_on_everything_a_bare_text_is_a_lesson() {
-        let settings = LessonSettings {
-            loss_on: LossOn::Everything,
-            ..SETTINGS
-        };
+        let settings = LessonSettings { loss_on: LossOn::Everything, ..SETTINGS };
         let (lessons, rejected) = lessons(vec![task("a", 1, 0)], settings);
         assert!(rejected.is_empty());
         assert_eq!(lessons.tokens().0, lessons.tokens().1);

@@ -29,9 +29,7 @@ const PAIRS_MAX: usize = 6;
 
 fn main() -> Result<()> {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
-    let out = arguments
-        .next()
-        .context("usage: synthesizer_rows OUT FILE…")?;
+    let out = arguments.next().context("usage: synthesizer_rows OUT FILE…")?;
     std::fs::create_dir_all(&out)?;
     let create =
         |name: &str| -> Result<_> { Ok(BufWriter::new(std::fs::File::create(out.join(name))?)) };
@@ -50,13 +48,9 @@ fn main() -> Result<()> {
                 let count = counts.entry(lesson["dataset"].as_str().unwrap_or("").to_owned());
                 let count = count.or_default();
                 count[0] += 1;
-                count[1] += lesson["pairs"]
-                    .as_array()
-                    .map_or(0, |pairs| pairs.len() as u64);
+                count[1] += lesson["pairs"].as_array().map_or(0, |pairs| pairs.len() as u64);
                 count[2] += u64::from(kept_back);
-                let with_pairs = lesson["pairs"]
-                    .as_array()
-                    .is_some_and(|pairs| !pairs.is_empty());
+                let with_pairs = lesson["pairs"].as_array().is_some_and(|pairs| !pairs.is_empty());
                 match (kept_back, with_pairs) {
                     (true, true) => writeln!(held_out, "{lesson}")?,
                     (true, false) => {}
@@ -83,10 +77,7 @@ fn rows(path: &Path) -> Result<impl Iterator<Item = Result<Value>>> {
 fn is_usable(row: &Value) -> bool {
     let licence = row["licence"].as_str().unwrap_or("");
     let english = !row["dataset"].as_str().unwrap_or("").starts_with("xquad-");
-    english
-        && !["research", "NC", "-ND", "PMC OA"]
-            .iter()
-            .any(|word| licence.contains(word))
+    english && !["research", "NC", "-ND", "PMC OA"].iter().any(|word| licence.contains(word))
 }
 
 /// The lessons in one row: with pairs where there are some, else the text alone.
@@ -101,11 +92,7 @@ fn lessons(row: &Value, id: &str) -> Vec<Value> {
         (None, None) => return Vec::new(),
     };
     // As the readers write it: title, blank line, text.
-    let whole = if title.is_empty() {
-        body.to_owned()
-    } else {
-        format!("{title}\n\n{body}")
-    };
+    let whole = if title.is_empty() { body.to_owned() } else { format!("{title}\n\n{body}") };
     pieces(&whole)
         .into_iter()
         .enumerate()
@@ -125,12 +112,7 @@ fn task(row: &Value, id: &str, context: &str) -> Value {
             questions::with_options(question.trim(), answer.trim())
         })
         .collect();
-    lesson(
-        id,
-        row["dataset"].as_str().unwrap_or("tasks"),
-        context.trim(),
-        &pairs,
-    )
+    lesson(id, row["dataset"].as_str().unwrap_or("tasks"), context.trim(), &pairs)
 }
 
 fn lesson(id: &str, dataset: &str, text: &str, pairs: &[(String, String)]) -> Value {

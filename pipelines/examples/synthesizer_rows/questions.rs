@@ -58,10 +58,7 @@ static RULES: LazyLock<Vec<Rule>> = LazyLock::new(|| {
         ),
         (
             r"(?i)\b(?:these|our|the|the present|the current) (?P<what>results|findings|data|observations) (?P<verb>suggest|indicate|show|demonstrate|support|confirm|imply)(?:ed)? (?:that )?(?P<a>[^.;]{15,280})",
-            &[
-                "What do the $what $verb?",
-                "According to the text, what do the $what $verb?",
-            ],
+            &["What do the $what $verb?", "According to the text, what do the $what $verb?"],
             "$a",
         ),
         (
@@ -89,51 +86,32 @@ static RULES: LazyLock<Vec<Rule>> = LazyLock::new(|| {
         ),
         (
             r"\b(?P<a>\d+(?:\.\d+)?%) of (?:the |all |these )?(?P<who>[a-z][a-z -]{2,40}?) (?P<what>(?:had|have|were|was|experienced|reported|received|showed|developed|achieved|said|are|died|completed|responded|used|met|required)\b[^.,;()]{3,80})",
-            &[
-                "What percentage of $who $what?",
-                "What share of $who $what?",
-            ],
+            &["What percentage of $who $what?", "What share of $who $what?"],
             "$a",
         ),
         (
             r"(?:^|[a-z,] )(?P<who>[A-Za-z][A-Za-z0-9' -]{3,50}?) (?P<verb>increased|decreased|rose|fell|declined|grew|dropped|improved|was reduced|were reduced|climbed|gained|lost|jumped|slipped) (?:by |about |around )?(?P<a>\d+(?:\.\d+)?(?:%| percent| per cent| points))",
-            &[
-                "By how much did it change: $who?",
-                "How large was the change in $who?",
-            ],
+            &["By how much did it change: $who?", "How large was the change in $who?"],
             "$a",
         ),
         (
             r"(?i)\b(?:treated|treatment|therapy|followed(?: up)?|follow-up|administered|given|received|lasted|studied|monitored)\b[^.;]{0,70}? (?:for|of) (?P<a>(?:\d+|one|two|three|four|six|eight|twelve) (?:days|weeks|months|years|hours|minutes))\b",
-            &[
-                "How long did it last?",
-                "What was the duration?",
-                "For how long was this done?",
-            ],
+            &["How long did it last?", "What was the duration?", "For how long was this done?"],
             "$a",
         ),
         (
             r"\b(?:between|from) (?P<a>(?:[A-Z][a-z]+ )?(?:19|20)\d\d (?:and|to|through|until) (?:[A-Z][a-z]+ )?(?:19|20)\d\d)",
-            &[
-                "Which period does the text cover?",
-                "During which years did this take place?",
-            ],
+            &["Which period does the text cover?", "During which years did this take place?"],
             "$a",
         ),
         (
             r"(?P<drug>[a-z][a-z-]{4,24}) \(?(?P<a>\d[\d.,-]* ?(?:mg|g|micrograms|mcg|mg/kg|mg/day|ml|IU)(?:/(?:kg|day|d|m2|h))?(?: (?:daily|twice daily|once daily|per day|a day|three times daily))?)\b",
-            &[
-                "What dose of $drug was used?",
-                "At what dose was $drug given?",
-            ],
+            &["What dose of $drug was used?", "At what dose was $drug given?"],
             "$a",
         ),
         (
             r"(?i)(?:^|(?:efficacy|effect|effects|safety|use|comparison|trial|study) of )(?P<drug>[a-z][a-z0-9 -]{3,40}?) (?:was |were |is )?(?:compared (?:with|to)|versus|vs\.?) (?P<a>[a-z][a-z0-9 -]{3,50}?)(?: in | on | for | and |[.,;:)]|$)",
-            &[
-                "What was $drug compared with?",
-                "To what was $drug compared?",
-            ],
+            &["What was $drug compared with?", "To what was $drug compared?"],
             "$a",
         ),
         (
@@ -153,10 +131,7 @@ static RULES: LazyLock<Vec<Rule>> = LazyLock::new(|| {
         ),
         (
             r"^(?:[A-Z][A-Z ]+: )?(?P<x>[A-Z][A-Za-z0-9 -]{2,60}?) (?:also |significantly |often |usually |generally )?(?P<v>reduce|increase|improve|prevent|cause|inhibit|affect|require|include|involve|provide|produce|predict|contain|offer|represent|remain|play|show|suggest)s (?P<a>[^.;]{8,180})",
-            &[
-                "What does $x $v?",
-                "According to the text, what does $x $v?",
-            ],
+            &["What does $x $v?", "According to the text, what does $x $v?"],
             "$a",
         ),
         (
@@ -176,34 +151,22 @@ static RULES: LazyLock<Vec<Rule>> = LazyLock::new(|| {
         ),
         (
             r"(?i)\b(?:no|any) (?:statistically |significant |statistically significant )*differences? (?:was |were )?(?:found |observed |seen |noted )?in (?P<a>[a-z][^.;()]{5,90}?) between (?P<b>[^.;()]{5,80})",
-            &[
-                "What did not differ between $b?",
-                "In what was there no difference between $b?",
-            ],
+            &["What did not differ between $b?", "In what was there no difference between $b?"],
             "$a",
         ),
         (
             r#"["“](?P<quote>[A-Z][^"”]{20,160}?),?["”],? (?:said|says|explained|added|told reporters) (?P<a>[A-Z][A-Za-z.'-]+(?: [A-Z][A-Za-z.'-]+){0,3})"#,
-            &[
-                "Who said \"$quote\"?",
-                "Who is quoted with the words \"$quote\"?",
-            ],
+            &["Who said \"$quote\"?", "Who is quoted with the words \"$quote\"?"],
             "$a",
         ),
         (
             r"\b(?P<a>[A-Z][a-z]+ [A-Z][a-z]+), (?:the |an? )?(?P<role>(?:chief executive|president|chairman|director|minister|spokesman|spokeswoman|analyst|economist|professor|head|governor|secretary|founder|CEO)[A-Za-z ]{0,50}?)(?: of| at| for|,)",
-            &[
-                "Who is the $role in the text?",
-                "Which person is named as $role?",
-            ],
+            &["Who is the $role in the text?", "Which person is named as $role?"],
             "$a",
         ),
         (
             r"\b(?P<what>cost|costs|worth|paid|price|sold|bought|fined|invested|raised|spent|losses|loss|profit|revenue|debt)\b[^.;]{0,50}?(?P<a>(?:US|USD|A|£|€)?[$£€]\s?\d[\d.,]*(?: (?:million|billion|trillion))?)",
-            &[
-                "What amount of money is named?",
-                "How much money is it about?",
-            ],
+            &["What amount of money is named?", "How much money is it about?"],
             "$a",
         ),
         (
@@ -260,10 +223,7 @@ pub(crate) fn ask(text: &str, kind: &str, id: &str, most: usize) -> Vec<(String,
     }
     found.truncate(3 + stream.index(most - 2));
     found.sort_by_key(|(at, ..)| *at);
-    found
-        .into_iter()
-        .map(|(_, question, answer)| (question, answer))
-        .collect()
+    found.into_iter().map(|(_, question, answer)| (question, answer)).collect()
 }
 
 fn expand(pattern: &str, captures: &Captures<'_>) -> String {
@@ -363,10 +323,7 @@ fn abbreviations(
                 options.push(long.to_owned());
                 stream.shuffle(&mut options);
                 (
-                    format!(
-                        "What does {short} stand for?\nOptions:\n- {}",
-                        options.join("\n- ")
-                    ),
+                    format!("What does {short} stand for?\nOptions:\n- {}", options.join("\n- ")),
                     long.to_owned(),
                 )
             }
@@ -384,11 +341,7 @@ fn abbreviations(
 
 /// The shortest run of words before the bracket whose letters hold those of the short form in order.
 fn long_form<'a>(short: &str, words: &'a str) -> Option<&'a str> {
-    let short: Vec<char> = short
-        .to_lowercase()
-        .chars()
-        .filter(|c| c.is_alphanumeric())
-        .collect();
+    let short: Vec<char> = short.to_lowercase().chars().filter(|c| c.is_alphanumeric()).collect();
     let long: Vec<(usize, char)> = words.char_indices().collect();
     let (mut s, mut l) = (short.len(), long.len());
     while s > 0 {
@@ -412,18 +365,13 @@ fn decoys(answer: &str, sentences: &[(usize, &str)], stream: &mut seed::Stream) 
     let count = answer.split(' ').count();
     let mut found = Vec::new();
     for _ in 0..12 {
-        let words: Vec<&str> = sentences[stream.index(sentences.len())]
-            .1
-            .split(' ')
-            .collect();
+        let words: Vec<&str> = sentences[stream.index(sentences.len())].1.split(' ').collect();
         if words.len() < count + 4 || found.len() == 3 {
             continue;
         }
         let start = stream.index(words.len() - count);
         let phrase = words[start..start + count].join(" ");
-        let clean = phrase
-            .chars()
-            .all(|c| c.is_alphanumeric() || " -".contains(c));
+        let clean = phrase.chars().all(|c| c.is_alphanumeric() || " -".contains(c));
         if clean && phrase.len() > 8 && !answer.contains(&phrase) {
             found.push(phrase);
         }
@@ -442,11 +390,9 @@ fn sections(text: &str, stream: &mut seed::Stream) -> Vec<(usize, String, String
                 "What is the conclusion?",
                 "What can be concluded from this study?",
             ],
-            label if label.contains("RESULT") || label.contains("FINDING") => [
-                "What was found?",
-                "What did the results show?",
-                "What was the main result?",
-            ],
+            label if label.contains("RESULT") || label.contains("FINDING") => {
+                ["What was found?", "What did the results show?", "What was the main result?"]
+            }
             label if label.contains("METHOD") || label.contains("DESIGN") => [
                 "What was done in the study?",
                 "How was the study carried out?",
@@ -457,11 +403,9 @@ fn sections(text: &str, stream: &mut seed::Stream) -> Vec<(usize, String, String
                 "Why was the study done?",
                 "What was known before?",
             ],
-            label if label.contains("PARTICIPANT") || label.contains("PATIENT") => [
-                "Who took part in the study?",
-                "Who was studied?",
-                "Which patients were included?",
-            ],
+            label if label.contains("PARTICIPANT") || label.contains("PATIENT") => {
+                ["Who took part in the study?", "Who was studied?", "Which patients were included?"]
+            }
             label if label.contains("SETTING") => [
                 "Where did the study take place?",
                 "What was the setting of the study?",
@@ -480,9 +424,7 @@ fn sections(text: &str, stream: &mut seed::Stream) -> Vec<(usize, String, String
             _ => continue,
         };
         let rest = &text[whole.end()..];
-        let first = sentences(rest)
-            .first()
-            .map_or("", |&(_, sentence)| sentence);
+        let first = sentences(rest).first().map_or("", |&(_, sentence)| sentence);
         let answer = first.trim_end_matches('.').to_owned();
         found.push((whole.end(), ask[stream.index(3)].to_owned(), answer));
     }
@@ -497,13 +439,8 @@ fn title(text: &str, stream: &mut seed::Stream) -> Option<(usize, String, String
         "What is the topic of the text?",
         "What does the abstract deal with?",
     ];
-    (stream.below(3) == 0).then(|| {
-        (
-            0,
-            ways[stream.index(3)].to_owned(),
-            title.trim_end_matches('.').to_owned(),
-        )
-    })
+    (stream.below(3) == 0)
+        .then(|| (0, ways[stream.index(3)].to_owned(), title.trim_end_matches('.').to_owned()))
 }
 
 /// A question of the task data in the form of the wire format: options as a list, the answer in full.
@@ -521,15 +458,7 @@ pub(crate) fn with_options(question: &str, answer: &str) -> Option<(String, Stri
         return Some((question.to_owned(), answer.to_owned()));
     }
     let stem = question[..LETTERED.find(question)?.start()].trim();
-    let answer = options
-        .iter()
-        .find(|option| option.trim().eq_ignore_ascii_case(answer.trim()))?;
-    let list: Vec<String> = options
-        .iter()
-        .map(|option| format!("\n- {}", option.trim()))
-        .collect();
-    Some((
-        format!("{stem}\nOptions:{}", list.concat()),
-        answer.trim().to_owned(),
-    ))
+    let answer = options.iter().find(|option| option.trim().eq_ignore_ascii_case(answer.trim()))?;
+    let list: Vec<String> = options.iter().map(|option| format!("\n- {}", option.trim())).collect();
+    Some((format!("{stem}\nOptions:{}", list.concat()), answer.trim().to_owned()))
 }

@@ -129,25 +129,16 @@ impl State {
                 ["VernacularTitle", "Article" | "BookDocument", ..] => Wanted::VernacularTitle,
                 ["Language", "Article" | "BookDocument", ..] => Wanted::Language,
                 ["Title", "Journal", ..] | ["BookTitle", "Book", ..] => Wanted::Journal,
-                [
-                    "Year" | "MedlineDate",
-                    "PubDate",
-                    "JournalIssue" | "Book",
-                    ..,
-                ] => Wanted::Year,
+                ["Year" | "MedlineDate", "PubDate", "JournalIssue" | "Book", ..] => Wanted::Year,
                 ["PublicationType", ..] => Wanted::PublicationType,
                 ["AbstractText", "Abstract", ..] => Wanted::Section,
                 _ => return Ok(()),
             }
         };
         let attribute = |name: &str| -> Result<Option<String>, String> {
-            let found = tag
-                .try_get_attribute(name)
-                .map_err(|error| error.to_string())?;
+            let found = tag.try_get_attribute(name).map_err(|error| error.to_string())?;
             let value = found.map(|found| {
-                found
-                    .normalized_value(XmlVersion::Implicit1_0)
-                    .map_err(|error| error.to_string())
+                found.normalized_value(XmlVersion::Implicit1_0).map_err(|error| error.to_string())
             });
             Ok(value.transpose()?.map(std::borrow::Cow::into_owned))
         };

@@ -4,12 +4,8 @@ use crate::record::{Place, Rejected};
 use std::io::{BufRead, ErrorKind};
 
 /// Elements that are records.
-const RECORDS: [&str; 4] = [
-    "PubmedArticle",
-    "PubmedBookArticle",
-    "DeleteCitation",
-    "DeleteDocument",
-];
+const RECORDS: [&str; 4] =
+    ["PubmedArticle", "PubmedBookArticle", "DeleteCitation", "DeleteDocument"];
 
 /// Bytes of the largest record that is read.
 const RECORD_BYTES_MAX: usize = 32 << 20;
@@ -44,15 +40,7 @@ type Rejection = Box<Rejected>;
 
 impl Fragments {
     pub(super) fn new(reader: Box<dyn BufRead + Send>, file: String) -> Self {
-        Fragments {
-            reader,
-            file,
-            buffer: Vec::new(),
-            front: 0,
-            byte: 0,
-            record: 0,
-            end: None,
-        }
+        Fragments { reader, file, buffer: Vec::new(), front: 0, byte: 0, record: 0, end: None }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -142,20 +130,11 @@ impl Iterator for Fragments {
     fn next(&mut self) -> Option<Self::Item> {
         let name = self.seek();
         self.record += 1;
-        let place = Place {
-            file: self.file.clone(),
-            record: self.record,
-            byte: self.byte,
-        };
+        let place = Place { file: self.file.clone(), record: self.record, byte: self.byte };
         let Some(name) = name else {
             let error = self.end.as_mut()?.take()?;
             let detail = format!("the rest of the file cannot be read: {error}");
-            return Some(Err(Box::new(Rejected::unread(
-                "unreadable_input",
-                detail,
-                place,
-                "",
-            ))));
+            return Some(Err(Box::new(Rejected::unread("unreadable_input", detail, place, ""))));
         };
         match self.measure(name) {
             Ok(length) => match std::str::from_utf8(&self.bytes()[..length]) {
@@ -187,9 +166,7 @@ fn start(bytes: &[u8], from: usize) -> Option<Start> {
         at += found;
         let tag = &bytes[at + 1..];
         let name = RECORDS.into_iter().find(|name| {
-            let end = tag
-                .strip_prefix(name.as_bytes())
-                .and_then(|rest| rest.first());
+            let end = tag.strip_prefix(name.as_bytes()).and_then(|rest| rest.first());
             end.is_some_and(|end| b"> \t\r\n".contains(end))
         });
         match name {

@@ -28,15 +28,8 @@ pub fn read(
     source: String,
     counter: Counter,
 ) -> Result<impl Iterator<Item = Found> + use<>> {
-    let fragments = Fragments::new(
-        input::open_counted(path, counter)?,
-        path.display().to_string(),
-    );
-    Ok(Reader {
-        fragments,
-        source,
-        found: VecDeque::new(),
-    })
+    let fragments = Fragments::new(input::open_counted(path, counter)?, path.display().to_string());
+    Ok(Reader { fragments, source, found: VecDeque::new() })
 }
 
 struct Reader {
@@ -74,10 +67,7 @@ impl Reader {
             Err(detail) => reject("malformed_xml", detail, Vec::new(), place),
             Ok(Content::Deleted(pmids)) => pmids
                 .into_iter()
-                .map(|pmid| Found::Withdrawn {
-                    id: format!("pmid:{pmid}"),
-                    place: place.clone(),
-                })
+                .map(|pmid| Found::Withdrawn { id: format!("pmid:{pmid}"), place: place.clone() })
                 .collect(),
             Ok(Content::Article(article)) => {
                 let id = article.pmid.as_ref().map(|pmid| format!("pmid:{pmid}"));
@@ -85,9 +75,7 @@ impl Reader {
                     (None, _) => reject("no_id", "no PMID".into(), Vec::new(), place),
                     (Some(id), true) => reject("no_abstract", String::new(), vec![id], place),
                     (Some(id), false) => {
-                        vec![Found::Document(Box::new(
-                            self.document(id, *article, place),
-                        ))]
+                        vec![Found::Document(Box::new(self.document(id, *article, place)))]
                     }
                 }
             }
@@ -108,18 +96,8 @@ impl Reader {
         note("language", Some(article.languages.join(" ")));
         note("journal", article.journal);
         note("year", article.year);
-        note(
-            "publication_types",
-            Some(article.publication_types.join("; ")),
-        );
-        Document {
-            id,
-            source: self.source.clone(),
-            text,
-            metadata,
-            place,
-            part: None,
-        }
+        note("publication_types", Some(article.publication_types.join("; ")));
+        Document { id, source: self.source.clone(), text, metadata, place, part: None }
     }
 }
 
@@ -160,19 +138,13 @@ mod tests {
              <AbstractText>CO<sub>2</sub> &#946; <mml:math><mml:mi>x</mml:mi></mml:math></AbstractText>",
         );
         let text = "A title & more\n\nAIM: To test p < 0.05.\nCO2 β x";
-        check(
-            &format!("<PubmedArticleSet>{xml}</PubmedArticleSet>"),
-            &[&format!("pmid:7 {text}")],
-        );
+        check(&format!("<PubmedArticleSet>{xml}</PubmedArticleSet>"), &[&format!("pmid:7 {text}")]);
     }
 
     #[test]
     fn an_article_without_an_abstract_is_rejected() {
         check(&article(7, "T", ""), &["no_abstract!"]);
-        check(
-            &article(7, "T", "<AbstractText> </AbstractText>"),
-            &["no_abstract!"],
-        );
+        check(&article(7, "T", "<AbstractText> </AbstractText>"), &["no_abstract!"]);
     }
 
     #[test]
@@ -196,14 +168,8 @@ mod tests {
     #[test]
     fn an_article_that_breaks_off_is_rejected_by_name() {
         let good = article(1, "T", "<AbstractText>a</AbstractText>");
-        check(
-            &format!("{good}{}", &good[..90]),
-            &["pmid:1 T\n\na", "truncated_record!"],
-        );
-        check(
-            &format!("{}{good}", &good[..90]),
-            &["truncated_record!", "pmid:1 T\n\na"],
-        );
+        check(&format!("{good}{}", &good[..90]), &["pmid:1 T\n\na", "truncated_record!"]);
+        check(&format!("{}{good}", &good[..90]), &["truncated_record!", "pmid:1 T\n\na"]);
     }
 
     #[test]

@@ -17,10 +17,7 @@ pub(super) fn forward(
         part.merge(&part.weights()?.matmul(&part.v)?)
     })?;
     let log_sums = Tensor::zeros(0, DType::F32, q.device())?; // the weights are computed again
-    Ok(Attended {
-        output: outputs,
-        log_sums,
-    })
+    Ok(Attended { output: outputs, log_sums })
 }
 
 pub(super) fn backward(
@@ -44,19 +41,13 @@ pub(super) fn backward(
         let of_k = of_scores.transpose(1, 2)?.contiguous()?.matmul(&part.q)?;
         let of_v = weights.transpose(1, 2)?.contiguous()?.matmul(&gradient)?;
         for (all, one) in
-            gradients
-                .iter_mut()
-                .zip([of_q, part.sum_groups(&of_k)?, part.sum_groups(&of_v)?])
+            gradients.iter_mut().zip([of_q, part.sum_groups(&of_k)?, part.sum_groups(&of_v)?])
         {
             all.push(part.merge(&one)?);
         }
     }
     let [of_q, of_k, of_v] = gradients;
-    Ok([
-        with_gaps(q, spans, of_q)?,
-        with_gaps(k, spans, of_k)?,
-        with_gaps(v, spans, of_v)?,
-    ])
+    Ok([with_gaps(q, spans, of_q)?, with_gaps(k, spans, of_k)?, with_gaps(v, spans, of_v)?])
 }
 
 /// One span with heads as the first dimension, keys and values repeated for each query head.
@@ -71,22 +62,14 @@ struct Part {
 impl Part {
     fn new(q: &Tensor, k: &Tensor, v: &Tensor, span: &Range<usize>, heads: &Heads) -> Result<Self> {
         let rows = span.len();
-        let mut part = Part {
-            q: q.clone(),
-            k: k.clone(),
-            v: v.clone(),
-            heads: *heads,
-            rows,
-        };
+        let mut part = Part { q: q.clone(), k: k.clone(), v: v.clone(), heads: *heads, rows };
         part.q = part.split(&q.narrow(0, span.start, rows)?, heads.query)?;
         for (to, from) in [(&mut part.k, k), (&mut part.v, v)] {
             let narrow = from.narrow(0, span.start, rows)?;
             let split = narrow.reshape((rows, heads.key_value, 1, heads.width))?;
             let repeated =
                 split.broadcast_as((rows, heads.key_value, heads.group(), heads.width))?;
-            let repeated = repeated
-                .contiguous()?
-                .reshape((rows, heads.query, heads.width))?;
+            let repeated = repeated.contiguous()?.reshape((rows, heads.query, heads.width))?;
             *to = repeated.transpose(0, 1)?.contiguous()?;
         }
         Ok(part)
@@ -94,26 +77,19 @@ impl Part {
 
     /// `(rows, heads * width)` to `(heads, rows, width)`.
     fn split(&self, x: &Tensor, heads: usize) -> Result<Tensor> {
-        x.reshape((self.rows, heads, self.heads.width))?
-            .transpose(0, 1)?
-            .contiguous()
+        x.reshape((self.rows, heads, self.heads.width))?.transpose(0, 1)?.contiguous()
     }
 
     /// `(heads, rows, width)` to `(rows, heads * width)`.
     fn merge(&self, x: &Tensor) -> Result<Tensor> {
         let heads = x.dim(0)?;
-        x.transpose(0, 1)?
-            .contiguous()?
-            .reshape((self.rows, heads * self.heads.width))
+        x.transpose(0, 1)?.contiguous()?.reshape((self.rows, heads * self.heads.width))
     }
 
     /// `(query heads, rows, width)` to `(key-value heads, rows, width)`.
     fn sum_groups(&self, x: &Tensor) -> Result<Tensor> {
-        let Heads {
-            key_value, width, ..
-        } = self.heads;
-        x.reshape((key_value, self.heads.group(), self.rows, width))?
-            .sum(1)
+        let Heads { key_value, width, .. } = self.heads;
+        x.reshape((key_value, self.heads.group(), self.rows, width))?.sum(1)
     }
 
     /// The softmax of the visible scores, `(query heads, rows, rows)`.
@@ -129,17 +105,9 @@ impl Part {
             })
             .collect();
         let hidden = Tensor::from_vec(hidden, (1, self.rows, self.rows), self.q.device())?;
-        let wide = if scores.dtype() == DType::F64 {
-            DType::F64
-        } else {
-            DType::F32
-        };
-        let scores = scores
-            .to_dtype(wide)?
-            .broadcast_add(&hidden.to_dtype(wide)?)?;
-        let shifted = scores
-            .broadcast_sub(&scores.max_keepdim(D::Minus1)?)?
-            .exp()?;
+        let wide = if scores.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let scores = scores.to_dtype(wide)?.broadcast_add(&hidden.to_dtype(wide)?)?;
+        let shifted = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
         let weights = shifted.broadcast_div(&shifted.sum_keepdim(D::Minus1)?)?;
         weights.to_dtype(self.q.dtype())
     }
@@ -150,11 +118,7 @@ fn over_spans(
     spans: &[Range<usize>],
     one: impl Fn(&Range<usize>) -> Result<Tensor>,
 ) -> Result<Tensor> {
-    let parts = spans
-        .iter()
-        .filter(|span| !span.is_empty())
-        .map(one)
-        .collect::<Result<_>>()?;
+    let parts = spans.iter().filter(|span| !span.is_empty()).map(one).collect::<Result<_>>()?;
     with_gaps(like, spans, parts)
 }
 

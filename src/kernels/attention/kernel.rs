@@ -28,14 +28,7 @@ pub(super) fn forward<T: Real>(
         .map(|(span, group)| Task::new(&q, &k, &v, span, group, heads).forward())
         .collect();
     let (outputs, log_sums): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
-    let output = assemble(
-        rows,
-        spans,
-        heads.key_value,
-        heads.group(),
-        heads.width,
-        &outputs,
-    );
+    let output = assemble(rows, spans, heads.key_value, heads.group(), heads.width, &outputs);
     let log_sums = assemble(rows, spans, heads.key_value, heads.group(), 1, &log_sums);
     Ok(Attended {
         output: tensor(output, (rows, heads.query * heads.width))?,
@@ -65,10 +58,7 @@ pub(super) fn backward<T: Real>(
         .collect();
     let mut columns = [Vec::new(), Vec::new(), Vec::new()];
     for part in parts {
-        columns
-            .iter_mut()
-            .zip(part)
-            .for_each(|(all, one)| all.push(one));
+        columns.iter_mut().zip(part).for_each(|(all, one)| all.push(one));
     }
     let [of_q, of_k, of_v] = columns;
     let whole =
@@ -90,10 +80,7 @@ struct Saved<'a, T> {
 /// Spans in order, and in each the key-value heads in order.
 fn tasks<'a>(spans: &'a [Range<usize>], heads: &Heads) -> Vec<(&'a Range<usize>, usize)> {
     let groups = heads.key_value;
-    spans
-        .iter()
-        .flat_map(|span| (0..groups).map(move |group| (span, group)))
-        .collect()
+    spans.iter().flat_map(|span| (0..groups).map(move |group| (span, group))).collect()
 }
 
 /// The query heads of one key-value head over one span.
@@ -116,15 +103,7 @@ impl<'a, T: Real> Task<'a, T> {
         group: usize,
         heads: &'a Heads,
     ) -> Self {
-        Task {
-            q,
-            k,
-            v,
-            start: span.start,
-            rows: span.len(),
-            group,
-            heads,
-        }
+        Task { q, k, v, start: span.start, rows: span.len(), group, heads }
     }
 
     /// Rows `range` of the span in columns of head `head` of a matrix with `heads` heads.
@@ -137,12 +116,7 @@ impl<'a, T: Real> Task<'a, T> {
     ) -> View<'b, T> {
         let (width, stride) = (self.heads.width, heads * self.heads.width);
         let from = (self.start + range.start) * stride + head * width;
-        View::rows(
-            data.get(from..).unwrap_or_default(),
-            range.len(),
-            width,
-            stride,
-        )
+        View::rows(data.get(from..).unwrap_or_default(), range.len(), width, stride)
     }
 
     fn keys(&self, range: Range<usize>) -> View<'a, T> {
@@ -204,13 +178,7 @@ impl<'a, T: Real> Task<'a, T> {
                 let q = self.view(self.q, self.heads.query, head, queries.clone());
                 let dy = self.view(saved.gradient, self.heads.query, head, queries.clone());
                 let y = self.view(saved.output, self.heads.query, head, queries.clone());
-                multiply(
-                    &mut weights,
-                    columns,
-                    q,
-                    self.keys(keys.clone()).transposed(),
-                    Into::Set,
-                );
+                multiply(&mut weights, columns, q, self.keys(keys.clone()).transposed(), Into::Set);
                 let values = self.values(keys.clone()).transposed();
                 multiply(&mut of_scores, columns, dy, values, Into::Set);
                 let log_sum =
@@ -233,13 +201,7 @@ impl<'a, T: Real> Task<'a, T> {
                 let out = &mut of_q[at..at + rows * width];
                 multiply(out, width, ds, self.keys(keys.clone()), Into::Set);
                 let range = keys.start * width..keys.end * width;
-                multiply(
-                    &mut of_k[range.clone()],
-                    width,
-                    ds.transposed(),
-                    q,
-                    Into::Add,
-                );
+                multiply(&mut of_k[range.clone()], width, ds.transposed(), q, Into::Add);
                 multiply(&mut of_v[range], width, p.transposed(), dy, Into::Add);
             }
         }
@@ -330,21 +292,18 @@ fn assemble<T: Real>(
         regions.push(region);
         (rest, end) = (tail, span.end);
     }
-    regions
-        .into_par_iter()
-        .zip(parts.par_chunks(groups))
-        .for_each(|(region, parts)| {
-            let rows = region.len() / stride;
-            for (group, part) in parts.iter().enumerate() {
-                for member in 0..members {
-                    let column = (group * members + member) * width;
-                    for row in 0..rows {
-                        let from = (member * rows + row) * width;
-                        region[row * stride + column..][..width]
-                            .copy_from_slice(&part[from..from + width]);
-                    }
+    regions.into_par_iter().zip(parts.par_chunks(groups)).for_each(|(region, parts)| {
+        let rows = region.len() / stride;
+        for (group, part) in parts.iter().enumerate() {
+            for member in 0..members {
+                let column = (group * members + member) * width;
+                for row in 0..rows {
+                    let from = (member * rows + row) * width;
+                    region[row * stride + column..][..width]
+                        .copy_from_slice(&part[from..from + width]);
                 }
             }
-        });
+        }
+    });
     out
 }

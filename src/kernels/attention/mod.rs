@@ -42,8 +42,7 @@ impl Heads {
 
     /// The first of the rows before `row` that it sees.
     pub fn first_visible(&self, row: usize) -> usize {
-        self.window
-            .map_or(0, |window| (row + 1).saturating_sub(window))
+        self.window.map_or(0, |window| (row + 1).saturating_sub(window))
     }
 }
 
@@ -96,23 +95,14 @@ pub fn attention_backward(
 fn check(spans: &[Range<usize>], rows: usize) {
     let mut end = 0;
     for span in spans {
-        assert!(
-            end <= span.start && span.start <= span.end,
-            "spans out of order: {spans:?}"
-        );
+        assert!(end <= span.start && span.start <= span.end, "spans out of order: {spans:?}");
         end = span.end;
     }
-    assert!(
-        end <= rows,
-        "a span reaches beyond the {rows} rows: {spans:?}"
-    );
+    assert!(end <= rows, "a span reaches beyond the {rows} rows: {spans:?}");
 }
 
 #[cfg(test)]
-#[expect(
-    clippy::single_range_in_vec_init,
-    reason = "one span is a case of its own"
-)]
+#[expect(clippy::single_range_in_vec_init, reason = "one span is a case of its own")]
 mod tests {
     use super::super::twin::{close, random};
     use super::*;
@@ -133,12 +123,7 @@ mod tests {
         }
     }
 
-    const HEADS: Heads = Heads {
-        query: 4,
-        key_value: 2,
-        width: 8,
-        window: None,
-    };
+    const HEADS: Heads = Heads { query: 4, key_value: 2, width: 8, window: None };
 
     #[test]
     fn the_kernel_equals_its_composed_twin() {
@@ -146,35 +131,15 @@ mod tests {
             check(1, &[0..1], HEADS, dtype);
             check(150, &[0..150], HEADS, dtype);
             check(150, &[0..1, 1..70, 70..70, 75..150], HEADS, dtype);
-            check(
-                90,
-                &[0..90],
-                Heads {
-                    key_value: 4,
-                    ..HEADS
-                },
-                dtype,
-            );
-            check(
-                90,
-                &[0..90],
-                Heads {
-                    key_value: 1,
-                    width: 5,
-                    ..HEADS
-                },
-                dtype,
-            );
+            check(90, &[0..90], Heads { key_value: 4, ..HEADS }, dtype);
+            check(90, &[0..90], Heads { key_value: 1, width: 5, ..HEADS }, dtype);
         }
     }
 
     #[test]
     fn a_window_hides_what_lies_further_back() {
         for window in [1, 3, 64, 100, 1000] {
-            let heads = Heads {
-                window: Some(window),
-                ..HEADS
-            };
+            let heads = Heads { window: Some(window), ..HEADS };
             check(200, &[0..130, 130..200], heads, DType::F64);
         }
     }
@@ -182,9 +147,7 @@ mod tests {
     #[test]
     fn items_packed_together_attend_as_if_alone() {
         let [q, k, v] = [32, 16, 16].map(|width| random(&[50, width], DType::F32));
-        let together = attention(&q, &k, &v, &[0..20, 20..50], &HEADS)
-            .unwrap()
-            .output;
+        let together = attention(&q, &k, &v, &[0..20, 20..50], &HEADS).unwrap().output;
         for span in [0..20, 20..50] {
             let part = |t: &Tensor| t.narrow(0, span.start, span.len()).unwrap();
             let alone =
