@@ -2,6 +2,7 @@
 
 pub mod demo;
 pub mod inspect;
+pub mod program;
 pub mod pubmed;
 pub mod shell;
 pub mod train;

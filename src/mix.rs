@@ -58,6 +58,11 @@ impl Mixer {
         self.state.items[source] += 1;
     }
 
+    /// The share of each source.
+    pub fn weights(&self) -> &[u64] {
+        &self.weights
+    }
+
     /// How far it has come.
     pub fn state(&self) -> &MixState {
         &self.state

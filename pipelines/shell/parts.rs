@@ -46,8 +46,6 @@ pub struct Parts {
     pub mixing: Mixing,
     /// How sequences are made.
     pub packing: Packing,
-    /// Counts of the engine.
-    pub engine: Arc<EngineCounters>,
     rounds: usize,
     window: u64,
     queue: Queue,
@@ -61,20 +59,39 @@ impl Parts {
     /// # Errors
     /// If the folder holds another run, or a model cannot be loaded.
     pub fn open(settings: &Settings, plan: &Plan, feed: Option<Feed>) -> Result<Self> {
-        let templates = Arc::new(Templates::built_in());
-        let training = plan.training.as_ref().map(|training| json!(training));
-        let configuration = settings.configuration(&templates, training)?;
-        let folder = RunFolder::open(&settings.out, &configuration)?;
-        let manifest = folder.recover()?;
-        let meters = Arc::new(Meters::default());
-        let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
-        let engine = Arc::new(EngineCounters::default());
+        let (folder, templates) = open_folder(settings, plan)?;
+        let counters = Arc::new(EngineCounters::default());
         let model = settings.synthesizer.load(settings.dtype, &settings.device)?;
         let ends = settings.synthesizer.config.eos_token_ids.clone();
         let (queue, _) =
-            engine::start(model, ends, settings.engine_settings(), engine.clone(), |error| {
+            engine::start(model, ends, settings.engine_settings(), counters, |error| {
                 fail(&format!("the synthesis engine failed: {error}"));
             })?;
+        Self::wire(settings, (folder, templates), queue, feed)
+    }
+
+    /// The parts around any synthesizer that takes its jobs from `queue`.
+    ///
+    /// # Errors
+    /// If the folder holds another run.
+    pub fn around(
+        settings: &Settings,
+        plan: &Plan,
+        queue: Queue,
+        feed: Option<Feed>,
+    ) -> Result<Self> {
+        Self::wire(settings, open_folder(settings, plan)?, queue, feed)
+    }
+
+    fn wire(
+        settings: &Settings,
+        (folder, templates): (RunFolder, Arc<Templates>),
+        queue: Queue,
+        feed: Option<Feed>,
+    ) -> Result<Self> {
+        let manifest = folder.recover()?;
+        let meters = Arc::new(Meters::default());
+        let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
         let prompt_tokens_max = settings.prompt_tokens_max();
         let admission = Admission { writer: writer.clone(), prompt_tokens_max };
         Ok(Parts {
@@ -100,7 +117,6 @@ impl Parts {
             meters,
             writer,
             prompt_tokens_max,
-            engine,
             queue,
         })
     }
@@ -156,6 +172,13 @@ pub fn fail(reason: &str) -> ! {
     eprintln!("error: {reason}");
     eprintln!("what is committed is safe; run the same command again to go on");
     std::process::exit(1)
+}
+
+fn open_folder(settings: &Settings, plan: &Plan) -> Result<(RunFolder, Arc<Templates>)> {
+    let templates = Arc::new(Templates::built_in());
+    let training = plan.training.as_ref().map(|training| json!(training));
+    let configuration = settings.configuration(&templates, training)?;
+    Ok((RunFolder::open(&settings.out, &configuration)?, templates))
 }
 
 fn blocks(settings: &Settings, admission: Admission, manifest: &Manifest) -> Blocks {

@@ -69,7 +69,7 @@ pub fn run(
             None
         }
     };
-    work(settings.engine.workers, parts.clone(), dataflow)?;
+    execute(settings.engine.workers, parts.clone(), dataflow)?;
     let span = match trainer {
         Some(trainer) => trainer.join().map_err(|_| anyhow!("the trainer's thread failed"))?,
         None => None,
@@ -102,7 +102,11 @@ pub fn abort_on_panic() {
     }));
 }
 
-fn work(
+/// Runs a dataflow on its workers until it is through.
+///
+/// # Errors
+/// If a worker cannot be started or fails.
+pub fn execute(
     workers: usize,
     parts: Arc<Parts>,
     dataflow: impl Fn(&mut Worker, &Parts) + Send + Sync + 'static,

@@ -1,0 +1,37 @@
+//! The command line.
+
+use crate::{demo, inspect, pubmed, shell, train, tune};
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Raw corpora in, instruction-augmented pre-training data and trained models out
+#[derive(Parser)]
+#[command(name = "headwater", version, arg_required_else_help = true)]
+struct Headwater {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Demo),
+    Pubmed(Box<pubmed::Pubmed>),
+    Tune(tune::Tune),
+    Train(train::Train),
+    Inspect(inspect::Inspect),
+}
+
+/// Runs the program on the arguments it was started with.
+pub fn run() -> ExitCode {
+    let command = || -> anyhow::Result<ExitCode> {
+        shell::stop::listen()?;
+        match Headwater::parse().command {
+            Command::Demo(args) => demo::run(args),
+            Command::Pubmed(args) => pubmed::run(*args),
+            Command::Tune(args) => tune::run(&args),
+            Command::Train(args) => train::run(&args),
+            Command::Inspect(args) => inspect::run(&args),
+        }
+    };
+    command().unwrap_or_else(|error| shell::report(&error))
+}
