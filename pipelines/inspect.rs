@@ -15,6 +15,7 @@ use headwater::format::compressed;
 use headwater::record::{Rejected, Segment, Sequence};
 use headwater::run::{EpochRecord, Manifest, RunFolder};
 use headwater::tokenizer::Tokenizer;
+use headwater::train::checkpoint;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -73,8 +74,11 @@ pub fn run(args: &Inspect) -> Result<ExitCode> {
 
 fn overview(folder: &RunFolder, manifest: &Manifest) -> Result<(Value, String)> {
     let configuration = folder.configuration()?;
-    let ledger = manifest.ledger();
     let latest = TrainingFolder { run: folder.path().to_owned(), checkpoint_every: 1 }.latest()?;
+    let trained = latest.as_deref().map(checkpoint::progress).transpose()?;
+    let (sequences, tokens) =
+        trained.map_or((0, 0), |trained| (trained.next_sequence, trained.tokens));
+    let ledger = manifest.account(sequences, tokens);
     let mut text = format!(
         "{} {}: {} epochs committed, {} sequences, unknown {}\n",
         configuration["command"].as_str().unwrap_or("run"),

@@ -108,6 +108,15 @@ impl Manifest {
         self.epochs.iter().for_each(|epoch| ledger.merge(&epoch.ledger));
         ledger
     }
+
+    /// The account of a run whose trainer has learned from so many sequences and tokens.
+    pub fn account(&self, trained_sequences: u64, trained_tokens: u64) -> Ledger {
+        let mut ledger = self.ledger();
+        ledger.add("train/sequences", trained_sequences);
+        ledger.add("train/waiting", self.sequences().saturating_sub(trained_sequences));
+        ledger.add("train/tokens", trained_tokens);
+        ledger
+    }
 }
 
 /// The folder of a run.

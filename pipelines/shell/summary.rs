@@ -38,11 +38,10 @@ impl Summary {
         training: Option<(StepReport, StepReport)>,
         seconds: f64,
     ) -> Result<Self> {
-        let mut ledger = manifest.ledger();
-        let trained = training.map_or(0, |(_, last)| last.next_sequence);
-        ledger.add("train/sequences", trained);
-        ledger.add("train/waiting", manifest.sequences().saturating_sub(trained));
-        ledger.add("train/tokens", training.map_or(0, |(_, last)| last.tokens_total));
+        let last = training.map(|(_, last)| last);
+        let (sequences, tokens) =
+            last.map_or((0, 0), |last| (last.next_sequence, last.tokens_total));
+        let ledger = manifest.account(sequences, tokens);
         Ok(Summary {
             ledger,
             manifest,

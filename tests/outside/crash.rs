@@ -1,1 +1,75 @@
-//! TODO
+//! Runs that are killed or stopped go on and end with the same bytes.
+
+use crate::program::{command, corpus, small_run};
+use headwater_tests::folders::assert_same;
+use serde_json::Value;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+fn run(arguments: &[String]) {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let output = command(&arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Starts the run and ends it after a while; whether it was still running.
+fn interrupt(arguments: &[String], after: Duration, signal: &str) -> bool {
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut child =
+        command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(after);
+    let was_running = child.try_wait().unwrap().is_none();
+    let id = child.id().to_string();
+    let kill = std::process::Command::new("kill").args([signal, &id]).status();
+    assert!(kill.unwrap().success() || !was_running);
+    child.wait().unwrap();
+    was_running
+}
+
+/// Everything but clocks: data, account, the last checkpoint, and the losses.
+fn assert_same_run(left: &Path, right: &Path) {
+    let is_checkpoint = |name: &Path| name.starts_with("checkpoints");
+    let clocks = |name: &Path| name == Path::new("metrics.jsonl") || is_checkpoint(name);
+    assert_same(left, right, clocks);
+    let last = |run: &Path| {
+        let folder = std::fs::read_dir(run.join("checkpoints")).unwrap();
+        folder.map(|entry| entry.unwrap().path()).max().unwrap()
+    };
+    assert_eq!(last(left).file_name(), last(right).file_name());
+    assert_same(&last(left), &last(right), |_| false);
+    let losses = |run: &Path| -> Vec<(Value, Value)> {
+        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.map(|line| (line["step"].clone(), line["loss"].clone())).collect()
+    };
+    assert_eq!(losses(left), losses(right));
+}
+
+fn check(signal: &str) {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let expected = place.path().join("expected");
+    let start = Instant::now();
+    run(&small_run(&documents, &general, &expected));
+    let whole = start.elapsed();
+    let found = place.path().join("found");
+    let arguments = small_run(&documents, &general, &found);
+    let mut interrupted = 0;
+    for part in 1..=8 {
+        interrupted += u32::from(interrupt(&arguments, whole * part / 8, signal));
+    }
+    assert!(interrupted > 0, "no run was caught while it ran");
+    run(&arguments);
+    assert_same_run(&found, &expected);
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    check("-KILL");
+}
+
+#[test]
+fn a_stopped_run_goes_on_to_the_same_bytes() {
+    check("-INT");
+}

@@ -1,1 +1,191 @@
-//! TODO
+//! The program as its users meet it: flags, exit codes, what it prints, what it leaves.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// The program with these arguments.
+pub(crate) fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_headwater-under-test"));
+    command.args(arguments);
+    command
+}
+
+fn run(arguments: &[&str]) -> Output {
+    command(arguments).output().unwrap()
+}
+
+fn check(arguments: &[&str], status: i32, said: &str) -> String {
+    let output = run(arguments);
+    let text = [&output.stdout[..], &output.stderr].concat();
+    let text = String::from_utf8(text).unwrap();
+    assert_eq!(output.status.code(), Some(status), "{arguments:?}: {text}");
+    assert!(text.contains(said), "{arguments:?} does not say {said:?}: {text}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Writes a few documents and general instructions.
+pub(crate) fn corpus(folder: &Path) -> (PathBuf, PathBuf) {
+    let documents = folder.join("documents.jsonl");
+    let text: String = (0..20)
+        .map(|i| {
+            let text = format!(
+                "In {} patients the drug lowered the mean pressure by {i} mm Hg within {} weeks. \
+                 The effect was greater in women than in men.",
+                100 + i * 7,
+                i + 2
+            );
+            format!("{}\n", serde_json::json!({ "id": format!("doc-{i}"), "text": text }))
+        })
+        .collect();
+    std::fs::write(&documents, text).unwrap();
+    let general = folder.join("general.jsonl");
+    let text: String = (0..30)
+        .map(|i| {
+            let (instruction, response) = (format!("What is {i} + {i}?"), format!("{}.", 2 * i));
+            format!("{}\n", serde_json::json!({ "instruction": instruction, "response": response }))
+        })
+        .collect();
+    std::fs::write(&general, text).unwrap();
+    (documents, general)
+}
+
+/// The arguments of a small, whole run.
+pub(crate) fn small_run(documents: &Path, general: &Path, out: &Path) -> Vec<String> {
+    let [documents, general, out] = [documents, general, out].map(|path| path.to_str().unwrap());
+    format!(
+        "pubmed --input {documents} --general {general} --out {out} --model 2m --length 128 --batch 2 \
+         --new-tokens 24 --epoch-documents 6 --checkpoint-every 3 --progress none"
+    )
+    .split(' ')
+    .map(str::to_owned)
+    .collect()
+}
+
+#[test]
+fn wrong_use_is_explained_before_anything_is_spent() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, _) = corpus(place.path());
+    let documents = documents.to_str().unwrap();
+    let out = place.path().join("run");
+    let out = out.to_str().unwrap();
+    check(&[], 2, "Usage");
+    check(&["pubmed"], 2, "--input");
+    check(&["pubmed", "--input", "/no/such/file", "--out", out], 2, "/no/such/file");
+    let base = ["pubmed", "--input", documents, "--out", out];
+    let with = |more: &[&'static str]| -> Vec<&str> { [&base[..], more].concat() };
+    check(&with(&["--rounds", "0"]), 2, "--rounds");
+    check(&with(&["--epoch-documents", "100"]), 2, "multiple");
+    check(&with(&["--ratio", "1:1"]), 2, "--general");
+    check(&with(&["--ratio", "x"]), 2, "--ratio");
+    check(&with(&["--model", "enormous"]), 2, "enormous");
+    check(&with(&["--synthesizer", "/no/model"]), 2, "/no/model");
+    check(&with(&["--device", "cuda:0"]), 2, "cuda");
+    check(&with(&["--progress", "loud"]), 2, "loud");
+    check(&["inspect", out], 2, "run.json");
+    check(&["train", "--shards", out, "--out", out], 2, "run.json");
+    assert!(!Path::new(out).exists(), "wrong use leaves no folder behind");
+    check(&["--help"], 0, "demo");
+    check(&["pubmed", "--help"], 0, "Example");
+}
+
+#[test]
+fn a_dry_run_shows_the_plan_and_does_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let out = place.path().join("run");
+    let mut arguments = small_run(&documents, &general, &out);
+    arguments.push("--dry-run".into());
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    check(&arguments, 0, "20 documents");
+    check(&arguments, 0, "at this machine's matrix rate");
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_run_can_be_inspected_and_trained_on() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let out = place.path().join("run");
+    let arguments = small_run(&documents, &general, &out);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let printed = check(&arguments, 0, "what became of everything");
+    assert!(printed.contains("unknown      0"), "{printed}");
+    let ledger: Value =
+        serde_json::from_slice(&std::fs::read(out.join("ledger.json")).unwrap()).unwrap();
+    assert_eq!(ledger["unknown"], 0);
+    assert_eq!(ledger["counts"]["read/documents"], 20);
+    assert_eq!(ledger["counts"]["train/waiting"], Value::Null);
+
+    // Again: nothing is done twice. With other settings: refused, with the difference.
+    check(&arguments, 0, "what became of everything");
+    let other = [&arguments[..], &["--seed", "7"]].concat();
+    check(&other, 2, "seed: 1 in the folder, 7 now");
+
+    let run = out.to_str().unwrap();
+    check(&["inspect", run], 0, "unknown 0");
+    check(&["inspect", run, "--sequence", "0"], 0, "tokens 0 to");
+    check(&["inspect", run, "--sequence", "99999"], 1, "no sequence 99999");
+    let printed = check(&["inspect", run, "--document", "doc-3", "--json"], 0, "doc-3");
+    let shown: Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(shown["rendered"].as_array().unwrap().len(), 1);
+    assert!(!shown["packed"].as_array().unwrap().is_empty());
+    check(&["inspect", run, "--document", "doc-3"], 0, "packed in sequence");
+    check(&["inspect", run, "--document", "nobody"], 1, "nobody");
+
+    let again = place.path().join("again");
+    let again = again.to_str().unwrap();
+    let train = ["train", "--shards", run, "--model", "2m", "--out", again, "--batch", "2"];
+    let train = [&train[..], &["--epochs", "2", "--progress", "none", "--json"]].concat();
+    let printed = check(&train, 0, "loss");
+    let summary: Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(summary["ledger"]["unknown"], 0);
+    let (first, last) = (&summary["first"]["loss"], &summary["last"]["loss"]);
+    assert!(last.as_f64() < first.as_f64(), "{summary}");
+}
+
+#[test]
+fn strict_runs_tell_that_something_was_rejected() {
+    let place = tempfile::tempdir().unwrap();
+    let documents = place.path().join("documents.jsonl");
+    std::fs::write(&documents, "{\"id\":\"1\",\"text\":\"A text.\"}\nnot json\n").unwrap();
+    let out = place.path().join("run");
+    let arguments =
+        ["pubmed", "--input", documents.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    let more = ["--no-train", "--new-tokens", "8", "--progress", "none", "--strict"];
+    check(&[&arguments[..], &more].concat(), 3, "malformed");
+}
+
+#[test]
+fn a_synthesizer_is_tuned_examined_and_accounted_for() {
+    let place = tempfile::tempdir().unwrap();
+    let rows = place.path().join("rows.jsonl");
+    let row = |i: usize| {
+        serde_json::json!({
+            "dataset": "sums",
+            "text": format!("Ann has {i} apples and Ben has {} pears.", i + 1),
+            "pairs": [{ "question": "How many apples?", "answer": i.to_string() }],
+        })
+    };
+    let text: String = (0..60).map(|i| format!("{}\n", row(i))).collect();
+    std::fs::write(&rows, text + "not a row\n").unwrap();
+    let (rows, out) = (rows.to_str().unwrap(), place.path().join("tuned"));
+    let arguments = format!(
+        "tune --input {rows} --held-out {rows} --base 2m --vocabulary 400 --length 256 --epochs 4 --batch \
+         2 --rate 3e-3 --warmup 2 --exam-rows 3 --progress none --out {}",
+        out.to_str().unwrap()
+    );
+    let arguments: Vec<&str> = arguments.split(' ').collect();
+    check(&arguments, 0, "0 unknown");
+    check(&arguments, 0, "answer F1");
+    let read = |name: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(out.join(name)).unwrap()).unwrap()
+    };
+    assert_eq!(read("ledger.json")["counts"]["tune/rows"], 61);
+    assert_eq!(read("ledger.json")["counts"]["tune/used"], 60);
+    let evaluation = read("evaluation.json");
+    assert_eq!(evaluation["scores"]["texts"], 3);
+    assert!(evaluation["loss_last"].as_f64() < evaluation["loss_first"].as_f64());
+    let other = [&arguments[..], &["--epochs", "9"]].concat();
+    check(&other, 2, "epochs");
+}
