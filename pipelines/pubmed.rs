@@ -38,8 +38,11 @@ const PRESET: Preset =
 
 /// Augment biomedical abstracts, mix them with general instructions, pack and train
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Example:\n  headwater pubmed --input pubmed26n0001.xml.gz --general \
-                        instructions.jsonl --model 110m --out runs/pubmed")]
+#[command(
+    arg_required_else_help = true,
+    after_help = "Example:\n  headwater pubmed --input pubmed26n0001.xml.gz --general \
+                        instructions.jsonl --model 110m --out runs/pubmed"
+)]
 pub struct Pubmed {
     #[command(flatten)]
     input: InputArgs,

@@ -242,12 +242,17 @@ impl Writer<'_> {
     fn lines(&mut self, pairs: &[Shown<'_>]) -> Vec<String> {
         let speakers = self.templates.dialog_speakers.get(self.choices.dialog_speakers);
         let ending = self.templates.dialog_ending.get(self.choices.dialog_ending).fill(&[]);
+        // A turn that has its own end gets no second one.
+        let close = |turn: String| match turn.ends_with(['.', '?', '!', ';', ':']) {
+            true => turn,
+            false => turn + &ending,
+        };
         let turns = self.turns(pairs).into_iter();
         turns
             .flat_map(|(question, answer)| {
                 [
-                    format!("{}{question}{ending}", speakers.first),
-                    format!("{}{answer}{ending}", speakers.second),
+                    close(format!("{}{question}", speakers.first)),
+                    close(format!("{}{answer}", speakers.second)),
                 ]
             })
             .collect()
