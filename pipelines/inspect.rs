@@ -25,6 +25,7 @@ use std::process::ExitCode;
 /// Show where a sequence comes from, or what became of a document
 #[derive(Args, Clone, Debug)]
 #[command(
+    arg_required_else_help = true,
     after_help = "Examples:\n  headwater inspect runs/pubmed --sequence 0\n  headwater inspect \
                         runs/pubmed --document 18193"
 )]

@@ -30,8 +30,11 @@ use xxhash_rust::xxh3::xxh3_128;
 
 /// Train a model on the shards of an existing run
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Example:\n  headwater train --shards runs/pubmed --model 110m --out \
-                        runs/pubmed-110m")]
+#[command(
+    arg_required_else_help = true,
+    after_help = "Example:\n  headwater train --shards runs/pubmed --model 110m --out \
+                        runs/pubmed-110m"
+)]
 pub struct Train {
     /// A run folder with packed sequences
     #[arg(long, value_name = "DIR")]

@@ -39,6 +39,7 @@ use std::time::Instant;
 /// Tune an instruction synthesizer on task rows
 #[derive(Args, Clone, Debug)]
 #[command(
+    arg_required_else_help = true,
     after_help = "Example:\n  headwater tune --input tasks.jsonl --held-out held-out.jsonl --base \
                         models/mistral-7b --out runs/synthesizer"
 )]

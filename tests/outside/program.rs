@@ -70,7 +70,10 @@ fn wrong_use_is_explained_before_anything_is_spent() {
     let out = place.path().join("run");
     let out = out.to_str().unwrap();
     check(&[], 2, "Usage");
-    check(&["pubmed"], 2, "--input");
+    for name in ["pubmed", "tune", "train", "inspect"] {
+        check(&[name], 2, "Example");
+    }
+    check(&["pubmed", "--out", "x"], 2, "--input");
     check(&["pubmed", "--input", "/no/such/file", "--out", out], 2, "/no/such/file");
     let base = ["pubmed", "--input", documents, "--out", out];
     let with = |more: &[&'static str]| -> Vec<&str> { [&base[..], more].concat() };
