@@ -64,7 +64,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     abort_on_panic();
-    RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?;
+    let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
     let folder =
         TrainingFolder { run: args.out.clone(), checkpoint_every: args.train.checkpoint_every };
     let compute = if source.device.is_cpu() { DType::F32 } else { DType::BF16 };

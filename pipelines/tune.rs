@@ -107,7 +107,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     abort_on_panic();
-    RunFolder::claim(&args.out, &class.configuration(args)?)?;
+    let _lock = RunFolder::claim(&args.out, &class.configuration(args)?)?.lock()?;
     class.write_rejected(args)?;
     let start = Instant::now();
     let folder = class.folder(args);

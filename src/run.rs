@@ -119,6 +119,12 @@ impl Manifest {
     }
 }
 
+/// A run folder that no other process runs in; the system lets go of it when the process ends.
+#[derive(Debug)]
+pub struct RunLock {
+    _file: fs::File,
+}
+
 /// The folder of a run.
 #[derive(Clone, Debug)]
 pub struct RunFolder {
@@ -162,6 +168,23 @@ impl RunFolder {
             durable::write(&file, format!("{configuration:#}\n").as_bytes())?;
         }
         Ok(RunFolder { path: path.to_owned() })
+    }
+
+    /// Keeps other processes from running in the folder, for as long as the lock is held.
+    ///
+    /// # Errors
+    /// If another process has it, or the system cannot lock files.
+    pub fn lock(&self) -> Result<RunLock> {
+        let path = self.path.join("run.json");
+        let file = fs::File::open(&path).map_err(Error::file("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(RunLock { _file: file }),
+            Err(fs::TryLockError::WouldBlock) => {
+                let reason = format!("{:?} is in use: another process runs in it", self.path);
+                Err(Error::Setting(reason))
+            }
+            Err(fs::TryLockError::Error(error)) => Err(Error::file("lock", &path)(error)),
+        }
     }
 
     /// Looks at an existing run.
@@ -383,6 +406,16 @@ mod tests {
         assert_eq!(manifest.ledger().get("read/records"), 10);
         let sequences = folder.sequences(&manifest.epochs[3]).unwrap();
         assert_eq!(sequences, output(3).lanes[0].1);
+    }
+
+    #[test]
+    fn one_process_at_a_time_has_the_folder() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = RunFolder::open(place.path(), &json!({})).unwrap();
+        let lock = folder.lock().unwrap();
+        assert!(folder.lock().unwrap_err().to_string().contains("in use"));
+        drop(lock);
+        folder.lock().unwrap();
     }
 
     #[test]

@@ -11,7 +11,7 @@ use headwater::format::documents::Documents;
 use headwater::meter::Meters;
 use headwater::pack::OPEN_MAX;
 use headwater::prompt::PromptWriter;
-use headwater::run::{LaneState, Manifest, RunFolder};
+use headwater::run::{LaneState, Manifest, RunFolder, RunLock};
 use headwater::side::SideSource;
 use headwater::synthesizer::{Queue, Synthesizer, Waker};
 use headwater::template::Templates;
@@ -51,6 +51,7 @@ pub struct Parts {
     queue: Queue,
     blocks: Mutex<Option<Blocks>>,
     feed: Mutex<Option<Feed>>,
+    _lock: RunLock,
 }
 
 impl Parts {
@@ -89,6 +90,7 @@ impl Parts {
         queue: Queue,
         feed: Option<Feed>,
     ) -> Result<Self> {
+        let lock = folder.lock()?;
         let manifest = folder.recover()?;
         let meters = Arc::new(Meters::default());
         let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
@@ -112,6 +114,7 @@ impl Parts {
             rounds: settings.preset.rounds,
             window: settings.augment.epochs_in_flight,
             feed: Mutex::new(feed),
+            _lock: lock,
             folder,
             manifest,
             meters,
