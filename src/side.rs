@@ -7,6 +7,9 @@ use crate::synthesizer::Waker;
 use crate::tokenizer::Tokenizer;
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, fence};
 
 /// Items that a side source has ready at most.
 const READY_MAX: usize = 256;
@@ -37,6 +40,8 @@ pub struct SideRecord {
 #[derive(Debug)]
 pub struct SideFeed {
     records: Receiver<SideRecord>,
+    /// Set by a reader that found nothing, and is to be woken by the next record.
+    starving: Arc<AtomicBool>,
 }
 
 /// What a feed has to offer right now.
@@ -75,15 +80,17 @@ impl SideSource {
     pub fn open(&self, lane: u64, lanes: u64, behind: u64, waker: Waker) -> SideFeed {
         let records = self.records(lane, lanes, behind);
         let (send, receive) = bounded(READY_MAX);
+        let starving = Arc::new(AtomicBool::new(false));
+        let told = starving.clone();
         std::thread::Builder::new()
             .name(format!("{} lane {lane}", self.name))
             .spawn(move || {
                 for record in records {
-                    let was_empty = send.is_empty();
                     if send.send(record).is_err() {
                         return; // the run is over
                     }
-                    if was_empty {
+                    fence(SeqCst); // behind the record, before the look: see `SideFeed::poll`
+                    if told.swap(false, SeqCst) {
                         waker();
                     }
                 }
@@ -91,13 +98,25 @@ impl SideSource {
                 waker();
             })
             .expect("the system gives a run its few threads");
-        SideFeed { records: receive }
+        SideFeed { records: receive, starving }
     }
 }
 
 impl SideFeed {
     /// The next record, if it is there.
     pub fn poll(&self) -> Offer {
+        match self.take() {
+            Offer::NotYet => {
+                // Either the thread sees the flag behind its record, or we see the record behind the flag.
+                self.starving.store(true, SeqCst);
+                fence(SeqCst);
+                self.take()
+            }
+            offer => offer,
+        }
+    }
+
+    fn take(&self) -> Offer {
         match self.records.try_recv() {
             Ok(record) => Offer::Record(record),
             Err(TryRecvError::Empty) => Offer::NotYet,
@@ -110,7 +129,6 @@ impl SideFeed {
 mod tests {
     use super::*;
     use crate::tokenizer::tests::small;
-    use std::sync::Arc;
 
     fn source(folder: &tempfile::TempDir, lines: &str) -> SideSource {
         let file = folder.path().join("general.jsonl");
