@@ -160,7 +160,7 @@ impl LaneMix {
             match feed.poll() {
                 Offer::Record(record) => self.give(side, record),
                 Offer::NotYet => return None,
-                Offer::Exhausted => panic!("the files of {name:?} hold nothing usable"),
+                Offer::Exhausted => panic!("the files of {name:?} no longer hold anything usable"),
             }
         }
         let mixed = &mut self.mixed;

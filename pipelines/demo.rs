@@ -60,6 +60,7 @@ pub fn run(args: Demo) -> Result<ExitCode> {
         synthesizer: BUNDLED.into(),
         rounds: None,
         new_tokens: 160,
+        context: 4096,
         general: vec![unpack("instructions.jsonl", &samples)?],
         ratio: None,
         length: 512,

@@ -115,7 +115,7 @@ struct Source {
 
 impl Source {
     fn open(args: &Train) -> Result<Self> {
-        ensure!(args.epochs > 0 && args.train.batch > 0, "--epochs and --batch must be 1 at least");
+        ensure!(args.epochs > 0, "--epochs must be 1 at least");
         check_progress(&args.machine.progress)?;
         let device = device::device(&args.machine.device)?;
         let shards = RunFolder::existing(&args.shards).context("--shards")?;
@@ -124,6 +124,7 @@ impl Source {
         let origin = shards.configuration()?;
         let length = origin["length"].as_u64().context("run.json says no length")? as usize;
         let model = args.train.model(length)?;
+        args.train.check(&model, length)?;
         ensure!(
             origin["model"]["tokenizer"] == digest(&model),
             "the sequences in {:?} were made with another tokenizer than that of {:?}: their ids \

@@ -4,8 +4,8 @@
 //! task rows ─▶ lessons (few-shot, one dataset an item) ─▶ packed sequences ─▶ trainer ─▶ model/ ─▶ exam
 //! ```
 
-use crate::shell::args::{MachineArgs, check_progress};
-use crate::shell::evaluation::evaluate;
+use crate::shell::args::{MachineArgs, check_progress, check_rate};
+use crate::shell::evaluation::{CONTEXT_MAX, evaluate};
 use crate::shell::models::Model;
 use crate::shell::plan::{OPTIMIZER, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
@@ -164,12 +164,23 @@ struct Class {
 impl Class {
     fn open(args: &Tune) -> Result<Self> {
         check_progress(&args.machine.progress)?;
-        ensure!(args.epochs > 0 && args.batch > 0, "--epochs and --batch must be 1 at least");
+        for (flag, value) in [
+            ("epochs", args.epochs),
+            ("batch", args.batch as u64),
+            ("shots", args.shots as u64),
+            ("checkpoint-every", args.checkpoint_every),
+        ] {
+            ensure!(value > 0, "--{flag} must be 1 at least");
+        }
+        check_rate(args.rate)?;
         let device = device::device(&args.machine.device)?;
+        device::dtype(&args.dtype, &device)?;
         let (rows, mut rejected) = read(&args.input)?;
         let rows_read = (rows.len() + rejected.len()) as u64;
         let model =
             Model::named(&args.base, &tokenizer(args, &rows)?, args.length).context("--base")?;
+        let context = model.config.max_position_embeddings;
+        ensure!(args.length <= context, "--length: {:?} takes {context} tokens", model.name);
         let writer = PromptWriter::new(model.tokenizer.clone())?;
         let lesson_settings = LessonSettings {
             length: args.length,
@@ -186,8 +197,8 @@ impl Class {
         rejected.extend(unused);
         ensure!(
             lessons.rows() > 0,
-            "no row of the input can be used; the first: {:?}",
-            rejected.first()
+            "no row of the input can be used{}",
+            rejected.first().map(|first| format!("; the first: {first}")).unwrap_or_default()
         );
         let (held_out_rows, _) = read(&args.held_out)?;
         let held_out =
@@ -262,7 +273,7 @@ impl Class {
         let bounds = ExamBounds {
             rows_max: args.exam_rows,
             new_tokens_max: EXAM_NEW_TOKENS,
-            context: self.model.config.max_position_embeddings,
+            context: self.model.config.max_position_embeddings.min(CONTEXT_MAX),
         };
         let rows = if args.exam_rows > 0 { &self.held_out_rows[..] } else { &[] };
         Ok(Exam::new(rows, &self.writer, bounds))

@@ -4,6 +4,9 @@
 //! records ─▶ admitted: blank rejected, long split ─▶ blocks of a fixed number of texts
 //! ```
 //!
+//! A block also ends behind [`RECORDS_MAX`] records, so that a corpus in which hardly anything can be used
+//! does not pile up what was rejected.
+//!
 //! A block is a function of the input alone. Chains live inside one block, and a block is what is
 //! committed together.
 
@@ -14,6 +17,9 @@ use crate::record::{Document, Rejected, Stage, excerpt};
 use crate::split::split;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+
+/// Records of a block at most, usable or not.
+pub const RECORDS_MAX: u64 = 16_384;
 
 /// Consecutive texts of the input, with all that was found between them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -59,6 +65,7 @@ pub struct Blocks {
     documents: Documents,
     admission: Admission,
     size: usize,
+    records_max: u64,
     epoch: u64,
     left: u64,
     /// Pieces of the last record that are still to be given out.
@@ -82,6 +89,7 @@ impl Blocks {
             documents,
             admission,
             size,
+            records_max: RECORDS_MAX,
             epoch: 0,
             left: limit.unwrap_or(u64::MAX),
             pending: VecDeque::new(),
@@ -160,6 +168,7 @@ impl Iterator for Blocks {
     fn next(&mut self) -> Option<Block> {
         let mut block = Block { epoch: self.epoch, ..Block::default() };
         let mut more = true;
+        let mut records = 0;
         while block.documents.len() < self.size && more {
             match self.pending.pop_front() {
                 Some(piece) => {
@@ -167,7 +176,11 @@ impl Iterator for Blocks {
                     block.ledger.add("admit/texts", 1);
                     block.documents.push(piece);
                 }
-                None => more = self.read_record(&mut block),
+                None if records == self.records_max => break,
+                None => {
+                    more = self.read_record(&mut block);
+                    records += 1;
+                }
             }
         }
         if block.ledger == Ledger::default() {
@@ -230,6 +243,18 @@ mod tests {
         let found: Vec<Block> = blocks(&file(&folder, &[" ", ""]), 2, None).collect();
         assert_eq!((found.len(), found[0].rejected.len()), (1, 2));
         assert_eq!(blocks(&file(&folder, &[]), 2, None).count(), 0);
+    }
+
+    #[test]
+    fn records_that_cannot_be_used_do_not_pile_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = file(&folder, &["a", " ", "", " ", "b", "", "", "c"]);
+        let short = || Blocks { records_max: 3, ..blocks(&files, 2, None) };
+        let all: Vec<Block> = short().collect();
+        assert_eq!(ids(&all), [vec!["0"], vec!["4"], vec!["7"]]);
+        let documents = Documents::resume(files.clone(), "s", Fields::detected(), all[0].end);
+        let rest = Blocks { documents, ..short() }.resume(1, all[0].end, 3);
+        assert_eq!(rest.collect::<Vec<_>>(), all[1..]);
     }
 
     #[test]

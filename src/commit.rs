@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::record::Sequence;
-use crate::run::{EpochOutput, EpochRecord, Manifest, RunFolder};
+use crate::run::{EpochOutput, EpochRecord, RunFolder};
 use crate::synthesizer::Waker;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 
@@ -26,10 +26,10 @@ pub struct Committer {
 }
 
 impl Committer {
-    /// Starts the thread; epochs follow those of `manifest`. `failed` is called if the disk refuses.
+    /// Starts the thread; epochs follow so many sequences. `failed` is called if the disk refuses.
     pub fn start(
         folder: RunFolder,
-        mut manifest: Manifest,
+        mut sequences_before: u64,
         waker: Waker,
         failed: impl FnOnce(Error) + Send + 'static,
     ) -> Self {
@@ -39,11 +39,11 @@ impl Committer {
             .name("commit".into())
             .spawn(move || {
                 for output in outputs {
-                    let record = match folder.commit(&output, &manifest) {
+                    let record = match folder.commit(&output, sequences_before) {
                         Ok(record) => record,
                         Err(error) => return failed(error),
                     };
-                    manifest.epochs.push(record.clone());
+                    sequences_before += record.sequences;
                     let sequences =
                         output.lanes.into_iter().flat_map(|(_, sequences)| sequences).collect();
                     let _ = done.send(Committed { record, sequences });

@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or folder could not be read or written.
-    #[error("could not {action} {path:?}: {source}")]
+    #[error("could not {action} {path:?}: {reason}")]
     File {
         /// What was tried, as a verb: `read`, `create`, `rename`.
         action: &'static str,
         /// The file it was tried on.
         path: PathBuf,
         /// What the system said.
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// A file was read but does not hold what it should.
     #[error("{path:?}: {reason}")]
@@ -30,12 +30,12 @@ pub enum Error {
     #[error("{0}")]
     Setting(String),
     /// A model, tokenizer or device failed.
-    #[error("{context}: {source}")]
+    #[error("{context}: {reason}")]
     Tensor {
         /// What was being computed.
         context: String,
         /// What the tensor library said.
-        source: candle_core::Error,
+        reason: candle_core::Error,
     },
     /// A thread that the run depends on is gone.
     #[error("{0}")]
@@ -49,7 +49,7 @@ impl Error {
     /// An [`Error::File`] for `path`, to be used in `map_err`.
     pub fn file(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.to_owned();
-        move |source| Error::File { action, path, source }
+        move |reason| Error::File { action, path, reason }
     }
 
     /// An [`Error::Malformed`] for `path`.
@@ -59,8 +59,8 @@ impl Error {
 }
 
 impl From<candle_core::Error> for Error {
-    fn from(source: candle_core::Error) -> Self {
-        Error::Tensor { context: "tensor operation".into(), source }
+    fn from(reason: candle_core::Error) -> Self {
+        Error::Tensor { context: "tensor operation".into(), reason }
     }
 }
 
@@ -72,6 +72,6 @@ pub trait Context<T> {
 
 impl<T> Context<T> for candle_core::Result<T> {
     fn context(self, context: &str) -> Result<T> {
-        self.map_err(|source| Error::Tensor { context: context.into(), source })
+        self.map_err(|reason| Error::Tensor { context: context.into(), reason })
     }
 }

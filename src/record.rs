@@ -191,6 +191,16 @@ pub struct Rejected {
     pub excerpt: String,
 }
 
+impl std::fmt::Display for Rejected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Rejected { place, reason, detail, .. } = self;
+        match detail.as_str() {
+            "" => write!(f, "{place}: {reason}"),
+            detail => write!(f, "{place}: {reason}: {detail}"),
+        }
+    }
+}
+
 /// Characters of a record that are shown where it is rejected.
 const EXCERPT_CHARACTERS: usize = 200;
 

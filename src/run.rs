@@ -150,6 +150,9 @@ impl RunFolder {
     /// # Errors
     /// If the folder holds a run of another configuration: the differences are shown.
     pub fn claim(path: &Path, configuration: &Value) -> Result<Self> {
+        if path.exists() && !path.is_dir() {
+            return Err(Error::Setting(format!("{path:?} is no folder; use another --out")));
+        }
         fs::create_dir_all(path).map_err(Error::file("create", path))?;
         let file = path.join("run.json");
         if file.exists() {
@@ -257,12 +260,11 @@ impl RunFolder {
         Ok(manifest)
     }
 
-    /// Writes an epoch; when this returns, it is there for good.
+    /// Writes an epoch behind so many sequences; when this returns, it is there for good.
     ///
     /// # Errors
     /// If the disk refuses: the run is then as it was before.
-    pub fn commit(&self, output: &EpochOutput, manifest: &Manifest) -> Result<EpochRecord> {
-        assert_eq!(output.epoch, manifest.next_epoch(), "epochs are committed in order");
+    pub fn commit(&self, output: &EpochOutput, sequences_before: u64) -> Result<EpochRecord> {
         let epoch = output.epoch;
         let mut files = Vec::new();
         let mut put = |name: String, bytes: Vec<u8>| -> Result<()> {
@@ -289,7 +291,7 @@ impl RunFolder {
         let record = EpochRecord {
             epoch,
             files,
-            first_sequence: manifest.sequences(),
+            first_sequence: sequences_before,
             sequences: output.lanes.iter().map(|(_, sequences)| sequences.len() as u64).sum(),
             lanes: output.lanes.iter().map(|(state, _)| state.clone()).collect(),
             input: output.input,
@@ -389,7 +391,7 @@ mod tests {
     }
 
     fn commit(folder: &RunFolder, manifest: &mut Manifest, epoch: u64) {
-        let record = folder.commit(&output(epoch), manifest).unwrap();
+        let record = folder.commit(&output(epoch), manifest.sequences()).unwrap();
         manifest.epochs.push(record);
     }
 

@@ -151,10 +151,10 @@ mod tests {
             records.map(|record| record.item.map_or("!".into(), |item| item.id)).collect()
         };
         assert_eq!(ids(0, 0), ["general:0:0", "general:0:2", "general:1:0", "general:1:2"]);
-        assert_eq!(ids(1, 0), ["general:0:1", "!", "general:1:1", "!"]);
+        assert_eq!(ids(1, 0), ["general:0:1", "!", "general:1:1", "general:2:0"]);
         assert_eq!(ids(0, 3)[0], "general:1:0");
         let behind = source.records(1, 2, 0).nth(2).unwrap().records;
-        assert_eq!(ids(1, behind)[1], "general:2:1");
+        assert_eq!(ids(1, behind)[0], "general:2:0");
     }
 
     #[test]

@@ -46,6 +46,7 @@ pub fn small(small: Small<'_>) -> Settings {
         synthesizer: "bundled".into(),
         rounds: None,
         new_tokens: 160,
+        context: 4096,
         general,
         ratio: None,
         length: 256,

@@ -1,7 +1,7 @@
 //! Flags that several commands share.
 
 use super::models::{BUNDLED, Model};
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 use headwater::format::jsonl::Fields;
 use std::path::PathBuf;
@@ -38,6 +38,9 @@ pub struct AugmentArgs {
     /// Tokens to generate for each text at most
     #[arg(long, default_value_t = 400, value_name = "N")]
     pub new_tokens: usize,
+    /// Tokens of a prompt with its answer at most; less if the synthesizer takes less
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    pub context: usize,
     /// Files of general instructions to mix in (JSON Lines)
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub general: Vec<PathBuf>,
@@ -149,6 +152,36 @@ impl TrainArgs {
         let tokenizer = Model::trained(self.tokenizer.as_deref().unwrap_or(BUNDLED))?.tokenizer;
         Model::named(&self.model, &tokenizer, length)
     }
+
+    /// Checks the flags against each other and the model, for sequences of `length` tokens.
+    ///
+    /// # Errors
+    /// Says which flag cannot work, and why.
+    pub fn check(&self, model: &Model, length: usize) -> Result<()> {
+        ensure!(self.batch > 0, "--batch must be 1 at least");
+        ensure!(self.steps != Some(0), "--steps must be 1 at least");
+        ensure!(self.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
+        ensure!(self.checkpoint_every > 0, "--checkpoint-every must be 1 at least");
+        if let Some(rate) = self.rate {
+            check_rate(rate)?;
+        }
+        let context = model.config.max_position_embeddings;
+        ensure!(
+            length <= context,
+            "sequences of {length} tokens do not fit the context of {:?}, {context} tokens",
+            model.name
+        );
+        Ok(())
+    }
+}
+
+/// Checks a learning rate.
+///
+/// # Errors
+/// If nothing can be learned at it.
+pub fn check_rate(rate: f64) -> Result<()> {
+    ensure!(rate.is_finite() && rate > 0.0, "--rate must be a number above 0, not {rate}");
+    Ok(())
 }
 
 /// Checks how progress is to be shown.

@@ -18,12 +18,16 @@ use std::time::Duration;
 const SETTINGS: EngineSettings =
     EngineSettings { sequences_max: 32, step_tokens_max: 512, cache_bytes: 2 << 30, queue_max: 64 };
 
+/// Tokens of a question with its answer at most: the context of the published synthesizer (recipe (b)).
+pub const CONTEXT_MAX: usize = 4096;
+
 /// Asks the model in `directory`, and marks its answers; none if the run is to stop.
 ///
 /// # Errors
 /// If the model cannot be loaded or the device fails.
 pub fn evaluate(exam: &Exam, directory: &Path, device: &Device) -> Result<Option<Scores>> {
-    let config = ModelConfig::read(directory)?;
+    let mut config = ModelConfig::read(directory)?;
+    config.max_position_embeddings = config.max_position_embeddings.min(CONTEXT_MAX);
     let tokenizer = Tokenizer::read(directory)?;
     let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
     let model = Llama::load(&config, &Weights::open(directory)?, dtype, device)?;

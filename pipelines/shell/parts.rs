@@ -161,9 +161,9 @@ impl Parts {
 
     /// Gives the committing worker its thread.
     pub fn committer(&self) -> impl FnOnce(Waker) -> Committer + use<> {
-        let (folder, manifest) = (self.folder.clone(), self.manifest.clone());
+        let (folder, sequences) = (self.folder.clone(), self.manifest.sequences());
         move |waker| {
-            Committer::start(folder, manifest, waker, |error| {
+            Committer::start(folder, sequences, waker, |error| {
                 fail(&format!("could not commit an epoch: {error}"));
             })
         }

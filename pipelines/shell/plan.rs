@@ -79,6 +79,10 @@ impl Plan {
                 count(self.text_tokens),
             ),
         );
+        if let [first, ..] = settings.passed_over.as_slice() {
+            let count = settings.passed_over.len();
+            line("passed over", format!("{count} files of no known kind: {} …", first.display()));
+        }
         let synthesizer = &settings.synthesizer;
         let dtype = settings.dtype;
         line(

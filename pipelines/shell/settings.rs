@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use headwater::engine::EngineSettings;
 use headwater::format::documents::{Kind, files};
-use headwater::format::input;
 use headwater::format::jsonl::Fields;
+use headwater::format::{input, instructions};
 use headwater::model::device;
 use headwater::template::Templates;
 use serde_json::{Value, json};
@@ -37,6 +37,8 @@ pub struct Settings {
     pub preset: Preset,
     /// Files to read.
     pub inputs: Vec<PathBuf>,
+    /// Files in directories of the input that are of no known kind.
+    pub passed_over: Vec<PathBuf>,
     /// Where ids and texts are in JSON.
     pub fields: Fields,
     /// Records to read at most.
@@ -90,30 +92,38 @@ impl Settings {
         ensure!(engine.workers > 0, "--workers must be 1 at least");
         ensure!((1..=99).contains(&augment.lanes), "--lanes takes 1 to 99");
         ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
-        ensure!(train.batch > 0, "--batch must be 1 at least");
+        ensure!(engine.sequences > 0, "--sequences must be 1 at least");
+        ensure!(engine.step_tokens > 0, "--step-tokens must be 1 at least");
         check_progress(&machine.progress)?;
         let ratio = match &augment.ratio {
             Some(text) => ratio(text)?,
             None => preset.ratio,
         };
         let general = input::expand(&augment.general)?;
+        check_general(&general)?;
         ensure!(
             augment.ratio.is_none() || ratio[1] == 0 || !general.is_empty(),
             "--ratio wants general instructions: name their files with --general"
         );
         let device = device::device(&machine.device)?;
         let dtype = device::dtype(&engine.dtype, &device)?;
-        let synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
+        let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
+        let context = synthesizer.config.max_position_embeddings.min(augment.context);
+        synthesizer.config.max_position_embeddings = context;
         let model = train.model(augment.length)?;
-        let context = synthesizer.config.max_position_embeddings;
+        if !no_train {
+            train.check(&model, augment.length)?;
+        }
         ensure!(
             augment.new_tokens > 0 && augment.new_tokens + 64 < context,
             "--new-tokens {} leaves no room for a prompt in the synthesizer's context of {context}",
             augment.new_tokens
         );
+        let (inputs, passed_over) = files(&input.input)?;
         let settings = Settings {
             preset: Preset { rounds, ratio, epoch_documents, ..preset },
-            inputs: files(&input.input)?,
+            inputs,
+            passed_over,
             fields: input.fields(),
             limit: input.limit,
             weights: if general.is_empty() { vec![1] } else { ratio.to_vec() },
@@ -128,7 +138,7 @@ impl Settings {
             device,
             dtype,
         };
-        ensure!(!settings.inputs.is_empty(), "--input names no files");
+        ensure!(!settings.inputs.is_empty(), "--input names no files of a known kind");
         Ok(settings)
     }
 
@@ -193,6 +203,22 @@ impl Settings {
             "training": training,
         }))
     }
+}
+
+/// Checks that general instructions hold something to mix in.
+fn check_general(files: &[PathBuf]) -> Result<()> {
+    let mut first = None;
+    for file in files {
+        for read in instructions::read(file).context("--general")? {
+            match read {
+                Ok(_) => return Ok(()),
+                Err(rejected) => drop(first.get_or_insert(rejected)),
+            }
+        }
+    }
+    let first = first.map(|rejected| format!("; the first: {rejected}")).unwrap_or_default();
+    ensure!(files.is_empty(), "--general: no record of its files can be used{first}");
+    Ok(())
 }
 
 /// Files with their sizes and digests, as they stand in `run.json`.

@@ -161,16 +161,17 @@ impl Iterator for Documents {
     }
 }
 
-/// The files below `paths`, each of a kind we know.
+/// The files of `paths`, directories replaced by the files of a known kind below them; and the others
+/// below them, such as the checksums that come with a dump.
 ///
 /// # Errors
-/// If a path does not exist, or its name says nothing about what it holds.
-pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let files = input::expand(paths)?;
-    for file in &files {
-        Kind::of(file)?;
+/// If a path does not exist, or names a file of which nothing is known.
+pub fn files(paths: &[PathBuf]) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    for path in paths.iter().filter(|path| path.is_file()) {
+        Kind::of(path)?;
     }
-    Ok(files)
+    let known = |file: &PathBuf| Kind::of(file).is_ok();
+    Ok(input::expand(paths)?.into_iter().partition(known))
 }
 
 #[cfg(test)]
@@ -210,6 +211,18 @@ mod tests {
             let rest = Documents::resume(files.clone(), "s", Fields::detected(), position);
             assert_eq!(read(rest), all[count..], "behind {count} at {position:?}");
         }
+    }
+
+    #[test]
+    fn checksums_in_a_dump_are_left_out() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = ["a.xml.gz", "a.xml.gz.md5", "b.xml.gz"];
+        let paths = names.map(|name| folder.path().join(name));
+        paths.iter().for_each(|path| std::fs::write(path, "").unwrap());
+        let [a, sum, b] = paths;
+        let (used, others) = files(&[folder.path().to_owned(), a.clone()]).unwrap();
+        assert_eq!((used, others), (vec![a.clone(), b, a], vec![sum.clone()]));
+        assert!(files(&[sum]).is_err());
     }
 
     #[test]

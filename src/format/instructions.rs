@@ -66,7 +66,8 @@ fn parse(line: &str, place: &Place) -> std::result::Result<Instruction, (&'stati
 
 /// The instructions of all files in their order, from the beginning again after the last, for ever.
 ///
-/// Each comes with the number of its pass, from 0. Ends only when a whole pass finds no instruction.
+/// Each comes with the number of its pass, from 0. What cannot be used is said in the first pass only, so
+/// that it is counted once. Ends only when a whole pass finds no instruction.
 pub struct Endless {
     files: Vec<PathBuf>,
     next_file: usize,
@@ -88,6 +89,9 @@ impl Iterator for Endless {
     fn next(&mut self) -> Option<(u64, Read)> {
         loop {
             if let Some(read) = self.open.as_mut().and_then(Iterator::next) {
+                if read.is_err() && self.pass > 0 {
+                    continue;
+                }
                 self.found_in_pass |= read.is_ok();
                 return Some((self.pass, read));
             }
@@ -102,6 +106,7 @@ impl Iterator for Endless {
             self.next_file += 1;
             match read(&path) {
                 Ok(instructions) => self.open = Some(Box::new(instructions)),
+                Err(_) if self.pass > 0 => self.open = None,
                 Err(error) => {
                     self.open = None;
                     let place = Place { file: path.display().to_string(), record: 0, byte: 0 };
@@ -153,7 +158,7 @@ mod tests {
             .take(7)
             .map(|(pass, read)| read.map_or("!".into(), |read| format!("{pass}:{}", read.id)))
             .collect();
-        assert_eq!(found, ["0:1", "0:2", "!", "1:1", "1:2", "!", "2:1"]);
+        assert_eq!(found, ["0:1", "0:2", "!", "1:1", "1:2", "2:1", "2:2"]);
         assert_eq!(Endless::new(vec![write("c", "{}\n")]).count(), 1);
     }
 }
