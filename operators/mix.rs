@@ -11,10 +11,10 @@
 use crate::waker;
 use headwater::augment::{AUGMENTED, Augmented, ChainOutput};
 use headwater::ledger::Ledger;
+use headwater::manifest::LaneState;
 use headwater::meter::Meters;
 use headwater::mix::{Lane, Mixer, Need};
 use headwater::record::{Item, Rejected};
-use headwater::run::LaneState;
 use headwater::side::{Offer, SideFeed, SideRecord, SideSource};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

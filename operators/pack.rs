@@ -10,9 +10,9 @@
 use crate::mix::MixedLane;
 use headwater::augment::Augmented;
 use headwater::ledger::Ledger;
+use headwater::manifest::LaneState;
 use headwater::pack::Packer;
 use headwater::record::{Rejected, Sequence};
-use headwater::run::LaneState;
 use serde::{Deserialize, Serialize};
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;

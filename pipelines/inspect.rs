@@ -11,9 +11,9 @@ use crate::shell::wrong_use;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use headwater::augment::{AUGMENTED, Augmented};
-use headwater::format::compressed;
+use headwater::manifest::{EpochRecord, Manifest};
 use headwater::record::{Rejected, Segment, Sequence};
-use headwater::run::{EpochRecord, Manifest, RunFolder};
+use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
 use headwater::train::checkpoint;
 use serde_json::{Value, json};
@@ -218,14 +218,8 @@ impl ShownDocument {
                 shown.packed.extend(packed(folder, epoch, &rendered)?);
             }
             shown.rendered.extend(rendered);
-            for file in epoch.files.iter().filter(|file| file.name.starts_with("rejected/")) {
-                for record in compressed::read::<Rejected>(&folder.path().join(&file.name))? {
-                    let record = record?;
-                    if record.ids.iter().any(|own| own == id) {
-                        shown.rejected.push(record);
-                    }
-                }
-            }
+            let concerns = |record: &Rejected| record.ids.iter().any(|own| own == id);
+            shown.rejected.extend(folder.rejected(epoch)?.into_iter().filter(concerns));
         }
         ensure!(
             !(shown.rendered.is_empty() && shown.rejected.is_empty()),

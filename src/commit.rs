@@ -1,8 +1,9 @@
 //! Commits epochs on a thread of its own, so that no worker waits for a disk.
 
 use crate::error::Error;
+use crate::manifest::{EpochOutput, EpochRecord};
 use crate::record::Sequence;
-use crate::run::{EpochOutput, EpochRecord, RunFolder};
+use crate::run::RunFolder;
 use crate::synthesizer::Waker;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 

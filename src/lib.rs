@@ -10,6 +10,7 @@ pub mod eval;
 pub mod format;
 pub mod kernels;
 pub mod ledger;
+pub mod manifest;
 pub mod meter;
 pub mod mix;
 pub mod model;

@@ -9,12 +9,9 @@
 
 use crate::augment::Augmented;
 use crate::error::{Error, Result};
-use crate::format::documents::InputPosition;
 use crate::format::{compressed, durable, packed};
-use crate::ledger::Ledger;
-use crate::mix::MixState;
+use crate::manifest::{EpochOutput, EpochRecord, FileRecord, Manifest};
 use crate::record::{Rejected, Sequence};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;
@@ -22,102 +19,6 @@ use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_128;
 
 const DATA_FOLDERS: [&str; 3] = ["augmented", "packed", "rejected"];
-
-/// A committed epoch: one line of `manifest.jsonl`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EpochRecord {
-    /// Number of the epoch.
-    pub epoch: u64,
-    /// Its files.
-    pub files: Vec<FileRecord>,
-    /// Number of its first sequence in the run.
-    pub first_sequence: u64,
-    /// Its sequences.
-    pub sequences: u64,
-    /// How far each lane has come.
-    pub lanes: Vec<LaneState>,
-    /// How far the input has been read.
-    pub input: InputPosition,
-    /// What was counted in this epoch.
-    pub ledger: Ledger,
-}
-
-/// A file of a committed epoch.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileRecord {
-    /// Path in the run folder.
-    pub name: String,
-    /// Its size.
-    pub bytes: u64,
-    /// xxh3-128 of its bytes.
-    pub digest: String,
-}
-
-/// How far a lane has come.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct LaneState {
-    /// Tokens and items taken from each source.
-    pub mix: MixState,
-    /// Records read from each side source, usable or not.
-    pub side_records: Vec<u64>,
-}
-
-/// Everything that one epoch produced.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct EpochOutput {
-    /// Number of the epoch.
-    pub epoch: u64,
-    /// Rendered documents, in order.
-    pub augmented: Vec<Augmented>,
-    /// Packed sequences of each lane.
-    pub lanes: Vec<(LaneState, Vec<Sequence>)>,
-    /// What was rejected, in whatever order.
-    pub rejected: Vec<Rejected>,
-    /// How far the input has been read.
-    pub input: InputPosition,
-    /// What was counted.
-    pub ledger: Ledger,
-}
-
-/// The committed part of a run.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Manifest {
-    /// The committed epochs, in order.
-    pub epochs: Vec<EpochRecord>,
-}
-
-impl Manifest {
-    /// Number of the next epoch.
-    pub fn next_epoch(&self) -> u64 {
-        self.epochs.len() as u64
-    }
-
-    /// Sequences committed so far.
-    pub fn sequences(&self) -> u64 {
-        self.epochs.last().map_or(0, |last| last.first_sequence + last.sequences)
-    }
-
-    /// How far the input has been read.
-    pub fn input(&self) -> InputPosition {
-        self.epochs.last().map_or_else(InputPosition::default, |last| last.input)
-    }
-
-    /// What was counted so far.
-    pub fn ledger(&self) -> Ledger {
-        let mut ledger = Ledger::default();
-        self.epochs.iter().for_each(|epoch| ledger.merge(&epoch.ledger));
-        ledger
-    }
-
-    /// The account of a run whose trainer has learned from so many sequences and tokens.
-    pub fn account(&self, trained_sequences: u64, trained_tokens: u64) -> Ledger {
-        let mut ledger = self.ledger();
-        ledger.add("train/sequences", trained_sequences);
-        ledger.add("train/waiting", self.sequences().saturating_sub(trained_sequences));
-        ledger.add("train/tokens", trained_tokens);
-        ledger
-    }
-}
 
 /// A run folder that no other process runs in; the system lets go of it when the process ends.
 #[derive(Debug)]
@@ -241,9 +142,11 @@ impl RunFolder {
         let mut known = BTreeSet::new();
         for record in manifest.epochs.iter().flat_map(|epoch| &epoch.files) {
             let path = self.path.join(&record.name);
-            let size = fs::metadata(&path).map_err(Error::file("open", &path))?.len();
-            if size != record.bytes {
-                let reason = format!("has {size} bytes, the manifest says {}", record.bytes);
+            let size = fs::metadata(&path).map(|metadata| metadata.len());
+            if size.as_ref().ok() != Some(&record.bytes) {
+                let found = size.map_or_else(|e| e.to_string(), |size| format!("{size} bytes"));
+                let wanted = record.bytes;
+                let reason = format!("{found}, where the manifest says {wanted} bytes");
                 return Err(Error::malformed(&path, reason));
             }
             known.insert(path);
@@ -269,8 +172,7 @@ impl RunFolder {
         let mut files = Vec::new();
         let mut put = |name: String, bytes: Vec<u8>| -> Result<()> {
             durable::write(&self.path.join(&name), &bytes)?;
-            let digest = format!("{:032x}", xxh3_128(&bytes));
-            files.push(FileRecord { name, bytes: bytes.len() as u64, digest });
+            files.push(FileRecord { name, bytes: bytes.len() as u64, digest: digest(&bytes) });
             Ok(())
         };
         if !output.augmented.is_empty() {
@@ -305,25 +207,42 @@ impl RunFolder {
     /// The sequences of a committed epoch, in order.
     ///
     /// # Errors
-    /// If a shard cannot be read.
+    /// If a shard cannot be read, or is not what was written.
     pub fn sequences(&self, epoch: &EpochRecord) -> Result<Vec<Sequence>> {
-        let mut sequences = Vec::new();
-        for file in epoch.files.iter().filter(|file| file.name.starts_with("packed/")) {
-            sequences.extend(packed::read(&self.path.join(&file.name))?);
-        }
-        Ok(sequences)
+        self.read(epoch, "packed/", packed::read)
     }
 
     /// The rendered documents of a committed epoch, in order.
     ///
     /// # Errors
-    /// If the file cannot be read.
+    /// If the file cannot be read, or is not what was written.
     pub fn augmented(&self, epoch: &EpochRecord) -> Result<Vec<Augmented>> {
+        self.read(epoch, "augmented/", |path, bytes| compressed::read(path, &bytes))
+    }
+
+    /// What was rejected in a committed epoch.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or is not what was written.
+    pub fn rejected(&self, epoch: &EpochRecord) -> Result<Vec<Rejected>> {
+        self.read(epoch, "rejected/", |path, bytes| compressed::read(path, &bytes))
+    }
+
+    /// The records in an epoch's files of one kind. Their bytes must be those that were committed.
+    fn read<T>(
+        &self,
+        epoch: &EpochRecord,
+        kind: &str,
+        records: impl Fn(&Path, Vec<u8>) -> Result<Vec<T>>,
+    ) -> Result<Vec<T>> {
         let mut all = Vec::new();
-        for file in epoch.files.iter().filter(|file| file.name.starts_with("augmented/")) {
-            for record in compressed::read(&self.path.join(&file.name))? {
-                all.push(record?);
+        for file in epoch.files.iter().filter(|file| file.name.starts_with(kind)) {
+            let path = self.path.join(&file.name);
+            let bytes = fs::read(&path).map_err(Error::file("read", &path))?;
+            if digest(&bytes) != file.digest {
+                return Err(Error::malformed(&path, "is not what was committed: it has changed"));
             }
+            all.extend(records(&path, bytes)?);
         }
         Ok(all)
     }
@@ -351,6 +270,11 @@ impl RunFolder {
     }
 }
 
+/// The digest of a file's bytes, as it stands in the manifest.
+fn digest(bytes: &[u8]) -> String {
+    format!("{:032x}", xxh3_128(bytes))
+}
+
 /// What differs between two configurations, a line each.
 fn differences(path: &str, found: &Value, wanted: &Value) -> Vec<String> {
     match (found, wanted) {
@@ -374,6 +298,8 @@ fn differences(path: &str, found: &Value, wanted: &Value) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::Ledger;
+    use crate::manifest::LaneState;
     use serde_json::json;
 
     fn output(epoch: u64) -> EpochOutput {
@@ -447,7 +373,23 @@ mod tests {
         commit(&folder, &mut manifest, 1);
         fs::write(place.path().join("packed/epoch-000001-lane-00.parquet"), "short").unwrap();
         let error = folder.recover().unwrap_err().to_string();
-        assert!(error.contains("has 5 bytes"), "{error}");
+        assert!(error.contains("5 bytes, where the manifest says"), "{error}");
+    }
+
+    #[test]
+    fn a_shard_with_other_bytes_is_an_error() {
+        let place = tempfile::tempdir().unwrap();
+        let folder = RunFolder::open(place.path(), &json!({})).unwrap();
+        let mut manifest = Manifest::default();
+        commit(&folder, &mut manifest, 0);
+        commit(&folder, &mut manifest, 1);
+        let file = place.path().join("packed/epoch-000001-lane-00.parquet");
+        let mut bytes = fs::read(&file).unwrap();
+        bytes[9] ^= 1;
+        fs::write(&file, bytes).unwrap();
+        folder.recover().unwrap();
+        let error = folder.sequences(&manifest.epochs[1]).unwrap_err().to_string();
+        assert!(error.contains("has changed"), "{error}");
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use super::stop;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
+use headwater::manifest::EpochRecord;
 use headwater::record::Sequence;
-use headwater::run::{EpochRecord, RunFolder};
+use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
 use headwater::train::{StepReport, Trainer, checkpoint};
 use serde_json::json;

@@ -22,16 +22,15 @@ pub fn write<T: Serialize>(records: &[T]) -> Vec<u8> {
     zstd::encode_all(lines.as_slice(), LEVEL).expect("memory takes every byte")
 }
 
-/// The records of a file, one after another.
+/// The records in the bytes of the file `path`.
 ///
 /// # Errors
-/// If the file cannot be opened; each record may be malformed.
-pub fn read<T: DeserializeOwned>(path: &Path) -> Result<impl Iterator<Item = Result<T>>> {
-    let file = std::fs::File::open(path).map_err(Error::file("open", path))?;
-    let decoder = zstd::Decoder::new(file).map_err(Error::file("read", path))?;
-    let path = path.to_owned();
-    Ok(BufReader::new(decoder).lines().map(move |line| {
-        let line = line.map_err(Error::file("read", &path))?;
-        serde_json::from_str(&line).map_err(|error| Error::malformed(&path, error))
-    }))
+/// If they do not hold such records.
+pub fn read<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<Vec<T>> {
+    let decoder = zstd::Decoder::new(bytes).map_err(Error::file("read", path))?;
+    let record = |line: std::io::Result<String>| {
+        let line = line.map_err(Error::file("read", path))?;
+        serde_json::from_str(&line).map_err(|error| Error::malformed(path, error))
+    };
+    BufReader::new(decoder).lines().map(record).collect()
 }

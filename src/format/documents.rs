@@ -167,7 +167,7 @@ impl Iterator for Documents {
 /// # Errors
 /// If a path does not exist, or names a file of which nothing is known.
 pub fn files(paths: &[PathBuf]) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-    for path in paths.iter().filter(|path| path.is_file()) {
+    for path in paths.iter().filter(|path| !path.is_dir()) {
         Kind::of(path)?;
     }
     let known = |file: &PathBuf| Kind::of(file).is_ok();
@@ -223,6 +223,7 @@ mod tests {
         let (used, others) = files(&[folder.path().to_owned(), a.clone()]).unwrap();
         assert_eq!((used, others), (vec![a.clone(), b, a], vec![sum.clone()]));
         assert!(files(&[sum]).is_err());
+        assert!(files(&["/dev/null".into()]).is_err());
     }
 
     #[test]

@@ -49,12 +49,11 @@ pub fn write(sequences: &[Sequence]) -> Result<Vec<u8>> {
     encode(sequences).map_err(|error| Error::Stopped(format!("could not write sequences: {error}")))
 }
 
-/// The sequences of a file.
+/// The sequences in the bytes of the file `path`.
 ///
 /// # Errors
-/// If the file cannot be read or does not hold sequences.
-pub fn read(path: &Path) -> Result<Vec<Sequence>> {
-    let bytes = std::fs::read(path).map_err(Error::file("read", path))?;
+/// If they do not hold sequences.
+pub fn read(path: &Path, bytes: Vec<u8>) -> Result<Vec<Sequence>> {
     decode(bytes.into()).map_err(|error| Error::malformed(path, error))
 }
 

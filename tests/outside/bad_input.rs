@@ -4,9 +4,9 @@ use crossbeam_channel::Receiver;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use headwater::augment::Augmented;
-use headwater::format::compressed;
+use headwater::manifest::Manifest;
 use headwater::record::{Finish, Rejected};
-use headwater::run::{Manifest, RunFolder};
+use headwater::run::RunFolder;
 use headwater::synthesizer::{Job, Queue, scripted};
 use headwater_pipelines::pubmed;
 use headwater_pipelines::shell::parts::Parts;
@@ -54,11 +54,7 @@ fn run(place: &Path, files: &[(&str, Vec<u8>)]) -> Ran {
     let (mut documents, mut rejected) = (Vec::new(), Vec::new());
     for epoch in &manifest.epochs {
         documents.extend(folder.augmented(epoch).unwrap());
-        for file in epoch.files.iter().filter(|file| file.name.starts_with("rejected/")) {
-            let path = folder.path().join(&file.name);
-            let records = compressed::read::<Rejected>(&path).unwrap();
-            rejected.extend(records.map(|record| record.unwrap()));
-        }
+        rejected.extend(folder.rejected(epoch).unwrap());
     }
     Ran { folder, manifest, documents, rejected }
 }
