@@ -6,7 +6,7 @@
 //!
 //! The input is written beside the output, so that everything can be looked at.
 
-use crate::pubmed;
+use crate::adapt;
 use crate::shell::args::{AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs};
 use crate::shell::bundled::unpack;
 use crate::shell::models::BUNDLED;
@@ -15,6 +15,7 @@ use crate::shell::settings::{Preset, Settings};
 use crate::shell::{finish, wrong_use};
 use anyhow::Result;
 use clap::Args;
+use headwater::gate::DocumentRules;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -24,6 +25,7 @@ const PRESET: Preset = Preset {
     rounds: 3,
     ratio: [1, 1],
     epoch_documents: 30,
+    rules: DocumentRules { words_min: 1, unique: false },
 };
 
 /// Run everything on bundled data: augment, mix, pack and train in a couple of minutes
@@ -55,6 +57,8 @@ pub fn run(args: Demo) -> Result<ExitCode> {
         text_field: Vec::new(),
         id_field: "id".into(),
         limit: None,
+        min_words: None,
+        duplicates: None,
     };
     let augment = AugmentArgs {
         synthesizer: BUNDLED.into(),
@@ -82,5 +86,5 @@ pub fn run(args: Demo) -> Result<ExitCode> {
     let json = machine.json;
     let settings = Settings::new(PRESET, &input, (augment, engine), (train, no_train), machine)
         .map_err(wrong_use)?;
-    finish(&run_dataflow(&settings, pubmed::dataflow)?, json, true)
+    finish(&run_dataflow(&settings, adapt::dataflow)?, json, true)
 }

@@ -1,6 +1,8 @@
 //! The pipelines, and what they share.
 
+pub mod adapt;
 pub mod demo;
+pub mod finance;
 pub mod inspect;
 pub mod program;
 pub mod pubmed;

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{demo, inspect, pubmed, shell, train, tune};
+use crate::{demo, finance, inspect, pubmed, shell, train, tune};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -16,6 +16,7 @@ struct Headwater {
 enum Command {
     Demo(demo::Demo),
     Pubmed(Box<pubmed::Pubmed>),
+    Finance(Box<finance::Finance>),
     Tune(tune::Tune),
     Train(train::Train),
     Inspect(inspect::Inspect),
@@ -28,6 +29,7 @@ pub fn run() -> ExitCode {
         match Headwater::parse().command {
             Command::Demo(args) => demo::run(args),
             Command::Pubmed(args) => pubmed::run(*args),
+            Command::Finance(args) => finance::run(*args),
             Command::Tune(args) => tune::run(&args),
             Command::Train(args) => train::run(&args),
             Command::Inspect(args) => inspect::run(&args),

@@ -11,6 +11,7 @@
 //! committed together.
 
 use crate::format::documents::{Documents, Found, InputPosition};
+use crate::gate::DocumentGates;
 use crate::ledger::Ledger;
 use crate::prompt::{PromptWriter, holds_marker};
 use crate::record::{Document, Rejected, Stage, excerpt};
@@ -43,9 +44,19 @@ pub struct Admission {
     pub writer: PromptWriter,
     /// Tokens of the longest prompt.
     pub prompt_tokens_max: usize,
+    /// What else is asked of a document.
+    pub gates: DocumentGates,
 }
 
 impl Admission {
+    /// Why a document is not to be used, and what exactly is wrong; none if it is.
+    fn refuse(&mut self, document: &Document) -> Option<(&'static str, String)> {
+        match document.text.trim().is_empty() {
+            true => Some(("empty_text", String::new())),
+            false => self.gates.judge(document),
+        }
+    }
+
     fn fits(&self, text: &str) -> bool {
         // A token has one byte at least; the frame of a prompt has a few dozen tokens at most.
         text.len() + 64 <= self.prompt_tokens_max
@@ -98,9 +109,23 @@ impl Blocks {
     }
 
     /// Goes on behind a block that ended at `end`; `documents` has been resumed there, and `read` records
-    /// lie behind it.
+    /// lie behind it. `before` reads the input from its beginning, if there are gates that remember it.
     #[must_use]
-    pub fn resume(mut self, epoch: u64, end: InputPosition, read: u64) -> Self {
+    pub fn resume(
+        mut self,
+        epoch: u64,
+        end: InputPosition,
+        read: u64,
+        before: impl FnOnce() -> Documents,
+    ) -> Self {
+        if self.admission.gates.remembers() {
+            // The record that is being given out is read again below.
+            for found in before().take((read - u64::from(end.pieces > 0)) as usize) {
+                if let Found::Document(document) = found {
+                    let _ = self.admission.refuse(&document);
+                }
+            }
+        }
         (self.epoch, self.left) = (epoch, self.left.saturating_sub(read));
         if end.pieces > 0 {
             let mut block = Block::default(); // what is counted here was counted before
@@ -141,12 +166,12 @@ impl Blocks {
 
     fn admit(&mut self, document: Document, block: &mut Block) {
         block.ledger.add("read/documents", 1);
-        if document.text.trim().is_empty() {
-            block.ledger.add("admit/rejected/empty_text", 1);
+        if let Some((reason, detail)) = self.admission.refuse(&document) {
+            block.ledger.add(format!("admit/rejected/{reason}"), 1);
             block.rejected.push(Rejected {
                 stage: Stage::Admit,
-                reason: "empty_text".into(),
-                detail: String::new(),
+                reason: reason.into(),
+                detail,
                 ids: vec![document.id],
                 place: document.place,
                 excerpt: excerpt(&document.text),
@@ -201,6 +226,7 @@ impl Iterator for Blocks {
 mod tests {
     use super::*;
     use crate::format::jsonl::Fields;
+    use crate::gate::DocumentRules;
     use crate::tokenizer::tests::small;
     use std::path::PathBuf;
 
@@ -214,7 +240,11 @@ mod tests {
     }
 
     fn admission() -> Admission {
-        Admission { writer: PromptWriter::new(small()).unwrap(), prompt_tokens_max: 60 }
+        Admission {
+            writer: PromptWriter::new(small()).unwrap(),
+            prompt_tokens_max: 60,
+            gates: DocumentGates::default(),
+        }
     }
 
     fn blocks(files: &[PathBuf], size: usize, limit: Option<u64>) -> Blocks {
@@ -253,7 +283,8 @@ mod tests {
         let all: Vec<Block> = short().collect();
         assert_eq!(ids(&all), [vec!["0"], vec!["4"], vec!["7"]]);
         let documents = Documents::resume(files.clone(), "s", Fields::detected(), all[0].end);
-        let rest = Blocks { documents, ..short() }.resume(1, all[0].end, 3);
+        let rest = Blocks { documents, ..short() }
+            .resume(1, all[0].end, 3, || unreachable!("nothing is remembered"));
         assert_eq!(rest.collect::<Vec<_>>(), all[1..]);
     }
 
@@ -261,23 +292,31 @@ mod tests {
     fn reading_goes_on_behind_every_block_even_inside_a_long_document() {
         let folder = tempfile::tempdir().unwrap();
         let long = "The rates rose by 25 points. ".repeat(30);
-        let files = file(&folder, &["a", &long, "b", " ", &long, "c"]);
-        let all: Vec<Block> = blocks(&files, 4, Some(6)).collect();
+        let other = long.replace("25", "30");
+        let files = file(&folder, &["a", &long, "b", " ", &other, "b", "c"]);
+        let gates = || DocumentGates::new(DocumentRules { words_min: 1, unique: true });
+        let documents = Documents::new(files.clone(), "s", Fields::detected());
+        let admitting = Admission { gates: gates(), ..admission() };
+        let all: Vec<Block> = Blocks::new(documents, admitting, 4, Some(7)).collect();
         assert!(all.len() > 3 && all.iter().any(|block| block.end.pieces > 0));
         let mut read = 0;
         for (index, block) in all.iter().enumerate() {
             read += block.ledger.get("read/records");
             let documents = Documents::resume(files.clone(), "s", Fields::detected(), block.end);
-            let rest = Blocks::new(documents, admission(), 4, Some(6)).resume(
+            let admission = Admission { gates: gates(), ..admission() };
+            let before = || Documents::new(files.clone(), "s", Fields::detected());
+            let rest = Blocks::new(documents, admission, 4, Some(7)).resume(
                 index as u64 + 1,
                 block.end,
                 read,
+                before,
             );
             assert_eq!(rest.collect::<Vec<_>>(), all[index + 1..], "behind block {index}");
         }
         let mut ledger = Ledger::default();
         all.iter().for_each(|block| ledger.merge(&block.ledger));
-        assert_eq!(ledger.get("read/records"), 6);
+        assert_eq!(ledger.get("read/records"), 7);
+        assert_eq!(ledger.get("admit/rejected/duplicate"), 1);
         assert_eq!(ledger.get("admit/split"), 2);
         let texts: u64 = all.iter().map(|block| block.documents.len() as u64).sum();
         assert_eq!(ledger.get("admit/texts"), texts);

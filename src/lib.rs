@@ -8,6 +8,7 @@ pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod format;
+pub mod gate;
 pub mod kernels;
 pub mod ledger;
 pub mod manifest;

@@ -4,6 +4,7 @@ use headwater::augment::{AUGMENTED, Augmenter};
 use headwater::block::{Admission, Block, Blocks};
 use headwater::chain::{Generation, chains};
 use headwater::format::documents::Documents;
+use headwater::gate::DocumentGates;
 use headwater::ledger::Ledger;
 use headwater::manifest::{EpochOutput, LaneState, Manifest};
 use headwater::mix::{Mixer, Need};
@@ -42,7 +43,11 @@ pub fn run(settings: &Settings, answer: impl Fn(&Request) -> (Vec<u32>, Finish))
         seed: settings.machine.seed,
     };
     let mut lanes = lanes(settings);
-    let admission = Admission { writer: writer.clone(), prompt_tokens_max };
+    let admission = Admission {
+        writer: writer.clone(),
+        prompt_tokens_max,
+        gates: DocumentGates::new(settings.preset.rules),
+    };
     let (inputs, fields) = (settings.inputs.clone(), settings.fields.clone());
     let documents = Documents::new(inputs, settings.preset.corpus, fields);
     let size = settings.preset.epoch_documents;

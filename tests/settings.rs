@@ -1,5 +1,6 @@
 //! Settings of small runs.
 
+use headwater::gate::DocumentRules;
 use headwater_pipelines::shell::args::{
     AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs,
 };
@@ -33,14 +34,17 @@ pub struct Small<'a> {
 /// If they cannot work.
 pub fn small(small: Small<'_>) -> Settings {
     let Small { input, general, out, workers, lanes, rounds, epoch_documents, seed } = small;
+    let rules = DocumentRules { words_min: 1, unique: false };
     let preset =
-        Preset { command: "small", corpus: "small", rounds, ratio: [1, 1], epoch_documents };
+        Preset { command: "small", corpus: "small", rounds, ratio: [1, 1], epoch_documents, rules };
     let input = InputArgs {
         input,
         out: out.to_owned(),
         text_field: Vec::new(),
         id_field: "id".into(),
         limit: None,
+        min_words: None,
+        duplicates: None,
     };
     let augment = AugmentArgs {
         synthesizer: "bundled".into(),

@@ -4,6 +4,7 @@ use super::models::{BUNDLED, Model};
 use anyhow::{Result, bail, ensure};
 use clap::Args;
 use headwater::format::jsonl::Fields;
+use headwater::gate::DocumentRules;
 use std::path::PathBuf;
 
 /// What is read, and where everything goes.
@@ -24,6 +25,12 @@ pub struct InputArgs {
     /// Read at most so many records
     #[arg(long, value_name = "N")]
     pub limit: Option<u64>,
+    /// Words of a document at least; shorter ones are rejected [default: 20 for finance, else 1]
+    #[arg(long, value_name = "N")]
+    pub min_words: Option<usize>,
+    /// What becomes of documents whose text was read before: keep or drop [default: drop for finance, else keep]
+    #[arg(long, value_name = "HOW")]
+    pub duplicates: Option<String>,
 }
 
 /// What is made of it.
@@ -140,6 +147,20 @@ impl InputArgs {
     /// Where ids and texts are in JSON.
     pub fn fields(&self) -> Fields {
         Fields { id: self.id_field.clone(), text: self.text_field.clone() }
+    }
+
+    /// What is asked of documents, where the pipeline asks for `preset`.
+    ///
+    /// # Errors
+    /// If a flag has no meaning.
+    pub fn rules(&self, preset: DocumentRules) -> Result<DocumentRules> {
+        let unique = match self.duplicates.as_deref() {
+            None => preset.unique,
+            Some("keep") => false,
+            Some("drop") => true,
+            Some(other) => bail!("--duplicates takes keep or drop, not {other:?}"),
+        };
+        Ok(DocumentRules { words_min: self.min_words.unwrap_or(preset.words_min), unique })
     }
 }
 

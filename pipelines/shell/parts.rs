@@ -8,6 +8,7 @@ use headwater::block::{Admission, Blocks};
 use headwater::commit::Committer;
 use headwater::engine::{self, EngineCounters};
 use headwater::format::documents::Documents;
+use headwater::gate::DocumentGates;
 use headwater::manifest::{LaneState, Manifest};
 use headwater::meter::Meters;
 use headwater::pack::OPEN_MAX;
@@ -96,7 +97,11 @@ impl Parts {
         let meters = Arc::new(Meters::default());
         let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
         let prompt_tokens_max = settings.prompt_tokens_max();
-        let admission = Admission { writer: writer.clone(), prompt_tokens_max };
+        let admission = Admission {
+            writer: writer.clone(),
+            prompt_tokens_max,
+            gates: DocumentGates::new(settings.preset.rules),
+        };
         Ok(Parts {
             blocks: Mutex::new(Some(blocks(settings, admission, &manifest))),
             synthesis: Synthesis {
@@ -187,12 +192,15 @@ fn open_folder(settings: &Settings, plan: &Plan) -> Result<(RunFolder, Arc<Templ
 
 fn blocks(settings: &Settings, admission: Admission, manifest: &Manifest) -> Blocks {
     let (files, fields) = (settings.inputs.clone(), settings.fields.clone());
-    let documents = Documents::resume(files, settings.preset.corpus, fields, manifest.input());
+    let corpus = settings.preset.corpus;
+    let before = || Documents::new(files.clone(), corpus, fields.clone());
+    let documents = Documents::resume(files.clone(), corpus, fields.clone(), manifest.input());
     let read = manifest.ledger().get("read/records");
     Blocks::new(documents, admission, settings.preset.epoch_documents, settings.limit).resume(
         manifest.next_epoch(),
         manifest.input(),
         read,
+        before,
     )
 }
 

@@ -145,8 +145,9 @@ impl Plan {
     fn describe_mix(&self, settings: &Settings) -> String {
         match settings.weights.as_slice() {
             [augmented, general] => format!(
-                "augmented : general = {augmented}:{general} by tokens, {} files; about {} tokens",
+                "augmented : general = {augmented}:{general} by tokens, {} files ({}); about {} tokens",
                 settings.general.len(),
+                settings.general_spellings.join(", "),
                 count(self.mix_tokens)
             ),
             _ => format!(

@@ -10,6 +10,7 @@ use headwater::engine::EngineSettings;
 use headwater::format::documents::{Kind, files};
 use headwater::format::jsonl::Fields;
 use headwater::format::{input, instructions};
+use headwater::gate::DocumentRules;
 use headwater::model::device;
 use headwater::template::Templates;
 use serde_json::{Value, json};
@@ -28,6 +29,8 @@ pub struct Preset {
     pub ratio: [u64; 2],
     /// Texts that are committed together.
     pub epoch_documents: usize,
+    /// What is asked of documents.
+    pub rules: DocumentRules,
 }
 
 /// Everything that decides a run.
@@ -45,6 +48,8 @@ pub struct Settings {
     pub limit: Option<u64>,
     /// Files of general instructions.
     pub general: Vec<PathBuf>,
+    /// How these are written.
+    pub general_spellings: Vec<&'static str>,
     /// Shares by tokens: of augmented documents and, if there are any, of general instructions.
     pub weights: Vec<u64>,
     /// Flags of augmentation.
@@ -100,7 +105,7 @@ impl Settings {
             None => preset.ratio,
         };
         let general = input::expand(&augment.general)?;
-        check_general(&general)?;
+        let general_spellings = spellings(&general)?;
         ensure!(
             augment.ratio.is_none() || ratio[1] == 0 || !general.is_empty(),
             "--ratio wants general instructions: name their files with --general"
@@ -121,11 +126,18 @@ impl Settings {
         );
         let (inputs, passed_over) = files(&input.input)?;
         let settings = Settings {
-            preset: Preset { rounds, ratio, epoch_documents, ..preset },
+            preset: Preset {
+                rounds,
+                ratio,
+                epoch_documents,
+                rules: input.rules(preset.rules)?,
+                ..preset
+            },
             inputs,
             passed_over,
             fields: input.fields(),
             limit: input.limit,
+            general_spellings,
             weights: if general.is_empty() { vec![1] } else { ratio.to_vec() },
             general,
             augment,
@@ -190,6 +202,7 @@ impl Settings {
                 "new_tokens": self.augment.new_tokens,
                 "arithmetic": format!("{kind} {}", self.dtype.as_str()),
             },
+            "documents": self.preset.rules,
             "rounds": self.preset.rounds,
             "epoch_documents": self.preset.epoch_documents,
             "templates": format!("{:032x}", templates.digest()),
@@ -205,20 +218,26 @@ impl Settings {
     }
 }
 
-/// Checks that general instructions hold something to mix in.
-fn check_general(files: &[PathBuf]) -> Result<()> {
-    let mut first = None;
+/// How general instructions are written, by the first of each file; some must be there to mix in.
+fn spellings(files: &[PathBuf]) -> Result<Vec<&'static str>> {
+    let (mut names, mut fault) = (Vec::new(), None);
     for file in files {
         for read in instructions::read(file).context("--general")? {
             match read {
-                Ok(_) => return Ok(()),
-                Err(rejected) => drop(first.get_or_insert(rejected)),
+                Ok(instruction) => {
+                    names.push(instruction.spelling.name());
+                    break;
+                }
+                Err(rejected) => drop(fault.get_or_insert(rejected)),
             }
         }
     }
-    let first = first.map(|rejected| format!("; the first: {rejected}")).unwrap_or_default();
-    ensure!(files.is_empty(), "--general: no record of its files can be used{first}");
-    Ok(())
+    let fault = fault.map(|rejected| format!("; the first: {rejected}")).unwrap_or_default();
+    let some = files.is_empty() || !names.is_empty();
+    ensure!(some, "--general: no record of its files can be used{fault}");
+    names.sort_unstable();
+    names.dedup();
+    Ok(names)
 }
 
 /// Files with their sizes and digests, as they stand in `run.json`.

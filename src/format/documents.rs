@@ -2,7 +2,7 @@
 
 use super::input::{self, Counter, kind};
 use super::jsonl::{self, Fields};
-use super::{pubmed, text};
+use super::{newswire, pubmed, table, text};
 use crate::error::{Error, Result};
 use crate::record::{Document, Place, Rejected};
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,10 @@ pub enum Kind {
     Jsonl,
     /// One document.
     Text,
+    /// Newswire stories in SGML.
+    Newswire,
+    /// One row a record, below a row of names.
+    Table(table::Delimiter),
 }
 
 impl Kind {
@@ -45,9 +49,13 @@ impl Kind {
             "xml" => Ok(Kind::Pubmed),
             "jsonl" | "ndjson" | "json" => Ok(Kind::Jsonl),
             "txt" | "md" | "text" => Ok(Kind::Text),
+            "sgm" | "sgml" => Ok(Kind::Newswire),
+            "csv" => Ok(Kind::Table(table::Delimiter::Comma)),
+            "tsv" => Ok(Kind::Table(table::Delimiter::Tab)),
             _ => Err(Error::Setting(format!(
                 "cannot tell from its name what {path:?} holds; known are .xml, .jsonl, .ndjson, \
-                 .json (one object a line), .txt and .md, each also with .gz or .zst behind"
+                 .json (one object a line), .sgm, .csv, .tsv, .txt and .md, each also with .gz or \
+                 .zst behind"
             ))),
         }
     }
@@ -58,6 +66,9 @@ impl Kind {
             Kind::Pubmed => "PubMed XML",
             Kind::Jsonl => "JSON Lines",
             Kind::Text => "text",
+            Kind::Newswire => "newswire SGML",
+            Kind::Table(table::Delimiter::Comma) => "CSV",
+            Kind::Table(table::Delimiter::Tab) => "TSV",
         }
     }
 }
@@ -142,6 +153,10 @@ impl Documents {
             Kind::Pubmed => Box::new(pubmed::read(path, source, counter)?),
             Kind::Jsonl => Box::new(jsonl::read(path, source, self.fields.clone(), counter)?),
             Kind::Text => Box::new(text::read(path, source, counter)?),
+            Kind::Newswire => Box::new(newswire::read(path, source, counter)?),
+            Kind::Table(delimiter) => {
+                Box::new(table::read(path, delimiter, source, self.fields.clone(), counter)?)
+            }
         })
     }
 }
@@ -232,6 +247,8 @@ mod tests {
         assert_eq!(kind("pubmed26n0001.xml.gz"), Some(Kind::Pubmed));
         assert_eq!(kind("a.jsonl.zst"), Some(Kind::Jsonl));
         assert_eq!(kind("a.md"), Some(Kind::Text));
+        assert_eq!(kind("reut2-000.sgm.zst"), Some(Kind::Newswire));
+        assert_eq!(kind("news.TSV.gz"), Some(Kind::Table(table::Delimiter::Tab)));
         assert_eq!(kind("a.pdf"), None);
     }
 }

@@ -55,9 +55,22 @@ fn parse(
 ) -> std::result::Result<Document, (&'static str, String)> {
     let value: Value =
         serde_json::from_str(line).map_err(|error| ("malformed_json", error.to_string()))?;
-    let Value::Object(mut object) = value else {
-        return Err(("not_an_object", format!("a JSON {}", name(&value))));
-    };
+    match value {
+        Value::Object(object) => document(object, source, fields, place),
+        other => Err(("not_an_object", format!("a JSON {}", name(&other)))),
+    }
+}
+
+/// The document in a record with named fields.
+///
+/// # Errors
+/// The reason for which there is none, and what exactly is wrong.
+pub(super) fn document(
+    mut object: Map<String, Value>,
+    source: &str,
+    fields: &Fields,
+    place: &Place,
+) -> std::result::Result<Document, (&'static str, String)> {
     let id = match object.remove(&fields.id) {
         None | Some(Value::Null) => format!("{}:{}", place.file, place.record),
         Some(Value::String(id)) => id,

@@ -8,7 +8,7 @@ use headwater::manifest::Manifest;
 use headwater::record::{Finish, Rejected};
 use headwater::run::RunFolder;
 use headwater::synthesizer::{Job, Queue, scripted};
-use headwater_pipelines::pubmed;
+use headwater_pipelines::adapt;
 use headwater_pipelines::shell::parts::Parts;
 use headwater_pipelines::shell::plan::Plan;
 use headwater_pipelines::shell::running::execute;
@@ -48,7 +48,7 @@ fn run(place: &Path, files: &[(&str, Vec<u8>)]) -> Ran {
     let (queue, jobs) = Queue::new(8);
     say_one_pair(jobs, &settings);
     let parts = Arc::new(Parts::around(&settings, &plan, queue, None).unwrap());
-    execute(settings.engine.workers, parts, pubmed::dataflow).unwrap();
+    execute(settings.engine.workers, parts, adapt::dataflow).unwrap();
     let folder = RunFolder::existing(&settings.out).unwrap();
     let manifest = folder.manifest().unwrap();
     let (mut documents, mut rejected) = (Vec::new(), Vec::new());

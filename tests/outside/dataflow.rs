@@ -2,7 +2,7 @@
 
 use crossbeam_channel::Receiver;
 use headwater::synthesizer::{Job, Queue, scripted};
-use headwater_pipelines::pubmed;
+use headwater_pipelines::adapt;
 use headwater_pipelines::shell::parts::Parts;
 use headwater_pipelines::shell::plan::Plan;
 use headwater_pipelines::shell::running::execute;
@@ -24,7 +24,7 @@ fn run_dataflow(settings: &Settings, disorder: u64) {
     let (queue, jobs) = Queue::new(5);
     start(jobs, disorder, settings);
     let parts = Arc::new(Parts::around(settings, &plan, queue, None).unwrap());
-    execute(settings.engine.workers, parts, pubmed::dataflow).unwrap();
+    execute(settings.engine.workers, parts, adapt::dataflow).unwrap();
 }
 
 fn run_reference(settings: &Settings) {

@@ -8,16 +8,21 @@
 //! article and memory stays flat on a file of any size.
 
 mod article;
-mod fragments;
 
 use super::documents::Found;
+use super::fragments::{Fragment, Fragments, Records};
 use super::input::{self, Counter};
 use crate::error::Result;
 use crate::record::{Document, Place, Rejected, excerpt};
 use article::{Article, Content};
-use fragments::{Fragment, Fragments};
 use std::collections::VecDeque;
 use std::path::Path;
+
+/// Articles, books, and lists of deletions.
+const RECORDS: Records = Records {
+    elements: &["PubmedArticle", "PubmedBookArticle", "DeleteCitation", "DeleteDocument"],
+    latin: false,
+};
 
 /// The documents of a file. A document is a title, a blank line, and the abstract, a section a line.
 ///
@@ -28,7 +33,8 @@ pub fn read(
     source: String,
     counter: Counter,
 ) -> Result<impl Iterator<Item = Found> + use<>> {
-    let fragments = Fragments::new(input::open_counted(path, counter)?, path.display().to_string());
+    let reader = input::open_counted(path, counter)?;
+    let fragments = Fragments::new(RECORDS, reader, path.display().to_string());
     Ok(Reader { fragments, source, found: VecDeque::new() })
 }
 

@@ -1,11 +1,18 @@
-//! Cuts a stream of PubMed XML into its records.
+//! Cuts a stream of markup into its records, before anything is parsed.
+//!
+//! A malformed record then costs that record, and memory stays flat on a file of any size.
 
 use crate::record::{Place, Rejected};
 use std::io::{BufRead, ErrorKind};
 
-/// Elements that are records.
-const RECORDS: [&str; 4] =
-    ["PubmedArticle", "PubmedBookArticle", "DeleteCitation", "DeleteDocument"];
+/// What the records of a stream are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Records {
+    /// The elements that are records.
+    pub(super) elements: &'static [&'static str],
+    /// Whether a record that is not UTF-8 is read as ISO 8859-1, in which all bytes are characters.
+    pub(super) latin: bool,
+}
 
 /// Bytes of the largest record that is read.
 const RECORD_BYTES_MAX: usize = 32 << 20;
@@ -18,6 +25,7 @@ pub(super) struct Fragment {
 
 /// Iterates over the records of a stream.
 pub(super) struct Fragments {
+    records: Records,
     reader: Box<dyn BufRead + Send>,
     file: String,
     /// Bytes that have been read; those before `front` have been given out.
@@ -39,8 +47,9 @@ struct Start {
 type Rejection = Box<Rejected>;
 
 impl Fragments {
-    pub(super) fn new(reader: Box<dyn BufRead + Send>, file: String) -> Self {
-        Fragments { reader, file, buffer: Vec::new(), front: 0, byte: 0, record: 0, end: None }
+    pub(super) fn new(records: Records, reader: Box<dyn BufRead + Send>, file: String) -> Self {
+        let buffer = Vec::new();
+        Fragments { records, reader, file, buffer, front: 0, byte: 0, record: 0, end: None }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -76,11 +85,12 @@ impl Fragments {
     /// Brings the next record's start tag to the front of the buffer.
     fn seek(&mut self) -> Option<&'static str> {
         loop {
-            if let Some(Start { at, name }) = start(self.bytes(), 0) {
+            if let Some(Start { at, name }) = self.start(self.bytes(), 0) {
                 self.skip(at);
                 return Some(name);
             }
-            let longest = RECORDS.map(str::len).into_iter().max().unwrap_or(0) + 2;
+            let longest = self.records.elements.iter().map(|name| name.len() + 2).max();
+            let longest = longest.unwrap_or(0);
             self.skip(self.bytes().len().saturating_sub(longest)); // a tag may be cut in two
             if !self.fill() {
                 return None;
@@ -99,7 +109,7 @@ impl Fragments {
             let end = find(rest, close.as_bytes()).map(|at| from + at + close.len());
             let limit = end.unwrap_or(bytes.len());
             // Another record's start before the end: this one broke off.
-            if let Some(next) = start(&bytes[..limit], from) {
+            if let Some(next) = self.start(&bytes[..limit], from) {
                 return Err(("truncated_record", next.at));
             }
             if let Some(end) = end {
@@ -114,6 +124,24 @@ impl Fragments {
                 return Err(("truncated_record", length));
             }
         }
+    }
+
+    /// The first start tag of a record in `bytes`, at or behind `from`.
+    fn start(&self, bytes: &[u8], from: usize) -> Option<Start> {
+        let mut at = from;
+        while let Some(found) = find(&bytes[at.min(bytes.len())..], b"<") {
+            at += found;
+            let tag = &bytes[at + 1..];
+            let name = self.records.elements.iter().find(|name| {
+                let end = tag.strip_prefix(name.as_bytes()).and_then(|rest| rest.first());
+                end.is_some_and(|end| b"> \t\r\n".contains(end))
+            });
+            match name {
+                Some(name) => return Some(Start { at, name }),
+                None => at += 1,
+            }
+        }
+        None
     }
 
     fn reject(&mut self, reason: &str, detail: String, length: usize, place: Place) -> Rejection {
@@ -137,17 +165,19 @@ impl Iterator for Fragments {
             return Some(Err(Box::new(Rejected::unread("unreadable_input", detail, place, ""))));
         };
         match self.measure(name) {
-            Ok(length) => match std::str::from_utf8(&self.bytes()[..length]) {
-                Ok(text) => {
-                    let text = text.to_owned();
-                    self.skip(length);
-                    Some(Ok(Fragment { text, place }))
-                }
-                Err(error) => {
-                    let detail = format!("byte {} of the record", error.valid_up_to());
-                    Some(Err(self.reject("invalid_utf8", detail, length, place)))
-                }
-            },
+            Ok(length) => {
+                let bytes = &self.bytes()[..length];
+                let text = match std::str::from_utf8(bytes) {
+                    Ok(text) => text.to_owned(),
+                    Err(_) if self.records.latin => bytes.iter().map(|&b| char::from(b)).collect(),
+                    Err(error) => {
+                        let detail = format!("byte {} of the record", error.valid_up_to());
+                        return Some(Err(self.reject("invalid_utf8", detail, length, place)));
+                    }
+                };
+                self.skip(length);
+                Some(Ok(Fragment { text, place }))
+            }
             Err((reason, length)) => {
                 let detail = match self.end.as_mut().and_then(Option::take) {
                     Some(error) => format!("{length} bytes without its end tag: {error}"),
@@ -157,24 +187,6 @@ impl Iterator for Fragments {
             }
         }
     }
-}
-
-/// The first start tag of a record at or behind `from`.
-fn start(bytes: &[u8], from: usize) -> Option<Start> {
-    let mut at = from;
-    while let Some(found) = find(&bytes[at.min(bytes.len())..], b"<") {
-        at += found;
-        let tag = &bytes[at + 1..];
-        let name = RECORDS.into_iter().find(|name| {
-            let end = tag.strip_prefix(name.as_bytes()).and_then(|rest| rest.first());
-            end.is_some_and(|end| b"> \t\r\n".contains(end))
-        });
-        match name {
-            Some(name) => return Some(Start { at, name }),
-            None => at += 1,
-        }
-    }
-    None
 }
 
 fn find(bytes: &[u8], needle: &[u8]) -> Option<usize> {
