@@ -42,8 +42,8 @@ fn parse(fragment: &Fragment, source: &str) -> Found {
     };
     let mut metadata = BTreeMap::new();
     for (name, value) in [
-        ("title", element(story, "TITLE").map(unwrap)),
-        ("date", element(story, "DATE").map(unwrap)),
+        ("title", element(story, "TITLE").map(one_line)),
+        ("date", element(story, "DATE").map(one_line)),
         ("topics", element(story, "TOPICS").map(list)),
         ("places", element(story, "PLACES").map(list)),
     ] {
@@ -57,11 +57,11 @@ fn parse(fragment: &Fragment, source: &str) -> Found {
 
 /// Headline, blank line, dateline and body; none if there is no body.
 fn text(story: &str) -> Option<String> {
-    let title = element(story, "TITLE").map(unwrap).unwrap_or_default();
+    let title = element(story, "TITLE").map(one_line).unwrap_or_default();
     let text = element(story, "TEXT")?;
     let body = match element(text, "BODY") {
         Some(body) => {
-            let dateline = element(text, "DATELINE").map(unwrap).unwrap_or_default();
+            let dateline = element(text, "DATELINE").map(one_line).unwrap_or_default();
             let gap = if dateline.is_empty() { "" } else { " " };
             format!("{dateline}{gap}{}", paragraphs(body))
         }
@@ -75,31 +75,33 @@ fn text(story: &str) -> Option<String> {
     }
 }
 
-/// The paragraphs of a body, one a line. On the wire a paragraph starts with an indented line.
+/// The paragraphs of a body, one a line. On the wire a paragraph starts with an indented line, and the last
+/// line is the agency's name.
 fn paragraphs(body: &str) -> String {
     let body = plain(body);
+    let mut lines: Vec<&str> = body.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines.pop_if(|line| line.trim().eq_ignore_ascii_case("reuter"));
     let mut paragraphs: Vec<String> = Vec::new();
-    for line in body.lines() {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let line_text = words.join(" ");
+    for line in lines {
         match paragraphs.last_mut() {
-            _ if line_text.is_empty() => {}
             Some(paragraph) if !line.starts_with("    ") => {
                 paragraph.push(' ');
-                paragraph.push_str(&line_text);
+                paragraph.push_str(&unwrap(line));
             }
-            _ => paragraphs.push(line_text),
+            _ => paragraphs.push(unwrap(line)),
         }
     }
-    let text = paragraphs.join("\n");
-    let text = text.trim_end();
-    let signed_off = ["Reuter", "REUTER"].iter().find_map(|sign| text.strip_suffix(sign));
-    signed_off.unwrap_or(text).trim_end().to_owned()
+    paragraphs.join("\n")
 }
 
 /// Text in one line.
 fn unwrap(text: &str) -> String {
-    plain(text).split_whitespace().collect::<Vec<_>>().join(" ")
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Marked-up text in one line.
+fn one_line(text: &str) -> String {
+    unwrap(&plain(text))
 }
 
 /// The items of a list: `<D>a</D><D>b</D>`.

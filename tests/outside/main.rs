@@ -5,8 +5,18 @@
 mod bad_input;
 mod crash;
 mod dataflow;
+mod newswire;
 mod parity;
 mod program;
 mod pubmed_xml;
 mod rendering;
 mod tidy;
+
+use std::path::{Path, PathBuf};
+
+/// The folder of test corpora: `HEADWATER_DATA`, or `shared/data` beside the project.
+fn data() -> Option<PathBuf> {
+    let named = std::env::var_os("HEADWATER_DATA").map(PathBuf::from);
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2)?.join("shared/data");
+    named.or(Some(beside)).filter(|path| path.is_dir())
+}

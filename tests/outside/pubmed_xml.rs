@@ -1,18 +1,12 @@
 //! Genuine PubMed XML is read as an independent parser reads it. Skipped where the corpus is not at hand.
 
+use crate::data;
 use headwater::format::documents::{Documents, Found};
 use headwater::format::jsonl::Fields;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::BufRead;
-use std::path::{Path, PathBuf};
-
-/// The folder of test corpora: `HEADWATER_DATA`, or `shared/data` beside the project.
-fn data() -> Option<PathBuf> {
-    let named = std::env::var_os("HEADWATER_DATA").map(PathBuf::from);
-    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2)?.join("shared/data");
-    named.or(Some(beside)).filter(|path| path.is_dir())
-}
+use std::path::Path;
 
 /// What the reader and the other parser say of one article, in the same words.
 #[derive(Debug, Default, PartialEq)]
