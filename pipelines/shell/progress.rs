@@ -79,6 +79,31 @@ impl Drop for Progress {
     }
 }
 
+/// How far a stage is.
+struct Stage {
+    name: &'static str,
+    done: u64,
+    expected: u64,
+    /// What else there is to say.
+    said: String,
+}
+
+impl Stage {
+    /// Rate, time left, and what else there is to say, after so many seconds.
+    fn pace(&self, passed: f64) -> String {
+        let rate = self.done as f64 / passed;
+        let left = self.expected.saturating_sub(self.done) as f64 / rate;
+        let mut pace = format!("{rate:.1}/s");
+        if left.is_finite() && left > 0.0 {
+            pace += &format!(", {} left", seconds(left));
+        }
+        if !self.said.is_empty() {
+            pace += &format!(", {}", self.said);
+        }
+        pace
+    }
+}
+
 struct Watch {
     meters: Arc<Meters>,
     trainer: Arc<TrainMeter>,
@@ -88,45 +113,46 @@ struct Watch {
 }
 
 impl Watch {
-    /// Name, what is done, what is expected, and what else there is to say, for each stage.
-    fn stages(&self) -> Vec<(&'static str, u64, u64, String)> {
+    fn stages(&self) -> Vec<Stage> {
         let Expected { texts, sequences, synthesized, trained } = self.expected;
         let meters = &self.meters;
+        let stage = |name, done, expected, said| Stage { name, done, expected, said };
         let pairs = format!("{} pairs", count(meters.pairs.get()));
         let tokens = format!("{} tokens mixed", count(meters.mixed_tokens.get()));
         let mut stages = Vec::new();
         if synthesized {
-            stages.push(("read", meters.texts.get(), texts, String::new()));
-            stages.push(("synthesize", meters.generations.get(), texts, pairs));
-            stages.push(("pack", meters.sequences.get(), sequences, tokens));
+            stages.push(stage("read", meters.texts.get(), texts, String::new()));
+            stages.push(stage("synthesize", meters.generations.get(), texts, pairs));
+            stages.push(stage("pack", meters.sequences.get(), sequences, tokens));
         }
         if trained {
             let said = self.trainer.say().unwrap_or_default();
-            stages.push(("train", meters.learned.get(), sequences, said));
+            stages.push(stage("train", meters.learned.get(), sequences, said));
         }
         stages
     }
 
     fn bars(&self) {
-        let style = "{prefix:<11} {bar:28} {pos:>7}/{len:<7} {per_sec:>12} {eta:>6}  {msg}";
+        let style = "{prefix:<11} {bar:28} {pos:>7}/{len:<7} {msg}";
         let style =
             ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar());
         let all = MultiProgress::new();
         let bars: Vec<ProgressBar> = self
             .stages()
             .iter()
-            .map(|(name, _, expected, _)| {
-                let bar = all.add(ProgressBar::new(*expected));
+            .map(|stage| {
+                let bar = all.add(ProgressBar::new(stage.expected));
                 bar.set_style(style.clone());
-                bar.set_prefix(*name);
+                bar.set_prefix(stage.name);
                 bar
             })
             .collect();
         while !self.stop.load(Relaxed) {
-            for (bar, (_, done, _, said)) in bars.iter().zip(self.stages()) {
-                bar.set_length(bar.length().unwrap_or(0).max(done));
-                bar.set_position(done);
-                bar.set_message(said);
+            let passed = self.start.elapsed().as_secs_f64();
+            for (bar, stage) in bars.iter().zip(self.stages()) {
+                bar.set_length(bar.length().unwrap_or(0).max(stage.done));
+                bar.set_position(stage.done);
+                bar.set_message(stage.pace(passed));
             }
             std::thread::park_timeout(LOOK_EVERY);
         }
@@ -146,20 +172,27 @@ impl Watch {
     }
 
     fn line(&self, passed: f64) -> String {
-        let stages: Vec<String> = self
-            .stages()
-            .into_iter()
-            .map(|(name, done, expected, said)| {
-                let rate = done as f64 / passed;
-                let left = expected.saturating_sub(done) as f64 / rate;
-                let eta = match left.is_finite() && left > 0.0 {
-                    true => format!(", {} left", seconds(left)),
-                    false => String::new(),
-                };
-                let said = if said.is_empty() { said } else { format!(", {said}") };
-                format!("{name} {done}/{expected} ({rate:.1}/s{eta}{said})")
-            })
-            .collect();
+        let stage = |stage: Stage| {
+            format!("{} {}/{} ({})", stage.name, stage.done, stage.expected, stage.pace(passed))
+        };
+        let stages: Vec<String> = self.stages().into_iter().map(stage).collect();
         format!("[{}] {}", seconds(passed), stages.join(" · "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(done: u64, said: &str, expected: &str) {
+        let stage = Stage { name: "read", done, expected: 90, said: said.into() };
+        assert_eq!(stage.pace(7.0), expected);
+    }
+
+    #[test]
+    fn the_pace_of_a_stage_reads_well() {
+        check(0, "", "0.0/s");
+        check(30, "75 pairs", "4.3/s, 14 s left, 75 pairs");
+        check(90, "", "12.9/s");
     }
 }
