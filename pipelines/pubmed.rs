@@ -6,7 +6,7 @@ use clap::Args;
 use headwater::gate::DocumentRules;
 use std::process::ExitCode;
 
-/// PubMed has each article once.
+/// A baseline has each article once, and far too many to remember them all.
 const RULES: DocumentRules = DocumentRules { words_min: 1, unique: false };
 
 /// Augment biomedical abstracts, mix them with general instructions, pack and train

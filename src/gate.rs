@@ -12,7 +12,8 @@ use xxhash_rust::xxh3::Xxh3;
 pub struct DocumentRules {
     /// Words of a text at least.
     pub words_min: usize,
-    /// Whether only the first of several documents with equal texts is used. Costs 8 bytes a document.
+    /// Whether only the first of several documents with equal texts is used. Costs up to 20 bytes of
+    /// memory a document.
     pub unique: bool,
 }
 

@@ -81,7 +81,7 @@ impl Plan {
         );
         if let [first, ..] = settings.passed_over.as_slice() {
             let count = settings.passed_over.len();
-            line("passed over", format!("{count} files of no known kind: {} …", first.display()));
+            line("passed over", format!("{count} of no known kind, the first {}", first.display()));
         }
         let synthesizer = &settings.synthesizer;
         let dtype = settings.dtype;
