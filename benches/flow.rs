@@ -4,7 +4,7 @@
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use headwater::synthesizer::{Queue, scripted};
 use headwater_benches::{sample, texts};
-use headwater_pipelines::adapt;
+use headwater_pipelines::instruct;
 use headwater_pipelines::shell::parts::Parts;
 use headwater_pipelines::shell::plan::Plan;
 use headwater_pipelines::shell::running::execute;
@@ -27,6 +27,7 @@ fn settings(workers: usize) -> (TempDir, Settings) {
         rounds: 3,
         epoch_documents: 240,
         seed: 1,
+        flags: &[],
     });
     (place, settings)
 }
@@ -37,7 +38,7 @@ fn dataflow(settings: &Settings) {
     let tokenizer = settings.synthesizer.tokenizer.clone();
     scripted(jobs, 1, move |request| script::answer(request, &tokenizer));
     let parts = Parts::around(settings, &plan, queue, None).expect("a new folder");
-    execute(settings.engine.workers, Arc::new(parts), adapt::dataflow).expect("it runs through");
+    execute(settings.engine.workers, Arc::new(parts), instruct::dataflow).expect("it runs through");
 }
 
 fn plain_loop(settings: &Settings) {

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use headwater::augment::item;
-use headwater::pack::{OPEN_MAX, Packer};
+use headwater::pack::{PackMode, Packer};
 use headwater::record::Sequence;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
@@ -15,7 +15,7 @@ const BATCH: usize = 8;
 
 fn sequences() -> Vec<Sequence> {
     let tokenizer = synthesizer().tokenizer;
-    let mut packer = Packer::new(LENGTH, OPEN_MAX);
+    let mut packer = Packer::new(LENGTH, PackMode::default());
     let items = texts().into_iter().enumerate();
     items
         .flat_map(|(index, text)| packer.push(&item(&index.to_string(), 0, &text, &tokenizer)))

@@ -68,6 +68,8 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
                 // The epochs that are being gathered, and those handed over: each with its capability.
                 let mut gathering: BTreeMap<u64, (Capability<u64>, Gathered)> = BTreeMap::new();
                 let mut handed_over: BTreeMap<u64, Capability<u64>> = BTreeMap::new();
+                // Behind an epoch that the run ends with, nothing is committed any more.
+                let mut stopped = lanes.iter().any(|lane| lane.stopped);
 
                 move |(packed, packed_frontier), (accounts, accounts_frontier), output| {
                     let port = output.output_index();
@@ -92,9 +94,15 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
                     {
                         let epoch = *entry.key();
                         let (capability, gathered) = entry.remove();
+                        if stopped {
+                            continue;
+                        }
                         let whole = gathered.into_output(epoch, &mut lanes);
                         match committer.offer(whole) {
-                            Ok(()) => drop(handed_over.insert(epoch, capability)),
+                            Ok(()) => {
+                                stopped = lanes.iter().any(|lane| lane.stopped);
+                                handed_over.insert(epoch, capability);
+                            }
                             Err(whole) => {
                                 let gathered =
                                     Gathered { whole: Some(whole), ..Gathered::default() };

@@ -15,6 +15,9 @@
 
 pub mod commit;
 pub mod credit;
+pub mod gate;
+mod held;
+pub mod judge;
 pub mod mix;
 pub mod pack;
 pub mod parse;

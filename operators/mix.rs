@@ -9,13 +9,14 @@
 //! has nothing ready the lane waits, holding the capability of its epoch, until it is woken.
 
 use crate::waker;
-use headwater::augment::{AUGMENTED, Augmented, ChainOutput};
+use headwater::augment::{Augmented, ChainOutput};
+use headwater::lane::{Lane, MixRules, Mixed, Need};
 use headwater::ledger::Ledger;
 use headwater::manifest::LaneState;
 use headwater::meter::Meters;
-use headwater::mix::{Lane, Mixer, Need};
 use headwater::record::{Item, Rejected};
-use headwater::side::{Offer, SideFeed, SideRecord, SideSource};
+use headwater::side::{Offer, SideFeed, SideSource};
+use headwater::synthesizer::Waker;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -26,9 +27,9 @@ use timely::dataflow::operators::{Capability, Operator};
 /// What is mixed with what.
 #[derive(Clone, Debug)]
 pub struct Mixing {
-    /// Shares by tokens: of the augmented documents, then of each side source.
-    pub weights: Vec<u64>,
-    /// The side sources, in the order of their weights.
+    /// Names, shares, and what happens at the end of a source.
+    pub rules: MixRules,
+    /// The side sources, in the order of their shares.
     pub sides: Vec<SideSource>,
     /// How far each lane has come; as many as there are lanes.
     pub lanes: Vec<LaneState>,
@@ -89,7 +90,7 @@ impl<'scope> Mix<'scope> for StreamVec<'scope, u64, ChainOutput> {
                     while let Some((key, closed)) = oldest(&mut open, *lane)
                         && !frontier.less_equal(&key.0)
                     {
-                        mix.start(std::mem::take(&mut closed.1));
+                        mix.start(key.0, std::mem::take(&mut closed.1));
                         let Some(mixed) = mix.advance() else { break };
                         mixing.meters.mixed_tokens.add(mixed.ledger.get("mix/tokens"));
                         output.session(&closed.0).give(mixed);
@@ -114,81 +115,66 @@ fn oldest(open: &mut BTreeMap<Key, Held>, lane: u64) -> Option<(Key, &mut Held)>
 
 /// A lane with its side sources and the epoch it is mixing.
 struct LaneMix {
+    number: u64,
     lane: Lane,
-    sides: Vec<(SideFeed, String)>,
-    mixed: MixedLane,
+    /// The side sources; none for one that has ended.
+    sides: Vec<Option<SideFeed>>,
+    sources: Vec<SideSource>,
+    /// What was rendered for the epoch, without its items.
+    rendered: MixedLane,
 }
 
 impl LaneMix {
-    fn new(mixing: &Mixing, lane: u64, wake: &headwater::synthesizer::Waker) -> Self {
+    fn new(mixing: &Mixing, number: u64, wake: &Waker) -> Self {
         let lanes = mixing.lanes.len() as u64;
-        let state = &mixing.lanes[lane as usize];
+        let state = &mixing.lanes[number as usize];
+        let lane = Lane::new(mixing.rules.clone(), state.clone());
         let open = |(side, source): (usize, &SideSource)| {
             let behind = state.side_records.get(side).copied().unwrap_or(0);
-            (source.open(lane, lanes, behind, wake.clone()), source.name.clone())
+            let open = || source.open(number, lanes, behind, wake.clone());
+            (!lane.has_ended(side + 1)).then(open)
         };
-        let mixer = match state.mix.tokens.is_empty() {
-            true => Mixer::new(&mixing.weights),
-            false => Mixer::resume(&mixing.weights, state.mix.clone()),
-        };
-        let mut side_records = state.side_records.clone();
-        side_records.resize(mixing.sides.len(), 0);
-        let state = LaneState { mix: mixer.state().clone(), side_records };
         LaneMix {
-            lane: Lane::new(mixer),
+            number,
             sides: mixing.sides.iter().enumerate().map(open).collect(),
-            mixed: MixedLane { lane, state, ..MixedLane::default() },
+            sources: mixing.sides.clone(),
+            lane,
+            rendered: MixedLane::default(),
         }
     }
 
     /// Takes in what was rendered for an epoch; nothing if it was taken in before.
-    fn start(&mut self, mut rendered: Vec<ChainOutput>) {
+    fn start(&mut self, epoch: u64, mut rendered: Vec<ChainOutput>) {
         rendered.sort_by_key(|output| output.index); // arrival says nothing
         for output in rendered {
-            self.mixed.rejected.extend(output.rejected);
-            self.mixed.ledger.merge(&output.ledger);
+            self.rendered.rejected.extend(output.rejected);
+            self.rendered.ledger.merge(&output.ledger);
             let (documents, items): (Vec<_>, Vec<_>) = output.documents.into_iter().unzip();
-            self.mixed.documents.extend(documents);
-            self.lane.start(items);
+            self.rendered.documents.extend(documents);
+            self.lane.start(epoch, items);
         }
     }
 
     /// Mixes on; the epoch when it is done, none while a side source has nothing ready.
     fn advance(&mut self) -> Option<MixedLane> {
-        while let Need::Item(side) = self.lane.advance() {
-            let (feed, name) = &self.sides[side - 1];
+        while let Need::Record(side) = self.lane.advance() {
+            let feed = self.sides[side - 1].as_ref().expect("a source that has ended is not asked");
             match feed.poll() {
-                Offer::Record(record) => self.give(side, record),
+                Offer::Record(record) => self.lane.give(side, record),
                 Offer::NotYet => return None,
-                Offer::Exhausted => panic!("the files of {name:?} no longer hold anything usable"),
+                Offer::Exhausted => {
+                    let SideSource { name, passes, .. } = &self.sources[side - 1];
+                    assert!(passes.is_some(), "the files of {name:?} hold nothing usable any more");
+                    self.sides[side - 1] = None;
+                    self.lane.end(side);
+                }
             }
         }
-        let mixed = &mut self.mixed;
-        mixed.items = self.lane.finish();
-        mixed.state.mix = self.lane.state().clone();
-        for item in &mixed.items {
-            let source = match item.source {
-                AUGMENTED => "augmented",
-                side => self.sides[side as usize - 1].1.as_str(),
-            };
-            let tokens = item.tokens.len() as u64;
-            mixed.ledger.add(format!("mix/items/{source}"), 1);
-            mixed.ledger.add(format!("mix/tokens_of/{source}"), tokens);
-            mixed.ledger.add("mix/tokens", tokens);
-        }
-        let next =
-            MixedLane { lane: mixed.lane, state: mixed.state.clone(), ..MixedLane::default() };
-        Some(std::mem::replace(mixed, next))
-    }
-
-    fn give(&mut self, side: usize, record: SideRecord) {
-        self.mixed.state.side_records[side - 1] = record.records;
-        match record.item {
-            Ok(item) => self.lane.give(item),
-            Err(rejected) => {
-                self.mixed.ledger.add(format!("mix/rejected/{}", rejected.reason), 1);
-                self.mixed.rejected.push(*rejected);
-            }
-        }
+        let (Mixed { items, rejected, ledger }, state) = self.lane.finish();
+        let mut mixed = std::mem::take(&mut self.rendered);
+        (mixed.lane, mixed.items, mixed.state) = (self.number, items, state);
+        mixed.rejected.extend(rejected);
+        mixed.ledger.merge(&ledger);
+        Some(mixed)
     }
 }

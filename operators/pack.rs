@@ -11,7 +11,7 @@ use crate::mix::MixedLane;
 use headwater::augment::Augmented;
 use headwater::ledger::Ledger;
 use headwater::manifest::LaneState;
-use headwater::pack::Packer;
+use headwater::pack::{PackMode, Packer};
 use headwater::record::{Rejected, Sequence};
 use serde::{Deserialize, Serialize};
 use timely::dataflow::StreamVec;
@@ -24,8 +24,8 @@ use timely::progress::Timestamp;
 pub struct Packing {
     /// Tokens of a sequence.
     pub length: usize,
-    /// Sequences that may be open at a time.
-    pub open_max: usize,
+    /// How they are filled.
+    pub mode: PackMode,
 }
 
 /// An epoch of one lane, packed.
@@ -66,7 +66,7 @@ impl<'scope, T: Timestamp> Pack<'scope, T> for StreamVec<'scope, T, MixedLane> {
 
 fn pack_lane(mixed: MixedLane, packing: Packing) -> PackedLane {
     let MixedLane { lane, items, documents, rejected, mut ledger, state } = mixed;
-    let mut packer = Packer::new(packing.length, packing.open_max);
+    let mut packer = Packer::new(packing.length, packing.mode);
     let mut sequences: Vec<Sequence> = items.iter().flat_map(|item| packer.push(item)).collect();
     sequences.extend(packer.finish());
     let tally = packer.tally();

@@ -76,6 +76,10 @@ pub fn read<'scope>(
         move |output| {
             while let (Some(held), Some(blocks)) = (&mut capability, &blocks) {
                 held.downgrade(&epoch);
+                if credit.is_closed() {
+                    capability = None;
+                    return;
+                }
                 if !credit.allows(epoch) {
                     return;
                 }

@@ -8,6 +8,7 @@
 //! A full queue leaves turns in the backlog, which the source's window bounds. Answers leave in whatever
 //! order they come.
 
+use crate::held::Held;
 use crate::prompt::Turn;
 use crate::waker;
 use headwater::chain::Generation;
@@ -19,8 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use timely::dataflow::StreamVec;
 use timely::dataflow::channels::pact::Pipeline;
-use timely::dataflow::operators::{CapabilitySet, Operator};
-use timely::progress::{Stamp, Timestamp};
+use timely::dataflow::operators::Operator;
+use timely::progress::Timestamp;
 
 /// How long a turn stays in the backlog before the queue is tried again.
 const RETRY: Duration = Duration::from_millis(1);
@@ -102,50 +103,5 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                 }
             }
         })
-    }
-}
-
-/// The capabilities of stamps that still have turns under way.
-struct Held<T: Timestamp> {
-    slots: BTreeMap<Stamp<T>, usize>,
-    under_way: BTreeMap<usize, (CapabilitySet<T>, usize)>,
-    next: usize,
-}
-
-impl<T: Timestamp> Default for Held<T> {
-    fn default() -> Self {
-        Held { slots: BTreeMap::new(), under_way: BTreeMap::new(), next: 0 }
-    }
-}
-
-impl<T: Timestamp> Held<T> {
-    /// The slot of a stamp, whose capabilities are retained if it is new.
-    fn slot(&mut self, stamp: Stamp<T>, retain: impl FnOnce() -> CapabilitySet<T>) -> usize {
-        *self.slots.entry(stamp).or_insert_with(|| {
-            self.next += 1;
-            self.under_way.insert(self.next, (retain(), 0));
-            self.next
-        })
-    }
-
-    fn enter(&mut self, slot: usize) {
-        self.under_way.get_mut(&slot).expect("entered while held").1 += 1;
-    }
-
-    fn capabilities(&self, slot: usize) -> &CapabilitySet<T> {
-        &self.under_way[&slot].0
-    }
-
-    /// Drops the capabilities of a slot with its last turn.
-    fn leave(&mut self, slot: usize) {
-        self.under_way.get_mut(&slot).expect("left while held").1 -= 1;
-        self.release_if_idle(slot);
-    }
-
-    fn release_if_idle(&mut self, slot: usize) {
-        if self.under_way[&slot].1 == 0 {
-            self.under_way.remove(&slot);
-            self.slots.retain(|_, own| *own != slot);
-        }
     }
 }

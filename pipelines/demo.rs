@@ -6,16 +6,16 @@
 //!
 //! The input is written beside the output, so that everything can be looked at.
 
-use crate::adapt;
-use crate::shell::args::{AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs};
+use crate::instruct;
+use crate::shell::args::{EngineArgs, MachineArgs, RunArgs};
 use crate::shell::bundled::unpack;
-use crate::shell::models::BUNDLED;
 use crate::shell::running::run as run_dataflow;
 use crate::shell::settings::{Preset, Settings};
 use crate::shell::{finish, wrong_use};
 use anyhow::Result;
 use clap::Args;
-use headwater::gate::DocumentRules;
+use headwater::block::Converted;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -23,10 +23,17 @@ const PRESET: Preset = Preset {
     command: "demo",
     corpus: "biomedicine",
     rounds: 3,
-    ratio: [1, 1],
+    converted: Converted::ALL,
+    task_passes: None,
     epoch_documents: 30,
-    rules: DocumentRules { words_min: 1, unique: false },
+    words_min: 1,
+    unique: false,
+    published: &[],
 };
+
+/// What is asked for, beside the files.
+const FLAGS: &str = "--new-tokens 160 --length 512 --model 2m --batch 4 --rate 3e-3 --warmup 5 \
+                     --micro-batch-tokens 2048 --checkpoint-every 20";
 
 /// Run everything on bundled data: augment, mix, pack and train in a couple of minutes
 #[derive(Args, Clone, Debug)]
@@ -51,40 +58,13 @@ pub struct Demo {
 pub fn run(args: Demo) -> Result<ExitCode> {
     let Demo { out, no_train, engine, machine } = args;
     let samples = out.join("input");
-    let input = InputArgs {
-        input: vec![unpack("biomedicine.xml", &samples)?],
-        out,
-        text_field: Vec::new(),
-        id_field: "id".into(),
-        limit: None,
-        min_words: None,
-        duplicates: None,
-    };
-    let augment = AugmentArgs {
-        synthesizer: BUNDLED.into(),
-        rounds: None,
-        new_tokens: 160,
-        context: 4096,
-        general: vec![unpack("instructions.jsonl", &samples)?],
-        ratio: None,
-        length: 512,
-        epoch_documents: None,
-        epochs_in_flight: 3,
-        lanes: 1,
-    };
-    let train = TrainArgs {
-        model: "2m".into(),
-        tokenizer: None,
-        batch: 4,
-        rate: Some(3e-3),
-        warmup: Some(5),
-        steps: None,
-        micro_batch_tokens: 2048,
-        recompute: false,
-        checkpoint_every: 20,
-    };
-    let json = machine.json;
-    let settings = Settings::new(PRESET, &input, (augment, engine), (train, no_train), machine)
-        .map_err(wrong_use)?;
-    finish(&run_dataflow(&settings, adapt::dataflow)?, json, true)
+    let input = unpack("biomedicine.xml", &samples)?;
+    let general = unpack("instructions.jsonl", &samples)?;
+    let files = [("--input", input), ("--general", general), ("--out", out)];
+    let files = files.into_iter().flat_map(|(flag, path)| [flag.into(), path.into()]);
+    let flags: Vec<OsString> = files.chain(FLAGS.split_whitespace().map(OsString::from)).collect();
+    let run = RunArgs { no_train, engine, machine, ..RunArgs::of(flags)? };
+    let json = run.machine.json;
+    let settings = Settings::new(PRESET, run).map_err(wrong_use)?;
+    finish(&run_dataflow(&settings, instruct::dataflow)?, json, true)
 }

@@ -1,13 +1,28 @@
 //! Domain-adaptive pre-training on finance: newswire in SGML, news in JSON Lines, CSV or TSV.
+//!
+//! Three chained rounds, one to one with general instructions (arXiv 2406.14491, section 4).
 
-use crate::adapt::{self, Adapt};
+use crate::instruct;
+use crate::shell::args::RunArgs;
+use crate::shell::published::DOMAIN;
+use crate::shell::settings::Preset;
 use anyhow::Result;
 use clap::Args;
-use headwater::gate::DocumentRules;
+use headwater::block::Converted;
 use std::process::ExitCode;
 
-/// Wires repeat stories, and much of what they carry is a headline.
-const RULES: DocumentRules = DocumentRules { words_min: 20, unique: true };
+/// Wires repeat stories, and much of what they carry is a headline: both are left out.
+const PRESET: Preset = Preset {
+    command: "finance",
+    corpus: "finance",
+    rounds: 3,
+    converted: Converted::ALL,
+    task_passes: None,
+    epoch_documents: 240,
+    words_min: 20,
+    unique: true,
+    published: &DOMAIN,
+};
 
 /// Augment financial news, mix them with general instructions, pack and train
 #[derive(Args, Clone, Debug)]
@@ -18,7 +33,7 @@ const RULES: DocumentRules = DocumentRules { words_min: 20, unique: true };
 )]
 pub struct Finance {
     #[command(flatten)]
-    adapt: Adapt,
+    run: RunArgs,
 }
 
 /// Runs the pipeline.
@@ -26,5 +41,5 @@ pub struct Finance {
 /// # Errors
 /// If the flags cannot work or the run cannot start.
 pub fn run(args: Finance) -> Result<ExitCode> {
-    adapt::run(adapt::preset("finance", RULES), args.adapt)
+    instruct::run(PRESET, args.run)
 }

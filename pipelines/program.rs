@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{demo, finance, inspect, pubmed, shell, train, tune};
+use crate::{demo, finance, inspect, pubmed, scratch, shell, train, tune};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -17,6 +17,7 @@ enum Command {
     Demo(demo::Demo),
     Pubmed(Box<pubmed::Pubmed>),
     Finance(Box<finance::Finance>),
+    Scratch(Box<scratch::Scratch>),
     Tune(tune::Tune),
     Train(train::Train),
     Inspect(inspect::Inspect),
@@ -30,6 +31,7 @@ pub fn run() -> ExitCode {
             Command::Demo(args) => demo::run(args),
             Command::Pubmed(args) => pubmed::run(*args),
             Command::Finance(args) => finance::run(*args),
+            Command::Scratch(args) => scratch::run(*args),
             Command::Tune(args) => tune::run(&args),
             Command::Train(args) => train::run(&args),
             Command::Inspect(args) => inspect::run(&args),

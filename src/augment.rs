@@ -138,12 +138,18 @@ pub fn item(id: &str, source: u32, text: &str, tokenizer: &Tokenizer) -> Item {
 
 fn count_generation(entry: &Entry, output: &mut ChainOutput) {
     let ledger = &mut output.ledger;
-    ledger.add(format!("synthesize/finished/{}", entry.finish.name()), 1);
+    match entry.finish {
+        Finish::NotAsked => ledger.add("synthesize/not_asked", 1),
+        _ => ledger.add(format!("synthesize/finished/{}", entry.finish.name()), 1),
+    }
     ledger.add("synthesize/prompt_tokens", entry.prompt_tokens);
     ledger.add("synthesize/generated_tokens", entry.generated_tokens);
-    ledger.add("parse/pieces", (entry.pairs.len() + entry.dropped.len()) as u64);
-    ledger.add("parse/pairs", entry.pairs.len() as u64);
-    ledger.add("parse/texts_with_pairs", u64::from(!entry.pairs.is_empty()));
+    let parsed = entry.pairs.len() + entry.refused.len();
+    ledger.add("parse/pieces", (parsed + entry.dropped.len()) as u64);
+    ledger.add("parse/pairs", parsed as u64);
+    ledger.add("parse/texts_with_pairs", u64::from(parsed > 0));
+    ledger.add("gate/pairs", entry.pairs.len() as u64);
+    ledger.add("gate/not_judged", entry.not_judged);
     let reject = |stage, reason: &str, detail: &str, text: &str| Rejected {
         stage,
         reason: reason.into(),
@@ -159,6 +165,11 @@ fn count_generation(entry: &Entry, output: &mut ChainOutput) {
     for (reason, piece) in &entry.dropped {
         ledger.add(format!("parse/rejected/{}", reason.name()), 1);
         output.rejected.push(reject(Stage::Parse, reason.name(), "", piece));
+    }
+    for (refusal, Pair { question, answer }) in &entry.refused {
+        ledger.add(format!("gate/rejected/{}", refusal.name()), 1);
+        let pair = format!("{question} {answer}");
+        output.rejected.push(reject(Stage::Gate, refusal.name(), "", &pair));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Cuts the input into blocks: the epochs of a run.
 //!
 //! ```text
-//! records ─▶ admitted: blank rejected, long split ─▶ blocks of a fixed number of texts
+//! records ─▶ admitted: blank rejected, long split, a share left raw ─▶ blocks of a fixed number of texts
 //! ```
 //!
 //! A block also ends behind [`RECORDS_MAX`] records, so that a corpus in which hardly anything can be used
@@ -14,10 +14,11 @@ use crate::format::documents::{Documents, Found, InputPosition};
 use crate::gate::DocumentGates;
 use crate::ledger::Ledger;
 use crate::prompt::{PromptWriter, holds_marker};
-use crate::record::{Document, Rejected, Stage, excerpt};
-use crate::split::split;
+use crate::record::{Document, Rejected, Stage, Treatment, excerpt};
+use crate::split::{split, window};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Records of a block at most, usable or not.
 pub const RECORDS_MAX: u64 = 16_384;
@@ -46,6 +47,41 @@ pub struct Admission {
     pub prompt_tokens_max: usize,
     /// What else is asked of a document.
     pub gates: DocumentGates,
+    /// What becomes of texts that are too long for a prompt.
+    pub long_texts: LongTexts,
+    /// How many of the documents are converted.
+    pub converted: Converted,
+}
+
+/// What becomes of texts that are too long for a prompt: part of a run's configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LongTexts {
+    /// They are cut into texts of their own; each gets pairs.
+    #[default]
+    Split,
+    /// The synthesizer sees their beginning; the text is kept whole.
+    Window,
+}
+
+/// The share of documents that the synthesizer writes pairs for: part of a run's configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Converted {
+    /// So many of …
+    pub part: u64,
+    /// … so many documents.
+    pub of: u64,
+}
+
+impl Converted {
+    /// All documents.
+    pub const ALL: Converted = Converted { part: 1, of: 1 };
+
+    /// Whether a document is converted: a matter of its text alone, whatever its place, its id and the
+    /// seed, so that a text that comes again is treated as before.
+    pub fn takes(&self, document: &Document) -> bool {
+        xxh3_64(document.text.as_bytes()) % self.of < self.part
+    }
 }
 
 impl Admission {
@@ -63,11 +99,25 @@ impl Admission {
             || self.writer.question(text).len() <= self.prompt_tokens_max
     }
 
-    /// The pieces of a document, or the document if it fits.
-    fn split(&self, document: Document) -> Vec<Document> {
+    /// What becomes of a document, as it is counted, and its texts.
+    fn treat(&self, document: Document) -> (&'static str, Vec<Document>) {
+        if !self.converted.takes(&document) {
+            return ("raw", vec![Document { treatment: Treatment::Raw, ..document }]);
+        }
         let frame = self.writer.question("").len();
         let room = self.prompt_tokens_max.saturating_sub(frame).max(1);
-        split(document, self.writer.tokenizer(), room, |text| self.fits(text))
+        let (tokenizer, fits) = (self.writer.tokenizer(), |text: &str| self.fits(text));
+        match self.long_texts {
+            LongTexts::Split => {
+                let pieces = split(document, tokenizer, room, fits);
+                (if pieces.len() == 1 { "whole" } else { "split" }, pieces)
+            }
+            LongTexts::Window => {
+                let document = window(document, tokenizer, room, fits);
+                let whole = document.treatment == Treatment::Converted;
+                (if whole { "whole" } else { "windowed" }, vec![document])
+            }
+        }
     }
 }
 
@@ -181,9 +231,9 @@ impl Blocks {
         if holds_marker(&document.text) {
             block.ledger.add("admit/marker_in_text", 1);
         }
-        let pieces = self.admission.split(document);
-        block.ledger.add(if pieces.len() == 1 { "admit/whole" } else { "admit/split" }, 1);
-        self.pending.extend(pieces);
+        let (outcome, texts) = self.admission.treat(document);
+        block.ledger.add(format!("admit/{outcome}"), 1);
+        self.pending.extend(texts);
     }
 }
 
@@ -244,6 +294,8 @@ mod tests {
             writer: PromptWriter::new(small()).unwrap(),
             prompt_tokens_max: 60,
             gates: DocumentGates::default(),
+            long_texts: LongTexts::Split,
+            converted: Converted::ALL,
         }
     }
 
@@ -294,7 +346,9 @@ mod tests {
         let long = "The rates rose by 25 points. ".repeat(30);
         let other = long.replace("25", "30");
         let files = file(&folder, &["a", &long, "b", " ", &other, "b", "c"]);
-        let gates = || DocumentGates::new(DocumentRules { words_min: 1, unique: true });
+        let gates = || {
+            DocumentGates::new(DocumentRules { unique: true, ..DocumentRules::default() }).unwrap()
+        };
         let documents = Documents::new(files.clone(), "s", Fields::detected());
         let admitting = Admission { gates: gates(), ..admission() };
         let all: Vec<Block> = Blocks::new(documents, admitting, 4, Some(7)).collect();

@@ -8,8 +8,9 @@
 //! The rules are those of recipe (d). A chain owns its state: nothing of it depends on other chains, on
 //! arrival, or on how many documents a round has.
 
-use crate::prompt::{PromptWriter, parse};
-use crate::record::{Document, Entry, Finish};
+use crate::gate::Refusal;
+use crate::prompt::{Pair, PromptWriter, parse};
+use crate::record::{Document, Entry, Finish, Treatment};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
@@ -44,17 +45,34 @@ pub struct Generation {
     pub tokens: u64,
 }
 
-/// Cuts a block of documents into chains over `rounds` rounds.
+/// Cuts a block of documents into chains over `rounds` rounds, in the order of their first documents.
+///
+/// A document of the raw share is a chain of its own, which is done before it starts.
 ///
 /// # Panics
 /// If there are no rounds.
 pub fn chains(documents: Vec<Document>, rounds: usize) -> Vec<Chain> {
     assert!(rounds > 0, "there is at least one round");
-    let count = documents.len().div_ceil(rounds);
-    let mut chains: Vec<Chain> =
-        (0..count as u64).map(|index| Chain { index, ..Chain::default() }).collect();
-    for (position, document) in documents.into_iter().enumerate() {
-        chains[position % count].waiting.push_back(document);
+    let raw = |document: &Document| document.treatment == Treatment::Raw;
+    let count = documents.iter().filter(|document| !raw(document)).count().div_ceil(rounds);
+    let mut chains: Vec<Chain> = Vec::new();
+    let mut converted: Vec<usize> = Vec::new();
+    let mut position = 0;
+    for document in documents {
+        let raw = raw(&document);
+        if raw || position < count {
+            if !raw {
+                converted.push(chains.len());
+            }
+            chains.push(Chain { index: chains.len() as u64, ..Chain::default() });
+        }
+        if raw {
+            let entry = Entry { document, finish: Finish::NotAsked, ..Entry::default() };
+            chains.last_mut().expect("just pushed").entries.push(entry);
+        } else {
+            chains[converted[position % count]].waiting.push_back(document);
+            position += 1;
+        }
     }
     chains
 }
@@ -67,9 +85,9 @@ impl Chain {
         let mut shown: VecDeque<Vec<u32>> = self
             .linked()
             .iter()
-            .map(|entry| writer.example(&entry.document.text, &entry.pairs))
+            .map(|entry| writer.example(entry.document.seen(), &entry.pairs))
             .collect();
-        let question = writer.question(&document.text);
+        let question = writer.question(document.seen());
         let total =
             |shown: &VecDeque<Vec<u32>>| question.len() + shown.iter().map(Vec::len).sum::<usize>();
         while !shown.is_empty() && total(&shown) > tokens_max {
@@ -98,11 +116,28 @@ impl Chain {
             inherits: prompt.shown > 0 && !parsed.pairs.is_empty(),
             pairs: parsed.pairs,
             dropped: parsed.dropped,
+            refused: Vec::new(),
+            not_judged: 0,
             finish: generation.finish.clone(),
             followed: None,
             prompt_tokens: prompt.tokens.len() as u64,
             generated_tokens: generation.tokens,
         });
+    }
+
+    /// Refuses pairs of the last entry: `judge` says why, from the pair and those kept before it.
+    pub fn refuse(&mut self, mut judge: impl FnMut(&str, &[Pair], &Pair) -> Option<Refusal>) {
+        let Some(entry) = self.entries.last_mut() else { return };
+        let text = entry.document.seen();
+        let mut kept = Vec::new();
+        for pair in entry.pairs.drain(..) {
+            match judge(text, &kept, &pair) {
+                None => kept.push(pair),
+                Some(refusal) => entry.refused.push((refusal, pair)),
+            }
+        }
+        entry.pairs = kept;
+        entry.inherits &= !entry.pairs.is_empty();
     }
 
     /// Whether all documents have been through.
@@ -267,6 +302,49 @@ mod tests {
         };
         let chains = run(3, 3, whole - 1, |_| true);
         assert_eq!(groups(&chains), [[0, 1, 2]]);
+    }
+
+    #[test]
+    fn documents_of_the_raw_share_are_chains_of_their_own_in_order() {
+        let mut all = documents(8);
+        for raw in [0, 3, 4, 7] {
+            all[raw].treatment = Treatment::Raw;
+        }
+        let chains = chains(all, 2); // 1, 2, 5, 6 are converted: 1 with 5, 2 with 6
+        let ids = |chain: &Chain| -> Vec<String> {
+            let entries = chain.entries.iter().map(|entry| &entry.document);
+            entries.chain(&chain.waiting).map(|document| document.id.clone()).collect()
+        };
+        let found: Vec<Vec<String>> = chains.iter().map(ids).collect();
+        assert_eq!(
+            found,
+            [vec!["0"], vec!["1", "5"], vec!["2", "6"], vec!["3"], vec!["4"], vec!["7"]]
+        );
+        assert!(chains.iter().map(|chain| chain.index).eq(0..6));
+        assert_eq!(chains.iter().filter(|chain| chain.is_done()).count(), 4);
+    }
+
+    #[test]
+    fn a_document_whose_pairs_are_all_refused_cuts_the_chain() {
+        let writer = PromptWriter::new(small()).unwrap();
+        let mut chain = chains(documents(2), 2).remove(0);
+        while let Some(prompt) = chain.prompt(&writer, 1000) {
+            let text = "<QUE> q <ANS> a </END><QUE> r <ANS> b </END>".into();
+            chain.accept(&prompt, &Generation { text, ..Generation::default() });
+            let last = chain.entries.len() == 2;
+            chain.refuse(|_, kept, pair| {
+                (last || pair.answer == "b").then(|| {
+                    assert!(last || kept.len() == 1);
+                    Refusal::Ungrounded
+                })
+            });
+        }
+        let counts = |entry: &Entry| (entry.pairs.len(), entry.refused.len(), entry.inherits);
+        assert_eq!(
+            chain.entries.iter().map(counts).collect::<Vec<_>>(),
+            [(1, 1, false), (0, 2, false)]
+        );
+        assert_eq!(chain.groups().len(), 2);
     }
 
     #[test]

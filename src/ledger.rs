@@ -15,14 +15,18 @@ pub struct Ledger {
 
 /// What must equal what: the count on the left is the sum of all counts that start with one of the
 /// names on the right.
-const BALANCES: [(&str, &[&str]); 10] = [
+const BALANCES: [(&str, &[&str]); 11] = [
     ("read/records", &["read/documents", "read/rejected/", "read/withdrawn"]),
-    ("read/documents", &["admit/whole", "admit/split", "admit/rejected/"]),
-    ("admit/texts", &["synthesize/finished/"]),
+    (
+        "read/documents",
+        &["admit/whole", "admit/split", "admit/windowed", "admit/raw", "admit/rejected/"],
+    ),
+    ("admit/texts", &["synthesize/finished/", "synthesize/not_asked"]),
     ("parse/pieces", &["parse/pairs", "parse/rejected/"]),
     ("admit/texts", &["templify/texts/"]),
-    ("parse/pairs", &["templify/pairs/", "templify/rejected/"]),
-    ("templify/documents", &["mix/items/augmented"]),
+    ("parse/pairs", &["gate/pairs", "gate/rejected/"]),
+    ("gate/pairs", &["templify/pairs/", "templify/rejected/"]),
+    ("templify/documents", &["mix/items/augmented", "mix/left_out/augmented"]),
     ("mix/tokens", &["pack/tokens"]),
     ("pack/room", &["pack/tokens", "pack/padding"]),
     ("pack/sequences", &["train/sequences", "train/waiting"]),
@@ -128,6 +132,7 @@ mod tests {
                 ("parse/pairs", 7),
                 ("parse/rejected/empty_answer", 1),
                 ("parse/rejected/unfinished", 2),
+                ("gate/pairs", 7),
                 ("templify/pairs/shown", 5),
                 ("templify/pairs/hidden", 1),
                 ("templify/rejected/chain_malformed", 1),

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod format;
 pub mod gate;
 pub mod kernels;
+pub mod lane;
 pub mod ledger;
 pub mod manifest;
 pub mod meter;

@@ -6,6 +6,7 @@ use crate::ledger::Ledger;
 use crate::mix::MixState;
 use crate::record::{Rejected, Sequence};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A committed epoch: one line of `manifest.jsonl`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,12 +19,21 @@ pub struct EpochRecord {
     pub first_sequence: u64,
     /// Its sequences.
     pub sequences: u64,
+    /// What each source gave to this epoch, in millionths of its tokens.
+    pub mix_ppm: BTreeMap<String, u64>,
     /// How far each lane has come.
     pub lanes: Vec<LaneState>,
     /// How far the input has been read.
     pub input: InputPosition,
     /// What was counted in this epoch.
     pub ledger: Ledger,
+}
+
+impl EpochRecord {
+    /// Whether the run ends with this epoch, whatever is left of its input.
+    pub fn is_stopped(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.stopped)
+    }
 }
 
 /// A file of a committed epoch.
@@ -42,8 +52,10 @@ pub struct FileRecord {
 pub struct LaneState {
     /// Tokens and items taken from each source.
     pub mix: MixState,
-    /// Records read from each side source, usable or not.
+    /// Records of each side source that are behind it, usable or not.
     pub side_records: Vec<u64>,
+    /// Whether a side source has ended that the run is to end with.
+    pub stopped: bool,
 }
 
 /// Everything that one epoch produced.
@@ -79,6 +91,11 @@ impl Manifest {
     /// Sequences committed so far.
     pub fn sequences(&self) -> u64 {
         self.epochs.last().map_or(0, |last| last.first_sequence + last.sequences)
+    }
+
+    /// Whether the run has ended with one of its side sources.
+    pub fn is_stopped(&self) -> bool {
+        self.epochs.last().is_some_and(EpochRecord::is_stopped)
     }
 
     /// How far the input has been read.

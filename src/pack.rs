@@ -1,4 +1,4 @@
-//! Packs items into sequences of a fixed length.
+//! Packs items into sequences of a fixed length, in one of three ways ([`PackMode`]). Best fit, the default:
 //!
 //! ```text
 //! items ─▶ [ open sequences, at most `open_max` ] ─▶ full sequences
@@ -12,6 +12,7 @@
 //! truncation follows Ding et al., 2024 (arXiv 2404.10830).
 
 use crate::record::{Item, Segment, Sequence};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
 /// Sequences that may be open at a time, unless told otherwise.
@@ -20,11 +21,29 @@ pub const OPEN_MAX: usize = 64;
 /// The shortest run of tokens that is split off an item to fill a gap. Smaller gaps are padded.
 const PIECE_MIN: usize = 16;
 
+/// How sequences are filled: part of a run's configuration. Nothing is ever truncated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PackMode {
+    /// An item goes into that of at most so many open sequences where it leaves the least room.
+    BestFit(usize),
+    /// One item after another, cut wherever a sequence is full (Brown et al., 2020; arXiv 2005.14165).
+    Concatenate,
+    /// Every item starts a sequence of its own; what is longer goes on in further ones.
+    OneItem,
+}
+
+impl Default for PackMode {
+    fn default() -> Self {
+        PackMode::BestFit(OPEN_MAX)
+    }
+}
+
 /// Packs one stream of items.
 #[derive(Clone, Debug)]
 pub struct Packer {
     length: usize,
-    open_max: usize,
+    mode: PackMode,
     opened: u64,
     /// Open sequences by free room, then by age.
     open: BTreeMap<(usize, u64), Sequence>,
@@ -45,14 +64,17 @@ pub struct PackTally {
 }
 
 impl Packer {
-    /// A packer for sequences of `length` tokens with at most `open_max` open ones.
+    /// A packer for sequences of `length` tokens.
     ///
     /// # Panics
-    /// If either is zero.
-    pub fn new(length: usize, open_max: usize) -> Self {
-        assert!(length > 0 && open_max > 0, "sequences have tokens, and one is open");
+    /// If sequences have no tokens, or none may be open.
+    pub fn new(length: usize, mode: PackMode) -> Self {
+        assert!(
+            length > 0 && mode != PackMode::BestFit(0),
+            "sequences have tokens, and one is open"
+        );
         let (open, tally) = (BTreeMap::new(), PackTally::default());
-        Packer { length, open_max, opened: 0, open, tally }
+        Packer { length, mode, opened: 0, open, tally }
     }
 
     /// Places an item; returns the sequences that are full now.
@@ -65,7 +87,11 @@ impl Packer {
         let mut full = Vec::new();
         let mut at = 0;
         while at < tokens {
-            at += self.place(item, at, &mut full);
+            at += match self.mode {
+                PackMode::BestFit(open_max) => self.place(item, at, open_max, &mut full),
+                PackMode::Concatenate => self.go_on(item, at, &mut full),
+                PackMode::OneItem => self.start_anew(item, at, &mut full),
+            };
         }
         self.tally.tokens += tokens as u64;
         self.tally.sequences += full.len() as u64;
@@ -98,13 +124,45 @@ impl Packer {
         self.tally
     }
 
+    /// Writes on in the only open sequence.
+    fn go_on(&mut self, item: &Item, at: usize, full: &mut Vec<Sequence>) -> usize {
+        let (_, mut sequence) = self.open.pop_first().unwrap_or_default();
+        let left = item.tokens.len() - at;
+        let taken = left.min(self.length - sequence.tokens.len());
+        append(&mut sequence, item, at, taken);
+        self.tally.cuts += u64::from(taken < left);
+        match self.length - sequence.tokens.len() {
+            0 => full.push(sequence),
+            free => drop(self.open.insert((free, 0), sequence)),
+        }
+        taken
+    }
+
+    /// Writes into a sequence that nothing else goes into.
+    fn start_anew(&mut self, item: &Item, at: usize, full: &mut Vec<Sequence>) -> usize {
+        let left = item.tokens.len() - at;
+        let taken = left.min(self.length);
+        let mut sequence = Sequence::default();
+        append(&mut sequence, item, at, taken);
+        self.tally.cuts += u64::from(taken < left);
+        self.tally.padding += (self.length - taken) as u64;
+        full.push(sequence);
+        taken
+    }
+
     /// Places the tokens of `item` from `at` on, or as many of them as one sequence takes.
-    fn place(&mut self, item: &Item, at: usize, full: &mut Vec<Sequence>) -> usize {
+    fn place(
+        &mut self,
+        item: &Item,
+        at: usize,
+        open_max: usize,
+        full: &mut Vec<Sequence>,
+    ) -> usize {
         let left = item.tokens.len() - at;
         let best = self.open.range((left, 0)..).next().map(|(&key, _)| key);
         let (key, taken) = match (best, self.open.first_key_value()) {
             (Some(key), _) => (Some(key), left),
-            (None, Some((&fullest, _))) if self.open.len() == self.open_max => {
+            (None, Some((&fullest, _))) if self.open.len() == open_max => {
                 // No gap smaller than a piece is filled, and none is left behind by the rest.
                 let (gap, _) = fullest;
                 let fits = gap.min(left.saturating_sub(PIECE_MIN));
@@ -199,8 +257,8 @@ mod tests {
         lengths.iter().enumerate().map(item).collect()
     }
 
-    fn pack(items: &[Item], length: usize, open_max: usize) -> (Vec<Sequence>, PackTally) {
-        let mut packer = Packer::new(length, open_max);
+    fn pack(items: &[Item], length: usize, mode: PackMode) -> (Vec<Sequence>, PackTally) {
+        let mut packer = Packer::new(length, mode);
         let mut sequences: Vec<Sequence> =
             items.iter().flat_map(|item| packer.push(item)).collect();
         sequences.extend(packer.finish());
@@ -208,8 +266,8 @@ mod tests {
     }
 
     /// Lengths of the segments of each sequence.
-    fn check(lengths: &[usize], length: usize, open_max: usize, expected: &[&[u32]]) {
-        let (sequences, _) = pack(&items(lengths), length, open_max);
+    fn check(lengths: &[usize], length: usize, mode: PackMode, expected: &[&[u32]]) {
+        let (sequences, _) = pack(&items(lengths), length, mode);
         let found: Vec<Vec<u32>> = sequences
             .iter()
             .map(|sequence| sequence.segments.iter().map(|segment| segment.length).collect())
@@ -219,33 +277,44 @@ mod tests {
 
     #[test]
     fn an_item_goes_where_it_leaves_the_least_room() {
-        check(&[60, 80, 20, 40], 100, 8, &[&[80, 20], &[60, 40]]);
+        check(&[60, 80, 20, 40], 100, PackMode::BestFit(8), &[&[80, 20], &[60, 40]]);
     }
 
     #[test]
     fn an_item_may_span_sequences() {
-        check(&[250], 100, 8, &[&[100], &[100], &[50]]);
+        check(&[250], 100, PackMode::BestFit(8), &[&[100], &[100], &[50]]);
     }
 
     #[test]
     fn a_full_house_closes_its_fullest_sequence() {
-        check(&[70, 60, 80], 100, 2, &[&[70, 30], &[60], &[50]]);
+        check(&[70, 60, 80], 100, PackMode::BestFit(2), &[&[70, 30], &[60], &[50]]);
     }
 
     #[test]
     fn a_small_gap_is_padded_rather_than_filled() {
-        check(&[90, 90, 50], 100, 2, &[&[90], &[90], &[50]]);
+        check(&[90, 90, 50], 100, PackMode::BestFit(2), &[&[90], &[90], &[50]]);
     }
 
     #[test]
     fn at_the_end_the_emptiest_fills_the_others() {
-        check(&[80, 90, 25], 100, 8, &[&[90, 10], &[80, 15]]);
+        check(&[80, 90, 25], 100, PackMode::BestFit(8), &[&[90, 10], &[80, 15]]);
+    }
+
+    #[test]
+    fn concatenated_items_are_cut_where_a_sequence_is_full() {
+        check(&[60, 80, 70], 100, PackMode::Concatenate, &[&[60, 40], &[40, 60], &[10]]);
+        check(&[100, 100], 100, PackMode::Concatenate, &[&[100], &[100]]);
+    }
+
+    #[test]
+    fn an_item_may_have_its_sequences_for_itself() {
+        check(&[60, 250], 100, PackMode::OneItem, &[&[60], &[100], &[100], &[50]]);
     }
 
     #[test]
     fn nothing_gives_nothing() {
-        check(&[], 100, 8, &[]);
-        check(&[0, 0], 100, 8, &[]);
+        check(&[], 100, PackMode::BestFit(8), &[]);
+        check(&[0, 0], 100, PackMode::BestFit(8), &[]);
     }
 
     proptest! {
@@ -254,10 +323,14 @@ mod tests {
         fn packing_conserves_tokens(
             lengths in prop::collection::vec(0usize..400, 0..60),
             length in 1usize..150,
-            open_max in 1usize..12,
+            mode in prop_oneof![
+                (1usize..12).prop_map(PackMode::BestFit),
+                Just(PackMode::Concatenate),
+                Just(PackMode::OneItem),
+            ],
         ) {
             let items = items(&lengths);
-            let (sequences, tally) = pack(&items, length, open_max);
+            let (sequences, tally) = pack(&items, length, mode);
             let mut runs: BTreeMap<(String, u32), (Vec<u32>, Vec<bool>)> = BTreeMap::new();
             for sequence in &sequences {
                 prop_assert!(!sequence.tokens.is_empty() && sequence.tokens.len() <= length);
@@ -291,7 +364,7 @@ mod tests {
     fn little_room_is_wasted() {
         let mut stream = seed::stream(1, "lengths", "test");
         let lengths: Vec<usize> = (0..3000).map(|_| 20 + stream.index(1200)).collect();
-        let (sequences, tally) = pack(&items(&lengths), 2048, OPEN_MAX);
+        let (sequences, tally) = pack(&items(&lengths), 2048, PackMode::BestFit(OPEN_MAX));
         let used = tally.tokens as f64 / (sequences.len() * 2048) as f64;
         assert!(used > 0.997, "{used}");
         assert!(tally.cuts < 450, "{tally:?}");

@@ -3,6 +3,7 @@
 //! Records are ordered values without floating-point numbers, so that every operator can sort what it
 //! collected and every choice can be made from content.
 
+use crate::gate::Refusal;
 use crate::prompt::{Pair, Reason};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -23,6 +24,23 @@ pub struct Document {
     pub place: Place,
     /// The piece of a longer document that this is, if it was split.
     pub part: Option<Part>,
+    /// What is to become of it.
+    pub treatment: Treatment,
+}
+
+/// What becomes of a document on its way to a rendered one.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Treatment {
+    /// The synthesizer writes pairs for the whole of it.
+    #[default]
+    Converted,
+    /// The synthesizer sees its first bytes only; all of it is kept.
+    Window(u32),
+    /// It goes out as it is: part of the raw share of a corpus.
+    Raw,
 }
 
 /// Where a record stands in the input.
@@ -63,6 +81,14 @@ impl Document {
         }
         hash.digest128()
     }
+
+    /// What the synthesizer sees of it.
+    pub fn seen(&self) -> &str {
+        match self.treatment {
+            Treatment::Window(bytes) => &self.text[..bytes as usize],
+            Treatment::Converted | Treatment::Raw => &self.text,
+        }
+    }
 }
 
 /// A document with its pairs.
@@ -74,6 +100,10 @@ pub struct Entry {
     pub pairs: Vec<Pair>,
     /// What was generated and is no pair.
     pub dropped: Vec<(Reason, String)>,
+    /// Pairs that a gate has refused, and why.
+    pub refused: Vec<(Refusal, Pair)>,
+    /// Pairs that a judge was to hear and could not.
+    pub not_judged: u64,
     /// How its generation ended.
     pub finish: Finish,
     /// Whether it was shown in the next prompt of its chain; unset at the end of the chain.
@@ -97,6 +127,8 @@ pub enum Finish {
     Length,
     /// The request failed; the text goes out without pairs.
     Failed(String),
+    /// Nothing was asked: the text belongs to the raw share.
+    NotAsked,
 }
 
 impl Finish {
@@ -106,6 +138,7 @@ impl Finish {
             Finish::Stop => "stop",
             Finish::Length => "length",
             Finish::Failed(_) => "failed",
+            Finish::NotAsked => "not_asked",
         }
     }
 }
@@ -166,6 +199,8 @@ pub enum Stage {
     Synthesize,
     /// Reading pairs out of generations.
     Parse,
+    /// Judging pairs.
+    Gate,
     /// Rendering entries into text.
     Templify,
     /// Other sources of the mix.

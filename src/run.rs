@@ -10,10 +10,11 @@
 use crate::augment::Augmented;
 use crate::error::{Error, Result};
 use crate::format::{compressed, durable, packed};
+use crate::ledger::Ledger;
 use crate::manifest::{EpochOutput, EpochRecord, FileRecord, Manifest};
 use crate::record::{Rejected, Sequence};
 use serde_json::Value;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_128;
@@ -195,6 +196,7 @@ impl RunFolder {
             files,
             first_sequence: sequences_before,
             sequences: output.lanes.iter().map(|(_, sequences)| sequences.len() as u64).sum(),
+            mix_ppm: shares(&output.ledger),
             lanes: output.lanes.iter().map(|(state, _)| state.clone()).collect(),
             input: output.input,
             ledger: output.ledger.clone(),
@@ -270,6 +272,15 @@ impl RunFolder {
     }
 }
 
+/// What each source gave to an epoch, in millionths of its tokens.
+fn shares(ledger: &Ledger) -> BTreeMap<String, u64> {
+    let all = u128::from(ledger.get("mix/tokens").max(1));
+    let share = |(name, tokens): (&str, u64)| {
+        (name.to_owned(), (u128::from(tokens) * 1_000_000 / all) as u64)
+    };
+    ledger.under("mix/tokens_of/").map(share).collect()
+}
+
 /// The digest of a file's bytes, as it stands in the manifest.
 fn digest(bytes: &[u8]) -> String {
     format!("{:032x}", xxh3_128(bytes))
@@ -298,7 +309,6 @@ fn differences(path: &str, found: &Value, wanted: &Value) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::Ledger;
     use crate::manifest::LaneState;
     use serde_json::json;
 

@@ -1,12 +1,19 @@
-//! Side sources of a mix: general instructions, read ahead by a thread of their own.
+//! Side sources of a mix, read ahead by threads of their own: general instructions, task rows, raw texts.
 
 use crate::augment::item;
-use crate::format::instructions::Endless;
-use crate::record::{Item, Rejected};
+use crate::error::Result;
+use crate::format::documents::{Documents, Found};
+use crate::format::jsonl::Fields;
+use crate::format::passes::{Open, Passes, Read};
+use crate::format::tasks::Task;
+use crate::format::{instructions, tasks};
+use crate::record::{Document, Entry, Item, Rejected, Stage};
 use crate::synthesizer::Waker;
+use crate::template::Templates;
+use crate::template::render::render;
 use crate::tokenizer::Tokenizer;
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, fence};
@@ -21,17 +28,32 @@ pub struct SideSource {
     pub source: u32,
     /// Its name in ids and ledgers.
     pub name: String,
-    /// Its files, read over and over.
+    /// Its files.
     pub files: Vec<PathBuf>,
+    /// What they hold.
+    pub content: Content,
+    /// How often they are read; for ever if it is not said.
+    pub passes: Option<u64>,
     /// The tokenizer of the model that is trained.
     pub tokenizer: Tokenizer,
+}
+
+/// What the files of a side source hold.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// Instructions: question, one space, response.
+    Instructions,
+    /// Texts with their pairs, rendered by the templates with this seed, anew in every pass.
+    Tasks(Arc<Templates>, u64),
+    /// Raw texts of any kind that can be read.
+    Texts(Fields),
 }
 
 /// The next record of a side source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SideRecord {
     /// An item, or why there is none.
-    pub item: Result<Item, Box<Rejected>>,
+    pub item: std::result::Result<Item, Box<Rejected>>,
     /// Records of the source that are behind this one, itself included.
     pub records: u64,
 }
@@ -51,8 +73,48 @@ pub enum Offer {
     Record(SideRecord),
     /// Nothing yet; the waker will say.
     NotYet,
-    /// Nothing, ever: the files hold no usable record.
+    /// Nothing, ever: it has been read as often as it may be, or holds no usable record.
     Exhausted,
+}
+
+impl Content {
+    /// Opens a file in a pass with the given number.
+    fn open(&self, path: &Path, pass: u64) -> Result<Box<dyn Iterator<Item = Read> + Send>> {
+        Ok(match self.clone() {
+            Content::Instructions => {
+                let records = instructions::read(path)?;
+                Box::new(records.map(|read| read.map(|read| (read.id, read.text))))
+            }
+            Content::Tasks(templates, seed) => {
+                let rows = tasks::read(path)?;
+                Box::new(rows.map(move |row| {
+                    row.map(|row| rendered(row, pass, &templates, seed)).map_err(of_mix)
+                }))
+            }
+            Content::Texts(fields) => {
+                let documents = Documents::new(vec![path.to_owned()], "side", fields);
+                Box::new(documents.filter_map(|found| match found {
+                    Found::Document(document) => Some(Ok((document.id, document.text))),
+                    Found::Rejected(rejected) => Some(Err(of_mix(rejected))),
+                    Found::Withdrawn { .. } => None,
+                }))
+            }
+        })
+    }
+}
+
+fn of_mix(mut rejected: Box<Rejected>) -> Box<Rejected> {
+    rejected.stage = Stage::Mix;
+    rejected
+}
+
+/// A task row as a document; other templates are drawn for it in every pass.
+fn rendered(row: Task, pass: u64, templates: &Templates, seed: u64) -> (String, String) {
+    let Task { id, text, pairs, .. } = row;
+    let drawn = format!("task {pass}:{id}");
+    let document = Document { id: drawn, text, ..Document::default() };
+    let mut documents = render(&[Entry { document, pairs, ..Entry::default() }], templates, seed);
+    (id, documents.remove(0).text)
 }
 
 impl SideSource {
@@ -63,14 +125,15 @@ impl SideSource {
         lanes: u64,
         behind: u64,
     ) -> impl Iterator<Item = SideRecord> + Send + use<> {
-        let SideSource { source, name, files, tokenizer } = self.clone();
-        Endless::new(files)
+        let SideSource { source, name, files, content, passes, tokenizer } = self.clone();
+        let open: Open = Box::new(move |path, pass| content.open(path, pass));
+        Passes::new(files, passes, open)
             .enumerate()
             .skip(behind as usize)
             .filter(move |(index, _)| *index as u64 % lanes == lane)
             .map(move |(index, (pass, read))| SideRecord {
-                item: read.map(|read| {
-                    item(&format!("{name}:{pass}:{}", read.id), source, &read.text, &tokenizer)
+                item: read.map(|(id, text)| {
+                    item(&format!("{name}:{pass}:{id}"), source, &text, &tokenizer)
                 }),
                 records: index as u64 + 1,
             })
@@ -133,7 +196,14 @@ mod tests {
     fn source(folder: &tempfile::TempDir, lines: &str) -> SideSource {
         let file = folder.path().join("general.jsonl");
         std::fs::write(&file, lines).unwrap();
-        SideSource { source: 1, name: "general".into(), files: vec![file], tokenizer: small() }
+        SideSource {
+            source: 1,
+            name: "general".into(),
+            files: vec![file],
+            content: Content::Instructions,
+            passes: None,
+            tokenizer: small(),
+        }
     }
 
     fn lines(count: usize) -> String {
@@ -176,5 +246,40 @@ mod tests {
             }
         }
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn tasks_are_rendered_anew_in_every_pass() {
+        let folder = tempfile::tempdir().unwrap();
+        let row =
+            r#"{"id":"1","context":"Rates rose.","QA_list":[{"Q":"What rose?","A":"Rates"}]}"#;
+        let tasks = SideSource {
+            name: "tasks".into(),
+            content: Content::Tasks(Arc::new(Templates::built_in()), 1),
+            passes: Some(4),
+            ..source(&folder, &format!("{row}\n{{}}\n"))
+        };
+        let found: Vec<SideRecord> = tasks.records(0, 1, 0).collect();
+        let items: Vec<&Item> = found.iter().filter_map(|found| found.item.as_ref().ok()).collect();
+        let ids: Vec<&str> = items.iter().map(|item| item.id.as_str()).collect();
+        assert_eq!(ids, ["tasks:0:1", "tasks:1:1", "tasks:2:1", "tasks:3:1"]);
+        let texts: Vec<String> = items.iter().map(|item| small().decode(&item.tokens)).collect();
+        assert!(texts.iter().all(|text| text.contains("Rates rose.")), "{texts:?}");
+        assert!(texts.windows(2).any(|two| two[0] != two[1]), "{texts:?}");
+        assert_eq!(found.len(), 5);
+    }
+
+    #[test]
+    fn raw_texts_are_a_source_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let texts = SideSource {
+            content: Content::Texts(Fields::detected()),
+            passes: Some(1),
+            ..source(&folder, "{\"id\":\"1\",\"text\":\"Rates rose.\"}\n{}\n")
+        };
+        let found: Vec<SideRecord> = texts.records(0, 1, 0).collect();
+        let text = |item: &Item| small().decode(&item.tokens);
+        let texts: Vec<_> = found.iter().map(|found| found.item.as_ref().map(text).ok()).collect();
+        assert_eq!(texts, [Some("Rates rose.".to_owned()), None]);
     }
 }

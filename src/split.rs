@@ -1,9 +1,10 @@
 //! Cuts documents that are too long for the synthesizer into pieces, losing no byte.
 //!
 //! A piece ends behind a paragraph where there is one in its second half, else behind a sentence, else
-//! between two tokens. The pieces together are the document.
+//! between two tokens. The pieces together are the document. As a *window*, only the first piece is shown to
+//! the synthesizer, and the document stays whole.
 
-use crate::record::{Document, Part};
+use crate::record::{Document, Part, Treatment};
 use crate::tokenizer::Tokenizer;
 use std::ops::Range;
 
@@ -19,7 +20,7 @@ pub fn split(
     if fits(&document.text) {
         return vec![document];
     }
-    let ranges = cut(&document.text, tokenizer, tokens_max, &fits);
+    let ranges: Vec<Range<usize>> = cut(&document.text, tokenizer, tokens_max, &fits).collect();
     let count = ranges.len() as u32;
     let piece = |(index, range): (usize, Range<usize>)| Document {
         id: format!("{}#{index}", document.id),
@@ -30,30 +31,45 @@ pub fn split(
     ranges.into_iter().enumerate().map(piece).collect()
 }
 
+/// The document, of which the synthesizer is to see no more than its first piece.
+pub fn window(
+    document: Document,
+    tokenizer: &Tokenizer,
+    tokens_max: usize,
+    fits: impl Fn(&str) -> bool,
+) -> Document {
+    if fits(&document.text) {
+        return document;
+    }
+    let first = cut(&document.text, tokenizer, tokens_max, &fits).next();
+    let bytes = first.map_or(0, |range| range.end) as u32;
+    Document { treatment: Treatment::Window(bytes), ..document }
+}
+
 fn cut(
     text: &str,
     tokenizer: &Tokenizer,
     tokens_max: usize,
     fits: &impl Fn(&str) -> bool,
-) -> Vec<Range<usize>> {
+) -> impl Iterator<Item = Range<usize>> {
     let (_, mut starts) = tokenizer.encode_with_starts(text);
     starts.retain(|&start| text.is_char_boundary(start));
     starts.dedup();
-    let (mut ranges, mut from) = (Vec::new(), 0);
+    let mut from = 0;
     let mut room = tokens_max.max(1);
-    while from < text.len() {
-        let first = starts.partition_point(|&start| start <= from);
-        let end = starts.get(first + room - 1).copied().unwrap_or(text.len());
-        let end = best_end(text, from, end);
-        if room > 1 && !fits(&text[from..end]) {
+    std::iter::from_fn(move || {
+        while from < text.len() {
+            let first = starts.partition_point(|&start| start <= from);
+            let end = starts.get(first + room - 1).copied().unwrap_or(text.len());
+            let end = best_end(text, from, end);
+            if room == 1 || fits(&text[from..end]) {
+                room = tokens_max.max(1);
+                return Some(std::mem::replace(&mut from, end)..end);
+            }
             room -= (room / 8).max(1); // tokens at the cut changed, or the frame takes more than thought
-            continue;
         }
-        ranges.push(from..end);
-        from = end;
-        room = tokens_max.max(1);
-    }
-    ranges
+        None
+    })
 }
 
 /// The best place to end a piece that starts at `from` and may reach to `end`.
@@ -108,6 +124,19 @@ mod tests {
     fn else_behind_sentences() {
         let texts = check(&"The rates rose by 25 points. ".repeat(10), 60, 2);
         assert!(texts.iter().all(|text| text.ends_with(". ")), "{texts:?}");
+    }
+
+    #[test]
+    fn a_window_is_the_first_piece_and_the_text_stays_whole() {
+        let text = format!("{}\n\n{}", "Rates rose. ".repeat(6), "Rates rose. ".repeat(8));
+        let pieces = check(&text, 50, 2);
+        let tokenizer = small();
+        let document = Document { text: text.clone(), ..Document::default() };
+        let fits = |text: &str| tokenizer.encode(text).len() <= 50;
+        let found = window(document, &tokenizer, 50, fits);
+        assert_eq!((found.seen(), found.text.as_str()), (pieces[0].as_str(), text.as_str()));
+        let short = Document { text: "Rates rose.".into(), ..Document::default() };
+        assert_eq!(window(short.clone(), &tokenizer, 50, fits), short);
     }
 
     #[test]

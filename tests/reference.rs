@@ -1,28 +1,36 @@
 //! A run as a plain sequential loop: no dataflow, no threads, one text after the other.
 
-use headwater::augment::{AUGMENTED, Augmenter};
+use headwater::augment::Augmenter;
 use headwater::block::{Admission, Block, Blocks};
-use headwater::chain::{Generation, chains};
+use headwater::chain::{Chain, Generation, chains};
 use headwater::format::documents::Documents;
-use headwater::gate::DocumentGates;
+use headwater::gate::agreement::ANSWER_TOKENS_MAX;
+use headwater::gate::{Agreement, DocumentGates, PairGates};
+use headwater::lane::{Lane, Mixed, Need};
 use headwater::ledger::Ledger;
 use headwater::manifest::{EpochOutput, LaneState, Manifest};
-use headwater::mix::{Mixer, Need};
-use headwater::pack::{OPEN_MAX, Packer};
+use headwater::pack::Packer;
 use headwater::prompt::PromptWriter;
 use headwater::record::{Finish, Item, Sequence};
 use headwater::run::RunFolder;
-use headwater::side::{SideRecord, SideSource};
+use headwater::side::SideRecord;
 use headwater::synthesizer::Request;
-use headwater::template::Templates;
 use headwater_pipelines::shell::settings::Settings;
-use std::sync::Arc;
 
-/// One of the independent mix-and-pack streams.
-struct Lane {
-    mixer: Mixer,
-    side: Option<Box<dyn Iterator<Item = SideRecord>>>,
+/// A lane with the records of its side sources.
+struct Stream {
+    lane: Lane,
+    sides: Vec<Box<dyn Iterator<Item = SideRecord>>>,
     state: LaneState,
+}
+
+/// Asks the synthesizer and the judge.
+struct Asker<'a, F> {
+    settings: &'a Settings,
+    answer: F,
+    writer: PromptWriter,
+    gates: PairGates,
+    agreement: Option<Agreement>,
 }
 
 /// Runs the loop into the run folder of `settings`.
@@ -30,46 +38,26 @@ struct Lane {
 /// # Panics
 /// If anything fails.
 pub fn run(settings: &Settings, answer: impl Fn(&Request) -> (Vec<u32>, Finish)) {
-    let templates = Arc::new(Templates::built_in());
-    let configuration = settings.configuration(&templates, None).expect("files can be read");
+    let configuration = settings.configuration(None).expect("files can be read");
     let folder = RunFolder::open(&settings.out, &configuration).expect("a new folder");
-    let writer =
-        PromptWriter::new(settings.synthesizer.tokenizer.clone()).expect("it has bos and eos");
-    let prompt_tokens_max = settings.prompt_tokens_max();
+    let asker = Asker::new(settings, answer);
     let augmenter = Augmenter {
-        templates,
+        templates: settings.templates.clone(),
         tokenizer: settings.model.tokenizer.clone(),
         synthesizer: settings.synthesizer.name.clone(),
         seed: settings.machine.seed,
     };
-    let mut lanes = lanes(settings);
-    let admission = Admission {
-        writer: writer.clone(),
-        prompt_tokens_max,
-        gates: DocumentGates::new(settings.preset.rules),
-    };
-    let (inputs, fields) = (settings.inputs.clone(), settings.fields.clone());
-    let documents = Documents::new(inputs, settings.preset.corpus, fields);
-    let size = settings.preset.epoch_documents;
+    let mut streams = streams(settings);
     let mut manifest = Manifest::default();
-    for block in Blocks::new(documents, admission, size, settings.limit) {
+    for block in asker.blocks() {
         let Block { epoch, documents, rejected, ledger, end } = block;
         let mut output =
             EpochOutput { epoch, rejected, ledger, input: end, ..EpochOutput::default() };
-        let mut items: Vec<Vec<Item>> = vec![Vec::new(); lanes.len()];
-        let mut rendered: Vec<Vec<_>> = vec![Vec::new(); lanes.len()];
+        let mut items: Vec<Vec<Item>> = vec![Vec::new(); streams.len()];
+        let mut rendered: Vec<Vec<_>> = vec![Vec::new(); streams.len()];
         for mut chain in chains(documents, settings.preset.rounds) {
-            while let Some(prompt) = chain.prompt(&writer, prompt_tokens_max) {
-                let (tokens, finish) = answer(&Request {
-                    key: 0,
-                    tokens: prompt.tokens.clone(),
-                    new_tokens_max: settings.augment.new_tokens,
-                });
-                let text = settings.synthesizer.tokenizer.decode(&tokens);
-                let generation = Generation { text, finish, tokens: tokens.len() as u64 };
-                chain.accept(&prompt, &generation);
-            }
-            let lane = chain.index as usize % lanes.len();
+            asker.complete(&mut chain);
+            let lane = chain.index as usize % streams.len();
             let augmented = augmenter.augment(&chain);
             output.ledger.merge(&augmented.ledger);
             output.rejected.extend(augmented.rejected);
@@ -79,77 +67,130 @@ pub fn run(settings: &Settings, answer: impl Fn(&Request) -> (Vec<u32>, Finish))
             }
         }
         output.augmented = rendered.into_iter().flatten().collect();
-        for (lane, items) in lanes.iter_mut().zip(items) {
+        for (stream, items) in streams.iter_mut().zip(items) {
             let mut sequences = Vec::new();
             if !items.is_empty() {
-                let mixed = mix(lane, items, &mut output);
-                sequences = pack(&mixed, settings.augment.length, &mut output.ledger);
+                let mixed = stream.mix(epoch, items, &mut output);
+                sequences = pack(&mixed, settings, &mut output.ledger);
             }
-            output.lanes.push((lane.state.clone(), sequences));
+            output.lanes.push((stream.state.clone(), sequences));
         }
         let record = folder.commit(&output, manifest.sequences()).expect("the disk takes it");
+        let stopped = record.is_stopped();
         manifest.epochs.push(record);
-    }
-}
-
-fn lanes(settings: &Settings) -> Vec<Lane> {
-    let count = settings.augment.lanes as u64;
-    let lane = |number: u64| {
-        let source = SideSource {
-            source: 1,
-            name: "general".into(),
-            files: settings.general.clone(),
-            tokenizer: settings.model.tokenizer.clone(),
-        };
-        let records = || -> Box<dyn Iterator<Item = SideRecord>> {
-            Box::new(source.records(number, count, 0))
-        };
-        let side = (!settings.general.is_empty()).then(records);
-        Lane { mixer: Mixer::new(&settings.weights), side, state: LaneState::default() }
-    };
-    (0..count).map(lane).collect()
-}
-
-/// Takes items of the side source in between, as the mixer says.
-fn mix(lane: &mut Lane, items: Vec<Item>, output: &mut EpochOutput) -> Vec<Item> {
-    let mut mixing = headwater::mix::Lane::new(lane.mixer.clone());
-    lane.state.side_records.resize(usize::from(lane.side.is_some()), 0);
-    mixing.start(items);
-    while let Need::Item(_) = mixing.advance() {
-        let side = lane.side.as_mut().expect("only sources with a share are asked");
-        let record = side.next().expect("side sources never end");
-        lane.state.side_records[0] = record.records;
-        match record.item {
-            Ok(item) => mixing.give(item),
-            Err(rejected) => {
-                output.ledger.add(format!("mix/rejected/{}", rejected.reason), 1);
-                output.rejected.push(*rejected);
-            }
+        if stopped {
+            break;
         }
     }
-    let weights = lane.mixer.weights().to_vec();
-    lane.state.mix = mixing.state().clone();
-    lane.mixer = Mixer::resume(&weights, lane.state.mix.clone());
-    let mixed = mixing.finish();
-    for item in &mixed {
-        let source = if item.source == AUGMENTED { "augmented" } else { "general" };
-        let tokens = item.tokens.len() as u64;
-        output.ledger.add(format!("mix/items/{source}"), 1);
-        output.ledger.add(format!("mix/tokens_of/{source}"), tokens);
-        output.ledger.add("mix/tokens", tokens);
-    }
-    mixed
 }
 
-fn pack(items: &[Item], length: usize, ledger: &mut Ledger) -> Vec<Sequence> {
-    let mut packer = Packer::new(length, OPEN_MAX);
+impl<'a, F: Fn(&Request) -> (Vec<u32>, Finish)> Asker<'a, F> {
+    fn new(settings: &'a Settings, answer: F) -> Self {
+        let tokenizer = settings.synthesizer.tokenizer.clone();
+        let writer = PromptWriter::new(tokenizer).expect("it has bos and eos");
+        let agreement = |percent| Agreement {
+            writer: writer.clone(),
+            prompt_tokens_max: settings.synthesizer.config.max_position_embeddings
+                - ANSWER_TOKENS_MAX,
+            percent,
+        };
+        Asker {
+            agreement: settings.pair_rules.agreement_percent.map(agreement),
+            gates: PairGates::new(settings.pair_rules.clone()).expect("rules that can work"),
+            settings,
+            answer,
+            writer,
+        }
+    }
+
+    fn blocks(&self) -> Blocks {
+        let settings = self.settings;
+        let admission = Admission {
+            writer: self.writer.clone(),
+            prompt_tokens_max: settings.prompt_tokens_max(),
+            gates: DocumentGates::new(settings.document_rules.clone())
+                .expect("rules that can work"),
+            long_texts: settings.long_texts,
+            converted: settings.preset.converted,
+        };
+        let (inputs, fields) = (settings.inputs.clone(), settings.fields.clone());
+        let documents = Documents::new(inputs, settings.preset.corpus, fields);
+        Blocks::new(documents, admission, settings.preset.epoch_documents, settings.limit)
+    }
+
+    fn ask(&self, tokens: Vec<u32>, new_tokens_max: usize) -> Generation {
+        let (tokens, finish) = (self.answer)(&Request { key: 0, tokens, new_tokens_max });
+        let text = self.settings.synthesizer.tokenizer.decode(&tokens);
+        Generation { text, finish, tokens: tokens.len() as u64 }
+    }
+
+    /// Takes a chain through its rounds.
+    fn complete(&self, chain: &mut Chain) {
+        let settings = self.settings;
+        while let Some(prompt) = chain.prompt(&self.writer, settings.prompt_tokens_max()) {
+            let generation = self.ask(prompt.tokens.clone(), settings.augment.new_tokens);
+            chain.accept(&prompt, &generation);
+            chain.refuse(|text, earlier, pair| self.gates.judge(text, earlier, pair));
+            let Some(agreement) = &self.agreement else { continue };
+            let mut not_judged = 0;
+            chain.refuse(|text, _, pair| {
+                let asked = agreement.prompt(text, pair);
+                let answer = asked.map(|prompt| self.ask(prompt, ANSWER_TOKENS_MAX));
+                match answer.filter(|answer| !matches!(answer.finish, Finish::Failed(_))) {
+                    Some(answer) => agreement.judge(pair, &answer.text),
+                    None => {
+                        not_judged += 1;
+                        None
+                    }
+                }
+            });
+            chain.entries.last_mut().expect("one was accepted").not_judged = not_judged;
+        }
+    }
+}
+
+fn streams(settings: &Settings) -> Vec<Stream> {
+    let lanes = settings.lanes as u64;
+    let (tokenizer, seed) = (&settings.model.tokenizer, settings.machine.seed);
+    let sides = settings.sources.open(tokenizer, &settings.templates, seed);
+    let stream = |number: u64| {
+        let records = sides.iter().map(|side| -> Box<dyn Iterator<Item = SideRecord>> {
+            Box::new(side.records(number, lanes, 0))
+        });
+        let state = LaneState::default();
+        let lane = Lane::new(settings.sources.rules.clone(), state.clone());
+        Stream { lane, sides: records.collect(), state }
+    };
+    (0..lanes).map(stream).collect()
+}
+
+impl Stream {
+    /// Takes items of the side sources in between, as the lane says.
+    fn mix(&mut self, epoch: u64, items: Vec<Item>, output: &mut EpochOutput) -> Vec<Item> {
+        self.lane.start(epoch, items);
+        while let Need::Record(side) = self.lane.advance() {
+            match self.sides[side - 1].next() {
+                Some(record) => self.lane.give(side, record),
+                None => self.lane.end(side),
+            }
+        }
+        let (Mixed { items, rejected, ledger }, state) = self.lane.finish();
+        self.state = state;
+        output.rejected.extend(rejected);
+        output.ledger.merge(&ledger);
+        items
+    }
+}
+
+fn pack(items: &[Item], settings: &Settings, ledger: &mut Ledger) -> Vec<Sequence> {
+    let mut packer = Packer::new(settings.length, settings.packing);
     let mut sequences: Vec<Sequence> = items.iter().flat_map(|item| packer.push(item)).collect();
     sequences.extend(packer.finish());
     let tally = packer.tally();
     ledger.add("pack/tokens", tally.tokens);
     ledger.add("pack/padding", tally.padding);
     ledger.add("pack/sequences", tally.sequences);
-    ledger.add("pack/room", tally.sequences * length as u64);
+    ledger.add("pack/room", tally.sequences * settings.length as u64);
     ledger.add("pack/cuts", tally.cuts);
     sequences
 }

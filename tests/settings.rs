@@ -1,10 +1,9 @@
 //! Settings of small runs.
 
-use headwater::gate::DocumentRules;
-use headwater_pipelines::shell::args::{
-    AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs,
-};
+use headwater::block::Converted;
+use headwater_pipelines::shell::args::RunArgs;
 use headwater_pipelines::shell::settings::{Preset, Settings};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// What differs from one small run to the other.
@@ -26,64 +25,47 @@ pub struct Small<'a> {
     pub epoch_documents: usize,
     /// The seed.
     pub seed: u64,
+    /// Further flags.
+    pub flags: &'a [String],
 }
+
+/// Flags of every small run.
+const FLAGS: &str = "--no-train --synthesizer bundled --new-tokens 160 --length 256 --epochs-in-flight 2 \
+                     --sequences 8 --step-tokens 128 --cache-mib 256 --model 2m --progress none";
 
 /// Settings of a run without training, with the tokenizer of the bundled synthesizer.
 ///
 /// # Panics
 /// If they cannot work.
 pub fn small(small: Small<'_>) -> Settings {
-    let Small { input, general, out, workers, lanes, rounds, epoch_documents, seed } = small;
-    let rules = DocumentRules { words_min: 1, unique: false };
-    let preset =
-        Preset { command: "small", corpus: "small", rounds, ratio: [1, 1], epoch_documents, rules };
-    let input = InputArgs {
-        input,
-        out: out.to_owned(),
-        text_field: Vec::new(),
-        id_field: "id".into(),
-        limit: None,
-        min_words: None,
-        duplicates: None,
+    let Small { input, general, out, workers, lanes, rounds, epoch_documents, seed, flags } = small;
+    let preset = Preset {
+        command: "small",
+        corpus: "small",
+        rounds,
+        converted: Converted::ALL,
+        task_passes: None,
+        epoch_documents,
+        words_min: 1,
+        unique: false,
+        published: &[],
     };
-    let augment = AugmentArgs {
-        synthesizer: "bundled".into(),
-        rounds: None,
-        new_tokens: 160,
-        context: 4096,
-        general,
-        ratio: None,
-        length: 256,
-        epoch_documents: None,
-        epochs_in_flight: 2,
-        lanes,
+    let mut all: Vec<OsString> = FLAGS.split_whitespace().map(OsString::from).collect();
+    let mut add = |flag: &str, values: Vec<OsString>| {
+        if !values.is_empty() {
+            all.push(flag.into());
+            all.extend(values);
+        }
     };
-    let engine = EngineArgs {
-        workers,
-        dtype: "auto".into(),
-        sequences: 8,
-        step_tokens: 128,
-        cache_mib: 256,
-    };
-    let train = TrainArgs {
-        model: "2m".into(),
-        tokenizer: None,
-        batch: 4,
-        rate: None,
-        warmup: None,
-        steps: None,
-        micro_batch_tokens: 1024,
-        recompute: false,
-        checkpoint_every: 10,
-    };
-    let machine = MachineArgs {
-        device: "cpu".into(),
-        progress: "none".into(),
-        seed,
-        dry_run: false,
-        strict: false,
-        json: false,
-    };
-    Settings::new(preset, &input, (augment, engine), (train, true), machine)
-        .expect("small runs can work")
+    let paths = |paths: Vec<PathBuf>| paths.into_iter().map(OsString::from).collect();
+    let number = |number: u64| vec![number.to_string().into()];
+    add("--input", paths(input));
+    add("--general", paths(general));
+    add("--out", vec![out.into()]);
+    add("--workers", number(workers as u64));
+    add("--lanes", number(lanes as u64));
+    add("--seed", number(seed));
+    all.extend(flags.iter().map(OsString::from));
+    let args = RunArgs::of(all).expect("flags that exist");
+    Settings::new(preset, args).expect("small runs can work")
 }

@@ -1,11 +1,41 @@
 //! Flags that several commands share.
 
 use super::models::{BUNDLED, Model};
+use super::published::Published;
 use anyhow::{Result, bail, ensure};
-use clap::Args;
+use clap::{Args, Command, FromArgMatches};
 use headwater::format::jsonl::Fields;
-use headwater::gate::DocumentRules;
+use std::ffi::OsString;
 use std::path::PathBuf;
+
+/// The flags of a pipeline from raw documents to a trained model.
+#[derive(Args, Clone, Debug)]
+pub struct RunArgs {
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub input: InputArgs,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub augment: AugmentArgs,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub mix: MixArgs,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub gates: GateArgs,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub train: TrainArgs,
+    /// Write shards only
+    #[arg(long)]
+    pub no_train: bool,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub machine: MachineArgs,
+}
 
 /// What is read, and where everything goes.
 #[derive(Args, Clone, Debug)]
@@ -25,12 +55,94 @@ pub struct InputArgs {
     /// Read at most so many records
     #[arg(long, value_name = "N")]
     pub limit: Option<u64>,
+}
+
+/// What documents and pairs must be like. All gates but those of the pipeline are off unless asked for.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Quality gates")]
+pub struct GateArgs {
     /// Words of a document at least; shorter ones are rejected [default: 20 for finance, else 1]
     #[arg(long, value_name = "N")]
     pub min_words: Option<usize>,
+    /// Words of a document at most; longer ones are rejected
+    #[arg(long, value_name = "N")]
+    pub max_words: Option<usize>,
     /// What becomes of documents whose text was read before: keep or drop [default: drop for finance, else keep]
     #[arg(long, value_name = "HOW")]
     pub duplicates: Option<String>,
+    /// Drop documents that are so similar to an earlier one: Jaccard similarity of runs of 5 words
+    #[arg(long, value_name = "PERCENT")]
+    pub near_duplicates: Option<u32>,
+    /// Languages to use, as ISO 639-3 codes (eng, deu, …) [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "CODE,…")]
+    pub language: Vec<String>,
+    /// Evaluation sets: documents and pairs that share a run of words with them are dropped
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub decontaminate: Vec<PathBuf>,
+    /// Words of such a run
+    #[arg(long, default_value_t = 13, value_name = "N")]
+    pub decontaminate_words: usize,
+    /// Words of a question, such as 3:60
+    #[arg(long, value_name = "MIN:MAX")]
+    pub question_words: Option<String>,
+    /// Words of an answer, such as 1:200
+    #[arg(long, value_name = "MIN:MAX")]
+    pub answer_words: Option<String>,
+    /// Drop questions whose words are so similar to those of an earlier one of the same text
+    #[arg(long, value_name = "PERCENT")]
+    pub similar_questions: Option<u32>,
+    /// Words of a free-form answer that must stand in the text
+    #[arg(long, value_name = "PERCENT")]
+    pub grounded: Option<u32>,
+    /// Words of an answer among options that must stand in the text
+    #[arg(long, value_name = "PERCENT")]
+    pub grounded_options: Option<u32>,
+    /// Words of the reasoning to an answer that must stand in the text
+    #[arg(long, value_name = "PERCENT")]
+    pub grounded_reasoning: Option<u32>,
+    /// Ask each question again and drop pairs whose answers agree less: token F1 of both answers
+    #[arg(long, value_name = "PERCENT")]
+    pub agreement: Option<u32>,
+    /// The model that is asked: a directory, or "bundled" [default: the synthesizer]
+    #[arg(long, requires = "agreement", value_name = "DIR")]
+    pub judge: Option<String>,
+}
+
+/// What is mixed with what, and how it is packed.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Mixing and packing")]
+pub struct MixArgs {
+    /// Files of general instructions to mix in (JSON Lines)
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub general: Vec<PathBuf>,
+    /// Files of task rows to mix in, rendered like augmented texts (JSON Lines)
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub tasks: Vec<PathBuf>,
+    /// Raw texts to mix in under a name of their own; may be given several times
+    #[arg(long, value_name = "NAME=FILE,…")]
+    pub also: Vec<String>,
+    /// Tokens of augmented documents to those of the other sources, in the order general, tasks, also;
+    /// behind commas, other shares from later epochs on, as in 1:1,10=1:2 [default: 1:1]
+    #[arg(long, value_name = "A:B…")]
+    pub ratio: Option<String>,
+    /// How often a source is read; may be given several times [default: for ever; tasks of scratch 4]
+    #[arg(long, value_name = "NAME=N")]
+    pub passes: Vec<String>,
+    /// What happens when a source has been read so often: renormalise (the others share its part) or stop
+    #[arg(long, default_value = "renormalise", value_name = "HOW")]
+    pub at_end: String,
+    /// Tokens of a packed sequence [default: 2048]
+    #[arg(long, value_name = "N")]
+    pub length: Option<usize>,
+    /// How sequences are filled: best-fit, concatenate, or one-item
+    #[arg(long, default_value = "best-fit", value_name = "HOW")]
+    pub packing: String,
+    /// Sequences that are open at a time (best-fit)
+    #[arg(long, default_value_t = headwater::pack::OPEN_MAX, value_name = "N")]
+    pub open_sequences: usize,
+    /// Independent mix-and-pack streams
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub lanes: usize,
 }
 
 /// What is made of it.
@@ -48,38 +160,39 @@ pub struct AugmentArgs {
     /// Tokens of a prompt with its answer at most; less if the synthesizer takes less
     #[arg(long, default_value_t = 4096, value_name = "N")]
     pub context: usize,
-    /// Files of general instructions to mix in (JSON Lines)
-    #[arg(long, num_args = 1.., value_name = "FILE")]
-    pub general: Vec<PathBuf>,
-    /// Tokens of augmented documents to tokens of general instructions [default: 1:1]
-    #[arg(long, value_name = "A:B")]
-    pub ratio: Option<String>,
-    /// Tokens of a packed sequence
-    #[arg(long, default_value_t = 2048, value_name = "N")]
-    pub length: usize,
+    /// The part of the documents that is converted; the rest goes out raw [default: 1/5 for scratch, else 1/1]
+    #[arg(long, value_name = "PART/OF")]
+    pub convert: Option<String>,
+    /// What becomes of texts that are too long for a prompt: split (into texts of their own) or window
+    /// (the synthesizer sees their beginning)
+    #[arg(long, default_value = "split", value_name = "HOW")]
+    pub long_texts: String,
+    /// Template families of your own, in files named like the built-in ones
+    #[arg(long, value_name = "DIR")]
+    pub templates: Option<PathBuf>,
     /// Texts that are committed together: a multiple of the rounds [default: 240]
     #[arg(long, value_name = "N")]
     pub epoch_documents: Option<usize>,
     /// Epochs that may be under way
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub epochs_in_flight: u64,
-    /// Independent mix-and-pack streams
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    pub lanes: usize,
 }
 
 /// What is trained on it.
 #[derive(Args, Clone, Debug)]
 pub struct TrainArgs {
-    /// The model to train: a Hugging Face directory, "bundled", or a shape for random weights
-    #[arg(long, default_value = "10m", value_name = "DIR|SHAPE")]
-    pub model: String,
+    /// A published set-up: its model, sequences, steps and rates are taken where no flag says otherwise
+    #[arg(long, value_name = "NAME")]
+    pub published: Option<String>,
+    /// The model to train: a Hugging Face directory, "bundled", or a shape for random weights [default: 10m]
+    #[arg(long, value_name = "DIR|SHAPE")]
+    pub model: Option<String>,
     /// The directory of the tokenizer for a shape [default: the bundled one]
     #[arg(long, value_name = "DIR")]
     pub tokenizer: Option<String>,
-    /// Sequences of one step
-    #[arg(long, default_value_t = 8, value_name = "N")]
-    pub batch: usize,
+    /// Sequences of one step [default: 8]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
     /// Peak learning rate [default: 1e-3 for random weights, 1e-5 for a loaded model]
     #[arg(long, value_name = "X")]
     pub rate: Option<f64>,
@@ -143,35 +256,62 @@ pub struct MachineArgs {
     pub json: bool,
 }
 
+impl RunArgs {
+    /// The flags as they would be given on the command line, for programs that run a pipeline.
+    ///
+    /// # Errors
+    /// If there is no such flag, or one that must be there is missing.
+    pub fn of<T: Into<OsString> + Clone>(flags: impl IntoIterator<Item = T>) -> Result<Self> {
+        let command = RunArgs::augment_args(Command::new("headwater").no_binary_name(true));
+        let matches = command.try_get_matches_from(flags)?;
+        Ok(RunArgs::from_arg_matches(&matches)?)
+    }
+}
+
 impl InputArgs {
     /// Where ids and texts are in JSON.
     pub fn fields(&self) -> Fields {
         Fields { id: self.id_field.clone(), text: self.text_field.clone() }
     }
-
-    /// What is asked of documents, where the pipeline asks for `preset`.
-    ///
-    /// # Errors
-    /// If a flag has no meaning.
-    pub fn rules(&self, preset: DocumentRules) -> Result<DocumentRules> {
-        let unique = match self.duplicates.as_deref() {
-            None => preset.unique,
-            Some("keep") => false,
-            Some("drop") => true,
-            Some(other) => bail!("--duplicates takes keep or drop, not {other:?}"),
-        };
-        Ok(DocumentRules { words_min: self.min_words.unwrap_or(preset.words_min), unique })
-    }
 }
 
 impl TrainArgs {
+    /// Takes what a published set-up says where no flag does.
+    ///
+    /// # Errors
+    /// If there is no such set-up among `known`.
+    pub fn resolve(&mut self, known: &'static [Published]) -> Result<Option<&'static Published>> {
+        let Some(name) = &self.published else { return Ok(None) };
+        let published = known.iter().find(|published| published.name == name);
+        let Some(published) = published else {
+            let names: Vec<&str> = known.iter().map(|published| published.name).collect();
+            bail!("--published takes {} here, not {name:?}", names.join(" or "));
+        };
+        self.model.get_or_insert_with(|| published.shape.into());
+        self.batch.get_or_insert(published.batch_sequences());
+        self.rate.get_or_insert(published.rate);
+        self.warmup.get_or_insert(published.warmup);
+        self.steps.get_or_insert(published.steps);
+        Ok(Some(published))
+    }
+
+    /// What the model is called.
+    pub fn model_name(&self) -> &str {
+        self.model.as_deref().unwrap_or("10m")
+    }
+
+    /// Sequences of one step.
+    pub fn batch(&self) -> usize {
+        self.batch.unwrap_or(8)
+    }
+
     /// The model to train, with its tokenizer.
     ///
     /// # Errors
     /// If it cannot be found.
     pub fn model(&self, length: usize) -> Result<Model> {
         let tokenizer = Model::trained(self.tokenizer.as_deref().unwrap_or(BUNDLED))?.tokenizer;
-        Model::named(&self.model, &tokenizer, length)
+        Model::named(self.model_name(), &tokenizer, length)
     }
 
     /// Checks the flags against each other and the model, for sequences of `length` tokens.
@@ -179,7 +319,7 @@ impl TrainArgs {
     /// # Errors
     /// Says which flag cannot work, and why.
     pub fn check(&self, model: &Model, length: usize) -> Result<()> {
-        ensure!(self.batch > 0, "--batch must be 1 at least");
+        ensure!(self.batch() > 0, "--batch must be 1 at least");
         ensure!(self.steps != Some(0), "--steps must be 1 at least");
         ensure!(self.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
         ensure!(self.checkpoint_every > 0, "--checkpoint-every must be 1 at least");
@@ -213,31 +353,5 @@ pub fn check_progress(how: &str) -> Result<()> {
     match ["auto", "plain", "none"].contains(&how) {
         true => Ok(()),
         false => bail!("--progress takes auto, plain or none, not {how:?}"),
-    }
-}
-
-/// The shares of a ratio such as `1:1`.
-///
-/// # Errors
-/// If it is no ratio of whole numbers.
-pub fn ratio(text: &str) -> Result<[u64; 2]> {
-    let parts: Vec<_> = text.split(':').map(|part| part.trim().parse::<u64>()).collect();
-    match parts.as_slice() {
-        [Ok(augmented), Ok(general)] if *augmented > 0 => Ok([*augmented, *general]),
-        _ => bail!("--ratio takes two whole numbers such as 1:1, the first above 0, not {text:?}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ratios_are_two_whole_numbers() {
-        assert_eq!(ratio("1:1").unwrap(), [1, 1]);
-        assert_eq!(ratio("1 : 4").unwrap(), [1, 4]);
-        for wrong in ["1", "0:1", "1:1:1", "a:b", "0.5:1", ""] {
-            assert!(ratio(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -3,12 +3,16 @@
 pub mod args;
 pub mod bundled;
 pub mod evaluation;
+mod gates;
 pub mod models;
 pub mod parts;
 pub mod plan;
 pub mod progress;
+pub mod published;
+pub mod ratio;
 pub mod running;
 pub mod settings;
+pub mod sources;
 pub mod stop;
 pub mod summary;
 pub mod training;

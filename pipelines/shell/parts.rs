@@ -1,5 +1,6 @@
 //! Everything a dataflow is wired from, opened once and shared by its workers.
 
+use super::models::Model;
 use super::plan::Plan;
 use super::settings::Settings;
 use anyhow::Result;
@@ -8,15 +9,13 @@ use headwater::block::{Admission, Blocks};
 use headwater::commit::Committer;
 use headwater::engine::{self, EngineCounters};
 use headwater::format::documents::Documents;
-use headwater::gate::DocumentGates;
+use headwater::gate::agreement::ANSWER_TOKENS_MAX;
+use headwater::gate::{Agreement, DocumentGates, PairGates};
 use headwater::manifest::{LaneState, Manifest};
 use headwater::meter::Meters;
-use headwater::pack::OPEN_MAX;
 use headwater::prompt::PromptWriter;
 use headwater::run::{RunFolder, RunLock};
-use headwater::side::SideSource;
 use headwater::synthesizer::{Queue, Synthesizer, Waker};
-use headwater::template::Templates;
 use headwater::train::feed::Feed;
 use headwater_operators::commit::Committing;
 use headwater_operators::credit::Credit;
@@ -42,6 +41,10 @@ pub struct Parts {
     pub prompt_tokens_max: usize,
     /// What is asked of the synthesizer.
     pub synthesis: Synthesis,
+    /// What is asked of pairs.
+    pub gates: PairGates,
+    /// How answers are compared with those of a judge; none if there is no judge.
+    pub agreement: Option<Agreement>,
     /// Renders chains.
     pub augmenter: Augmenter,
     /// What is mixed with what.
@@ -51,6 +54,7 @@ pub struct Parts {
     rounds: usize,
     window: u64,
     queue: Queue,
+    judge: Queue,
     blocks: Mutex<Option<Blocks>>,
     feed: Mutex<Option<Feed>>,
     _lock: RunLock,
@@ -62,15 +66,13 @@ impl Parts {
     /// # Errors
     /// If the folder holds another run, or a model cannot be loaded.
     pub fn open(settings: &Settings, plan: &Plan, feed: Option<Feed>) -> Result<Self> {
-        let (folder, templates) = open_folder(settings, plan)?;
-        let counters = Arc::new(EngineCounters::default());
-        let model = settings.synthesizer.load(settings.dtype, &settings.device)?;
-        let ends = settings.synthesizer.config.eos_token_ids.clone();
-        let (queue, _) =
-            engine::start(model, ends, settings.engine_settings(), counters, |error| {
-                fail(&format!("the synthesis engine failed: {error}"));
-            })?;
-        Self::wire(settings, (folder, templates), queue, feed)
+        let folder = open_folder(settings, plan)?;
+        let queue = start_engine(settings, &settings.synthesizer)?;
+        let judge = match &settings.judge {
+            Some(judge) => start_engine(settings, judge)?,
+            None => queue.clone(),
+        };
+        Self::wire(settings, folder, (queue, judge), feed)
     }
 
     /// The parts around any synthesizer that takes its jobs from `queue`.
@@ -83,13 +85,13 @@ impl Parts {
         queue: Queue,
         feed: Option<Feed>,
     ) -> Result<Self> {
-        Self::wire(settings, open_folder(settings, plan)?, queue, feed)
+        Self::wire(settings, open_folder(settings, plan)?, (queue.clone(), queue), feed)
     }
 
     fn wire(
         settings: &Settings,
-        (folder, templates): (RunFolder, Arc<Templates>),
-        queue: Queue,
+        folder: RunFolder,
+        (queue, judge): (Queue, Queue),
         feed: Option<Feed>,
     ) -> Result<Self> {
         let lock = folder.lock()?;
@@ -100,9 +102,14 @@ impl Parts {
         let admission = Admission {
             writer: writer.clone(),
             prompt_tokens_max,
-            gates: DocumentGates::new(settings.preset.rules),
+            gates: DocumentGates::new(settings.document_rules.clone())?,
+            long_texts: settings.long_texts,
+            converted: settings.preset.converted,
         };
         Ok(Parts {
+            gates: PairGates::new(settings.pair_rules.clone())?,
+            agreement: agreement(settings)?,
+            judge,
             blocks: Mutex::new(Some(blocks(settings, admission, &manifest))),
             synthesis: Synthesis {
                 tokenizer: settings.synthesizer.tokenizer.clone(),
@@ -110,13 +117,13 @@ impl Parts {
                 meters: meters.clone(),
             },
             augmenter: Augmenter {
-                templates,
+                templates: settings.templates.clone(),
                 tokenizer: settings.model.tokenizer.clone(),
                 synthesizer: settings.synthesizer.name.clone(),
                 seed: settings.machine.seed,
             },
             mixing: mixing(settings, &manifest, &meters),
-            packing: Packing { length: settings.augment.length, open_max: OPEN_MAX },
+            packing: Packing { length: settings.length, mode: settings.packing },
             rounds: settings.preset.rounds,
             window: settings.augment.epochs_in_flight,
             feed: Mutex::new(feed),
@@ -130,8 +137,12 @@ impl Parts {
         })
     }
 
-    /// The input, for the worker that reads it; none for the others.
+    /// The input, for the worker that reads it; none for the others, or if the run has ended with one of
+    /// its side sources.
     pub fn blocks(&self) -> Option<Blocks> {
+        if self.manifest.is_stopped() {
+            return None;
+        }
         self.blocks.lock().ok()?.take()
     }
 
@@ -165,6 +176,12 @@ impl Parts {
         move |waker| Box::new(queue.open(waker))
     }
 
+    /// Gives a worker the model that answers again.
+    pub fn judge(&self) -> impl FnOnce(Waker) -> Box<dyn Synthesizer> + use<> {
+        let queue = self.judge.clone();
+        move |waker| Box::new(queue.open(waker))
+    }
+
     /// Gives the committing worker its thread.
     pub fn committer(&self) -> impl FnOnce(Waker) -> Committer + use<> {
         let (folder, sequences) = (self.folder.clone(), self.manifest.sequences());
@@ -183,11 +200,28 @@ pub fn fail(reason: &str) -> ! {
     std::process::exit(1)
 }
 
-fn open_folder(settings: &Settings, plan: &Plan) -> Result<(RunFolder, Arc<Templates>)> {
-    let templates = Arc::new(Templates::built_in());
+fn open_folder(settings: &Settings, plan: &Plan) -> Result<RunFolder> {
     let training = plan.training.as_ref().map(|training| json!(training));
-    let configuration = settings.configuration(&templates, training)?;
-    Ok((RunFolder::open(&settings.out, &configuration)?, templates))
+    Ok(RunFolder::open(&settings.out, &settings.configuration(training)?)?)
+}
+
+fn start_engine(settings: &Settings, model: &Model) -> Result<Queue> {
+    let counters = Arc::new(EngineCounters::default());
+    let ends = model.config.eos_token_ids.clone();
+    let loaded = model.load(settings.dtype, &settings.device)?;
+    let (queue, _) = engine::start(loaded, ends, settings.engine_settings(), counters, |error| {
+        fail(&format!("the synthesis engine failed: {error}"));
+    })?;
+    Ok(queue)
+}
+
+fn agreement(settings: &Settings) -> Result<Option<Agreement>> {
+    let Some(percent) = settings.pair_rules.agreement_percent else { return Ok(None) };
+    let judge = settings.judge.as_ref().unwrap_or(&settings.synthesizer);
+    let writer = PromptWriter::new(judge.tokenizer.clone())?;
+    let context = judge.config.max_position_embeddings;
+    let prompt_tokens_max = context.saturating_sub(ANSWER_TOKENS_MAX);
+    Ok(Some(Agreement { writer, prompt_tokens_max, percent }))
 }
 
 fn blocks(settings: &Settings, admission: Admission, manifest: &Manifest) -> Blocks {
@@ -205,19 +239,14 @@ fn blocks(settings: &Settings, admission: Admission, manifest: &Manifest) -> Blo
 }
 
 fn mixing(settings: &Settings, manifest: &Manifest, meters: &Arc<Meters>) -> Mixing {
-    let side = SideSource {
-        source: 1,
-        name: "general".into(),
-        files: settings.general.clone(),
-        tokenizer: settings.model.tokenizer.clone(),
-    };
     let lanes = match manifest.epochs.last() {
         Some(last) => last.lanes.clone(),
-        None => vec![LaneState::default(); settings.augment.lanes],
+        None => vec![LaneState::default(); settings.lanes],
     };
+    let (tokenizer, seed) = (&settings.model.tokenizer, settings.machine.seed);
     Mixing {
-        weights: settings.weights.clone(),
-        sides: if settings.general.is_empty() { Vec::new() } else { vec![side] },
+        rules: settings.sources.rules.clone(),
+        sides: settings.sources.open(tokenizer, &settings.templates, seed),
         lanes,
         meters: meters.clone(),
     }

@@ -51,10 +51,13 @@ impl Plan {
         let text_tokens = (census.text_bytes as f64 * trained) as u64;
         let prompt_tokens = (census.text_bytes as f64 * prompted) as u64 / census.documents.max(1);
         let pairs = PAIR_TOKENS_PER_TEXT.min(settings.augment.new_tokens as u64);
-        let augmented = text_tokens + census.documents * pairs;
-        let shares: u64 = settings.weights.iter().sum();
-        let mix_tokens = augmented * shares / settings.weights[0];
-        let sequences = mix_tokens.div_ceil(settings.augment.length as u64);
+        let converted = settings.preset.converted;
+        let texts = census.documents * converted.part / converted.of;
+        let augmented = text_tokens + texts * pairs;
+        let shares = settings.sources.rules.shares_at(0);
+        let mix_tokens =
+            (augmented as f64 * shares.iter().sum::<u64>() as f64 / shares[0] as f64) as u64;
+        let sequences = mix_tokens.div_ceil(settings.length as u64);
         let training = settings.train.as_ref();
         let training = training.map(|args| self::training(args, &settings.model.name, sequences));
         Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
@@ -106,14 +109,13 @@ impl Plan {
                 settings.augment.epochs_in_flight
             ),
         );
-        line("mix", self.describe_mix(settings));
+        line(
+            "mix",
+            format!("{}; about {} tokens", settings.sources.describe(), count(self.mix_tokens)),
+        );
         line(
             "packing",
-            format!(
-                "about {} sequences of {} tokens",
-                count(self.sequences),
-                settings.augment.length
-            ),
+            format!("about {} sequences of {} tokens", count(self.sequences), settings.length),
         );
         line("training", self.describe_training(settings));
         line("memory", format!("about {}", bytes(self.memory(settings))));
@@ -135,26 +137,11 @@ impl Plan {
         let training = match self.training {
             None => 0.0,
             Some(_) => {
-                let flops = settings.model.config.training_flops_per_token(settings.augment.length);
+                let flops = settings.model.config.training_flops_per_token(settings.length);
                 self.mix_tokens as f64 * flops
             }
         };
         Ok((synthesis + training) / rate)
-    }
-
-    fn describe_mix(&self, settings: &Settings) -> String {
-        match settings.weights.as_slice() {
-            [augmented, general] => format!(
-                "augmented : general = {augmented}:{general} by tokens, {} files ({}); about {} tokens",
-                settings.general.len(),
-                settings.general_spellings.join(", "),
-                count(self.mix_tokens)
-            ),
-            _ => format!(
-                "augmented documents only (no --general); about {} tokens",
-                count(self.mix_tokens)
-            ),
-        }
     }
 
     fn describe_training(&self, settings: &Settings) -> String {
@@ -162,7 +149,7 @@ impl Plan {
             return "none (--no-train)".into();
         };
         let config = &settings.model.config;
-        let flops = config.training_flops_per_token(settings.augment.length);
+        let flops = config.training_flops_per_token(settings.length);
         format!(
             "{}: {} parameters, {} steps of {} sequences, peak rate {:.1e}, warm-up {}; {:.2e} FLOPs",
             settings.model.name,
@@ -202,10 +189,10 @@ fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
 
 /// How to train a model on so many sequences.
 pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings {
-    let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch as u64)).max(1);
+    let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch() as u64)).max(1);
     let random = headwater::model::shape::Shape::named(model).is_some();
     TrainSettings {
-        batch_sequences: args.batch,
+        batch_sequences: args.batch(),
         micro_batch_tokens: args.micro_batch_tokens,
         schedule: Schedule {
             peak: args.rate.unwrap_or(if random { 1e-3 } else { 1e-5 }),

@@ -1,20 +1,26 @@
 //! Everything that decides a run, in one place.
 
 use super::args::{
-    AugmentArgs, EngineArgs, InputArgs, MachineArgs, TrainArgs, check_progress, ratio,
+    AugmentArgs, EngineArgs, MachineArgs, MixArgs, RunArgs, TrainArgs, check_progress,
 };
 use super::models::Model;
-use anyhow::{Context, Result, ensure};
+use super::published::Published;
+use super::ratio::part;
+use super::sources::Sources;
+use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
+use headwater::block::{Converted, LongTexts};
 use headwater::engine::EngineSettings;
 use headwater::format::documents::{Kind, files};
+use headwater::format::input;
 use headwater::format::jsonl::Fields;
-use headwater::format::{input, instructions};
-use headwater::gate::DocumentRules;
+use headwater::gate::{DocumentRules, PairRules};
 use headwater::model::device;
+use headwater::pack::PackMode;
 use headwater::template::Templates;
 use serde_json::{Value, json};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// What a pipeline sets where its user does not.
 #[derive(Clone, Copy, Debug)]
@@ -25,12 +31,18 @@ pub struct Preset {
     pub corpus: &'static str,
     /// Texts that may see each other.
     pub rounds: usize,
-    /// Shares by tokens of augmented documents and general instructions.
-    pub ratio: [u64; 2],
+    /// The share of documents that is converted.
+    pub converted: Converted,
+    /// How often task rows are read.
+    pub task_passes: Option<u64>,
     /// Texts that are committed together.
     pub epoch_documents: usize,
-    /// What is asked of documents.
-    pub rules: DocumentRules,
+    /// Words of a document at least.
+    pub words_min: usize,
+    /// Whether of equal documents only the first is used.
+    pub unique: bool,
+    /// The set-ups that were published for it.
+    pub published: &'static [Published],
 }
 
 /// Everything that decides a run.
@@ -38,6 +50,8 @@ pub struct Preset {
 pub struct Settings {
     /// What the pipeline sets.
     pub preset: Preset,
+    /// The published set-up that is followed.
+    pub published: Option<&'static Published>,
     /// Files to read.
     pub inputs: Vec<PathBuf>,
     /// Files in directories of the input that are of no known kind.
@@ -46,12 +60,22 @@ pub struct Settings {
     pub fields: Fields,
     /// Records to read at most.
     pub limit: Option<u64>,
-    /// Files of general instructions.
-    pub general: Vec<PathBuf>,
-    /// How these are written.
-    pub general_spellings: Vec<&'static str>,
-    /// Shares by tokens: of augmented documents and, if there are any, of general instructions.
-    pub weights: Vec<u64>,
+    /// What is asked of documents.
+    pub document_rules: DocumentRules,
+    /// What is asked of pairs.
+    pub pair_rules: PairRules,
+    /// What becomes of long texts.
+    pub long_texts: LongTexts,
+    /// The templates.
+    pub templates: Arc<Templates>,
+    /// What is mixed with what.
+    pub sources: Sources,
+    /// Tokens of a sequence.
+    pub length: usize,
+    /// How sequences are filled.
+    pub packing: PackMode,
+    /// Independent mix-and-pack streams.
+    pub lanes: usize,
     /// Flags of augmentation.
     pub augment: AugmentArgs,
     /// Flags of training; none if nothing is trained.
@@ -64,6 +88,8 @@ pub struct Settings {
     pub out: PathBuf,
     /// The synthesizer.
     pub synthesizer: Model,
+    /// The model that answers again, if it is another one.
+    pub judge: Option<Model>,
     /// The model whose tokenizer makes items, and which is trained.
     pub model: Model,
     /// Where models compute.
@@ -77,81 +103,68 @@ impl Settings {
     ///
     /// # Errors
     /// Says which flag cannot work, and why.
-    pub fn new(
-        preset: Preset,
-        input: &InputArgs,
-        (augment, engine): (AugmentArgs, EngineArgs),
-        (train, no_train): (TrainArgs, bool),
-        machine: MachineArgs,
-    ) -> Result<Self> {
-        let rounds = augment.rounds.unwrap_or(preset.rounds);
-        ensure!(rounds > 0, "--rounds must be 1 at least");
-        let epoch_documents = augment.epoch_documents.unwrap_or_else(|| {
-            preset.epoch_documents.div_ceil(rounds) * rounds // a multiple for any number of rounds
-        });
-        ensure!(
-            epoch_documents > 0 && epoch_documents.is_multiple_of(rounds),
-            "--epoch-documents {epoch_documents} is not a multiple of the {rounds} rounds"
-        );
-        ensure!(augment.length >= 16, "--length must be 16 at least");
-        ensure!(engine.workers > 0, "--workers must be 1 at least");
-        ensure!((1..=99).contains(&augment.lanes), "--lanes takes 1 to 99");
-        ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
-        ensure!(engine.sequences > 0, "--sequences must be 1 at least");
-        ensure!(engine.step_tokens > 0, "--step-tokens must be 1 at least");
+    pub fn new(mut preset: Preset, args: RunArgs) -> Result<Self> {
+        let RunArgs { input, augment, mix, gates, engine, mut train, no_train, machine } = args;
+        let published = train.resolve(preset.published)?;
+        check_counts(&engine, &augment)?;
         check_progress(&machine.progress)?;
-        let ratio = match &augment.ratio {
-            Some(text) => ratio(text)?,
-            None => preset.ratio,
-        };
-        let general = input::expand(&augment.general)?;
-        let general_spellings = spellings(&general)?;
-        ensure!(
-            augment.ratio.is_none() || ratio[1] == 0 || !general.is_empty(),
-            "--ratio wants general instructions: name their files with --general"
-        );
+        preset.rounds = augment.rounds.unwrap_or(preset.rounds);
+        preset.epoch_documents = epoch_documents(&augment, &preset)?;
+        if let Some(text) = &augment.convert {
+            let (part, of) = part("--convert", text)?;
+            preset.converted = Converted { part, of };
+        }
+        let length = mix.length.or(published.map(|set_up| set_up.length)).unwrap_or(2048);
+        ensure!(length >= 16, "--length must be 16 at least");
+        ensure!((1..=99).contains(&mix.lanes), "--lanes takes 1 to 99");
         let device = device::device(&machine.device)?;
         let dtype = device::dtype(&engine.dtype, &device)?;
         let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let context = synthesizer.config.max_position_embeddings.min(augment.context);
         synthesizer.config.max_position_embeddings = context;
-        let model = train.model(augment.length)?;
-        if !no_train {
-            train.check(&model, augment.length)?;
-        }
         ensure!(
             augment.new_tokens > 0 && augment.new_tokens + 64 < context,
             "--new-tokens {} leaves no room for a prompt in the synthesizer's context of {context}",
             augment.new_tokens
         );
+        let judge = gates.judge.as_deref().map(Model::trained).transpose().context("--judge")?;
+        let model = train.model(length)?;
+        if !no_train {
+            train.check(&model, length)?;
+        }
+        let templates = match &augment.templates {
+            Some(directory) => Templates::with_files_of(directory).context("--templates")?,
+            None => Templates::built_in(),
+        };
         let (inputs, passed_over) = files(&input.input)?;
-        let settings = Settings {
-            preset: Preset {
-                rounds,
-                ratio,
-                epoch_documents,
-                rules: input.rules(preset.rules)?,
-                ..preset
-            },
+        ensure!(!inputs.is_empty(), "--input names no files of a known kind");
+        let fields = input.fields();
+        Ok(Settings {
+            document_rules: gates.document_rules(preset.words_min, preset.unique)?,
+            pair_rules: gates.pair_rules()?,
+            long_texts: long_texts(&augment.long_texts)?,
+            sources: Sources::new(&mix, &preset, &inputs, &fields)?,
+            packing: packing(&mix)?,
+            lanes: mix.lanes,
+            limit: input.limit,
+            out: input.out,
+            train: (!no_train).then_some(train),
+            templates: Arc::new(templates),
+            preset,
+            published,
             inputs,
             passed_over,
-            fields: input.fields(),
-            limit: input.limit,
-            general_spellings,
-            weights: if general.is_empty() { vec![1] } else { ratio.to_vec() },
-            general,
+            fields,
+            length,
             augment,
-            train: (!no_train).then_some(train),
             machine,
             engine,
-            out: input.out.clone(),
             synthesizer,
+            judge,
             model,
             device,
             dtype,
-        };
-        ensure!(!settings.inputs.is_empty(), "--input names no files of a known kind");
-        Ok(settings)
+        })
     }
 
     /// Tokens of the longest prompt.
@@ -182,9 +195,13 @@ impl Settings {
     ///
     /// # Errors
     /// If a file cannot be read.
-    pub fn configuration(&self, templates: &Templates, training: Option<Value>) -> Result<Value> {
+    pub fn configuration(&self, training: Option<Value>) -> Result<Value> {
         let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
         let kind = if self.device.is_cpu() { "cpu" } else { "cuda" };
+        let judge = self.judge.as_ref().map(|judge| -> Result<Value> {
+            Ok(json!({ "name": judge.name, "weights": judge.digest()? }))
+        });
+        let contamination = self.document_rules.contamination.as_ref();
         Ok(json!({
             "headwater": env!("CARGO_PKG_VERSION"),
             "command": self.preset.command,
@@ -202,13 +219,19 @@ impl Settings {
                 "new_tokens": self.augment.new_tokens,
                 "arithmetic": format!("{kind} {}", self.dtype.as_str()),
             },
-            "documents": self.preset.rules,
+            "documents": self.document_rules,
+            "pairs": self.pair_rules,
+            "judge": judge.transpose()?,
+            "evaluation_sets": contamination.map(|rules| digests(&rules.files)).transpose()?,
+            "converted": self.preset.converted,
+            "long_texts": self.long_texts,
             "rounds": self.preset.rounds,
             "epoch_documents": self.preset.epoch_documents,
-            "templates": format!("{:032x}", templates.digest()),
-            "mix": { "weights": self.weights, "general": digests(&self.general)? },
-            "lanes": self.augment.lanes,
-            "length": self.augment.length,
+            "templates": format!("{:032x}", self.templates.digest()),
+            "mix": self.sources.configuration()?,
+            "lanes": self.lanes,
+            "length": self.length,
+            "packing": self.packing,
             "model": {
                 "name": self.model.name,
                 "tokenizer": tokenizer(&self.model),
@@ -218,26 +241,45 @@ impl Settings {
     }
 }
 
-/// How general instructions are written, by the first of each file; some must be there to mix in.
-fn spellings(files: &[PathBuf]) -> Result<Vec<&'static str>> {
-    let (mut names, mut fault) = (Vec::new(), None);
-    for file in files {
-        for read in instructions::read(file).context("--general")? {
-            match read {
-                Ok(instruction) => {
-                    names.push(instruction.spelling.name());
-                    break;
-                }
-                Err(rejected) => drop(fault.get_or_insert(rejected)),
-            }
-        }
+fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
+    ensure!(augment.rounds != Some(0), "--rounds must be 1 at least");
+    ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
+    ensure!(engine.workers > 0, "--workers must be 1 at least");
+    ensure!(engine.sequences > 0, "--sequences must be 1 at least");
+    ensure!(engine.step_tokens > 0, "--step-tokens must be 1 at least");
+    Ok(())
+}
+
+/// Texts of an epoch: a multiple of the rounds.
+fn epoch_documents(augment: &AugmentArgs, preset: &Preset) -> Result<usize> {
+    let rounds = preset.rounds;
+    let documents = match augment.epoch_documents {
+        Some(documents) => documents,
+        None => preset.epoch_documents.div_ceil(rounds) * rounds,
+    };
+    ensure!(
+        documents > 0 && documents.is_multiple_of(rounds),
+        "--epoch-documents {documents} is not a multiple of the {rounds} rounds"
+    );
+    Ok(documents)
+}
+
+fn long_texts(how: &str) -> Result<LongTexts> {
+    match how {
+        "split" => Ok(LongTexts::Split),
+        "window" => Ok(LongTexts::Window),
+        other => bail!("--long-texts takes split or window, not {other:?}"),
     }
-    let fault = fault.map(|rejected| format!("; the first: {rejected}")).unwrap_or_default();
-    let some = files.is_empty() || !names.is_empty();
-    ensure!(some, "--general: no record of its files can be used{fault}");
-    names.sort_unstable();
-    names.dedup();
-    Ok(names)
+}
+
+fn packing(mix: &MixArgs) -> Result<PackMode> {
+    ensure!(mix.open_sequences > 0, "--open-sequences must be 1 at least");
+    match mix.packing.as_str() {
+        "best-fit" => Ok(PackMode::BestFit(mix.open_sequences)),
+        "concatenate" => Ok(PackMode::Concatenate),
+        "one-item" => Ok(PackMode::OneItem),
+        other => bail!("--packing takes best-fit, concatenate or one-item, not {other:?}"),
+    }
 }
 
 /// Files with their sizes and digests, as they stand in `run.json`.

@@ -22,7 +22,6 @@ pub struct Summary {
     training: Option<(StepReport, StepReport)>,
     seconds: f64,
     generated: u64,
-    weights: Vec<u64>,
     out: PathBuf,
     strict: bool,
 }
@@ -49,7 +48,6 @@ impl Summary {
             training,
             seconds,
             generated: parts.meters.generations.get(),
-            weights: settings.weights.clone(),
             out: settings.out.clone(),
             strict: settings.machine.strict,
         })
@@ -260,7 +258,7 @@ impl Summary {
     fn mix_errors(&self) -> Vec<u64> {
         let lanes = self.manifest.epochs.last().map_or(&[][..], |last| &last.lanes);
         let started = lanes.iter().filter(|lane| !lane.mix.tokens.is_empty());
-        started.map(|lane| Mixer::resume(&self.weights, lane.mix.clone()).error_tokens()).collect()
+        started.map(|lane| Mixer::resume(lane.mix.clone()).error_tokens()).collect()
     }
 }
 

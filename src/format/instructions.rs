@@ -8,7 +8,7 @@ use super::lines::Lines;
 use crate::error::Result;
 use crate::record::{Place, Rejected, Stage};
 use serde_json::{Map, Value};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// An instruction with its response, as a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,60 +145,6 @@ fn exchanges(turns: &[Value], speaker: &str, text: &str) -> std::result::Result<
     }
 }
 
-/// The instructions of all files in their order, from the beginning again after the last, for ever.
-///
-/// Each comes with the number of its pass, from 0. What cannot be used is said in the first pass only, so
-/// that it is counted once. Ends only when a whole pass finds no instruction.
-pub struct Endless {
-    files: Vec<PathBuf>,
-    next_file: usize,
-    open: Option<Box<dyn Iterator<Item = Read> + Send>>,
-    pass: u64,
-    found_in_pass: bool,
-}
-
-impl Endless {
-    /// Reads `files` over and over.
-    pub fn new(files: Vec<PathBuf>) -> Self {
-        Endless { files, next_file: 0, open: None, pass: 0, found_in_pass: false }
-    }
-}
-
-impl Iterator for Endless {
-    type Item = (u64, Read);
-
-    fn next(&mut self) -> Option<(u64, Read)> {
-        loop {
-            if let Some(read) = self.open.as_mut().and_then(Iterator::next) {
-                if read.is_err() && self.pass > 0 {
-                    continue;
-                }
-                self.found_in_pass |= read.is_ok();
-                return Some((self.pass, read));
-            }
-            if self.next_file == self.files.len() {
-                if !self.found_in_pass {
-                    return None;
-                }
-                (self.next_file, self.found_in_pass) = (0, false);
-                self.pass += 1;
-            }
-            let path = self.files[self.next_file].clone();
-            self.next_file += 1;
-            match read(&path) {
-                Ok(instructions) => self.open = Some(Box::new(instructions)),
-                Err(_) if self.pass > 0 => self.open = None,
-                Err(error) => {
-                    self.open = None;
-                    let place = Place { file: path.display().to_string(), record: 0, byte: 0 };
-                    let rejected = Rejected::unread("unreadable_input", error, place, "");
-                    return Some((self.pass, Err(of_mix(Box::new(rejected)))));
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -246,23 +192,5 @@ mod tests {
         check(r#"{"instruction":"Add.","response":3}"#, Err("no_instruction"));
         check(r#"{"instruction":" ","response":"3"}"#, Err("no_instruction"));
         check("[1]", Err("malformed_json"));
-    }
-
-    #[test]
-    fn files_are_read_over_and_over() {
-        let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, lines: &str| {
-            let path = folder.path().join(name);
-            std::fs::write(&path, lines).unwrap();
-            path
-        };
-        let line = |id: &str| format!("{{\"id\":\"{id}\",\"question\":\"q\",\"answer\":\"a\"}}\n");
-        let (a, b) = (write("a", &line("1")), write("b", &(line("2") + "{}\n")));
-        let found: Vec<String> = Endless::new(vec![a, b])
-            .take(7)
-            .map(|(pass, read)| read.map_or("!".into(), |read| format!("{pass}:{}", read.id)))
-            .collect();
-        assert_eq!(found, ["0:1", "0:2", "!", "1:1", "1:2", "2:1", "2:2"]);
-        assert_eq!(Endless::new(vec![write("c", "{}\n")]).count(), 1);
     }
 }

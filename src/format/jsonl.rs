@@ -88,7 +88,7 @@ pub(super) fn document(
         text,
         metadata: metadata.collect(),
         place: place.clone(),
-        part: None,
+        ..Document::default()
     })
 }
 

@@ -11,6 +11,7 @@ pub mod jsonl;
 pub mod lines;
 pub mod newswire;
 pub mod packed;
+pub mod passes;
 pub mod pubmed;
 pub mod table;
 pub mod tasks;

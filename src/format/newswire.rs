@@ -52,7 +52,7 @@ fn parse(fragment: &Fragment, source: &str) -> Found {
         }
     }
     let (source, place) = (source.to_owned(), place.clone());
-    Found::Document(Box::new(Document { id, source, text, metadata, place, part: None }))
+    Found::Document(Box::new(Document { id, source, text, metadata, place, ..Document::default() }))
 }
 
 /// Headline, blank line, dateline and body; none if there is no body.

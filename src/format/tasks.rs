@@ -30,7 +30,9 @@ pub struct Task {
 ///
 /// # Errors
 /// If the file cannot be opened.
-pub fn read(path: &Path) -> Result<impl Iterator<Item = std::result::Result<Task, Box<Rejected>>>> {
+pub fn read(
+    path: &Path,
+) -> Result<impl Iterator<Item = std::result::Result<Task, Box<Rejected>>> + Send + use<>> {
     Ok(Lines::open(path)?.map(|line| line.and_then(|(text, place)| parse(&text, place))))
 }
 

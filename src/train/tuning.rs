@@ -9,7 +9,7 @@
 //! first row of a prompt, which has nothing to imitate, is practised as often as the last.
 
 use crate::format::tasks::Task;
-use crate::pack::Packer;
+use crate::pack::{PackMode, Packer};
 use crate::prompt::PromptWriter;
 use crate::record::{Item, Rejected, Sequence};
 use crate::seed;
@@ -128,7 +128,7 @@ impl Lessons {
         }
         let mut order = seed::stream(seed, "", &format!("order of items, epoch {epoch}"));
         order.shuffle(&mut items);
-        let mut packer = Packer::new(self.settings.length, crate::pack::OPEN_MAX);
+        let mut packer = Packer::new(self.settings.length, PackMode::default());
         let mut sequences: Vec<Sequence> =
             items.iter().flat_map(|item| packer.push(item)).collect();
         sequences.extend(packer.finish());

@@ -8,7 +8,7 @@ use headwater::manifest::Manifest;
 use headwater::record::{Finish, Rejected};
 use headwater::run::RunFolder;
 use headwater::synthesizer::{Job, Queue, scripted};
-use headwater_pipelines::adapt;
+use headwater_pipelines::instruct;
 use headwater_pipelines::shell::parts::Parts;
 use headwater_pipelines::shell::plan::Plan;
 use headwater_pipelines::shell::running::execute;
@@ -43,12 +43,13 @@ fn run(place: &Path, files: &[(&str, Vec<u8>)]) -> Ran {
         rounds: 2,
         epoch_documents: 4,
         seed: 1,
+        flags: &[],
     });
     let plan = Plan::new(&settings).unwrap();
     let (queue, jobs) = Queue::new(8);
     say_one_pair(jobs, &settings);
     let parts = Arc::new(Parts::around(&settings, &plan, queue, None).unwrap());
-    execute(settings.engine.workers, parts, adapt::dataflow).unwrap();
+    execute(settings.engine.workers, parts, instruct::dataflow).unwrap();
     let folder = RunFolder::existing(&settings.out).unwrap();
     let manifest = folder.manifest().unwrap();
     let (mut documents, mut rejected) = (Vec::new(), Vec::new());
@@ -233,6 +234,7 @@ fn small_tokenizer(place: &Path) -> headwater::tokenizer::Tokenizer {
         rounds: 1,
         epoch_documents: 1,
         seed: 1,
+        flags: &[],
     })
     .model
     .tokenizer

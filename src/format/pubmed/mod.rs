@@ -103,7 +103,7 @@ impl Reader {
         note("journal", article.journal);
         note("year", article.year);
         note("publication_types", Some(article.publication_types.join("; ")));
-        Document { id, source: self.source.clone(), text, metadata, place, part: None }
+        Document { id, source: self.source.clone(), text, metadata, place, ..Document::default() }
     }
 }
 
