@@ -97,7 +97,8 @@ fn texts_under_way_are_bounded() {
     let own = settings.clone();
     let synthesizer = std::thread::spawn(move || most_under_way(&jobs, &own));
     run(&settings, queue);
-    assert_eq!(synthesizer.join().unwrap(), 2 * 4);
+    let most = synthesizer.join().unwrap();
+    assert!((1..=2 * 4).contains(&most), "{most} texts under way");
 }
 
 /// Answers only when nothing more comes; the most requests that were held at a time.
@@ -142,6 +143,7 @@ fn what_was_committed_is_not_asked_again() {
 fn a_prompt_leaves_room_for_what_is_to_be_written() {
     let place = tempfile::tempdir().unwrap();
     let settings = settings(place.path(), 1, 1, 1);
-    let (context, new_tokens) = (settings.augment.context, settings.augment.new_tokens);
-    assert_eq!((context, new_tokens, settings.prompt_tokens_max()), (4096, 160, 3936));
+    let context = settings.synthesizer.config.max_position_embeddings;
+    assert!(context <= settings.augment.context);
+    assert_eq!(settings.prompt_tokens_max() + settings.augment.new_tokens, context);
 }
