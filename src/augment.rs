@@ -194,3 +194,132 @@ fn count_rendering(rendered: &Rendered, group: &[Entry], output: &mut ChainOutpu
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::{Generation, Prompt, chains};
+    use crate::record::Document;
+    use crate::template::choice::Layout;
+    use crate::tokenizer::tests::small;
+
+    /// Texts that saw nothing of each other, with what was generated for them.
+    fn chain(generations: &[(&str, Finish)]) -> Chain {
+        let document = |number: usize| Document {
+            id: number.to_string(),
+            text: format!("Text {number}."),
+            ..Document::default()
+        };
+        let documents = (0..generations.len()).map(document).collect();
+        let mut chain = chains(documents, generations.len()).remove(0);
+        for (text, finish) in generations {
+            let (text, finish) = ((*text).to_owned(), finish.clone());
+            chain.accept(&Prompt::default(), &Generation { text, finish, tokens: 1 });
+        }
+        chain
+    }
+
+    fn augmenter(templates: Templates, seed: u64) -> Augmenter {
+        let templates = Arc::new(templates);
+        Augmenter { templates, tokenizer: small(), synthesizer: "script".into(), seed }
+    }
+
+    fn augment(generations: &[(&str, Finish)]) -> ChainOutput {
+        augmenter(Templates::built_in(), 1).augment(&chain(generations))
+    }
+
+    /// Checks counts, and that every piece and pair is accounted for.
+    fn check(output: &ChainOutput, counts: &[(&str, u64)]) {
+        for &(name, count) in counts {
+            assert_eq!(output.ledger.get(name), count, "{name}: {:?}", output.ledger);
+        }
+        for balance in output.ledger.balances() {
+            if balance.taken.starts_with("parse/") {
+                assert_eq!(balance.unknown, 0, "{balance:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_piece_is_a_pair_or_leaves_with_its_reason() {
+        let text = "<QUE> a <ANS> b </END> <QUE> <ANS> b </END> </END> <QUE> c <ANS> d <ANS> e \
+                    </END> <QUE> Which?\nOptions:\n- red <ANS> blue </END> <QUE> f";
+        let output = augment(&[(text, Finish::Length)]);
+        check(
+            &output,
+            &[
+                ("parse/pieces", 6),
+                ("parse/pairs", 2),
+                ("parse/rejected/empty_question", 1),
+                ("parse/rejected/empty_piece", 1),
+                ("parse/rejected/stray_marker", 1),
+                ("parse/rejected/unfinished", 1),
+                ("templify/rejected/answer_not_an_option", 1),
+            ],
+        );
+        let reasons: Vec<(Stage, &str)> =
+            output.rejected.iter().map(|one| (one.stage, one.reason.as_str())).collect();
+        let parse = ["empty_question", "empty_piece", "stray_marker", "unfinished"];
+        let mut expected: Vec<_> = parse.map(|reason| (Stage::Parse, reason)).to_vec();
+        expected.push((Stage::Templify, "answer_not_an_option"));
+        assert_eq!(reasons, expected);
+        assert!(output.rejected.iter().all(|one| one.ids == ["0"]), "{:?}", output.rejected);
+    }
+
+    #[test]
+    fn how_each_generation_ended_is_counted() {
+        let pair = "<QUE> a <ANS> b </END>";
+        let failed = Finish::Failed("no room".into());
+        let ends =
+            [(pair, Finish::Stop), (pair, Finish::Length), (pair, Finish::Stop), ("", failed)];
+        let finished = |name: &str| format!("synthesize/finished/{name}");
+        let (stop, length, failed) = (finished("stop"), finished("length"), finished("failed"));
+        check(&augment(&ends), &[(&stop, 2), (&length, 1), (&failed, 1), ("parse/pairs", 3)]);
+    }
+
+    #[test]
+    fn a_failed_request_is_one_rejection_and_its_text_goes_out_raw() {
+        let output = augment(&[("", Finish::Failed("no room".into()))]);
+        check(&output, &[("parse/pieces", 0), ("templify/texts/raw", 1)]);
+        let [rejected] = output.rejected.as_slice() else { panic!("{:?}", output.rejected) };
+        assert_eq!(
+            (rejected.reason.as_str(), rejected.detail.as_str()),
+            ("request_failed", "no room")
+        );
+        let [(document, _)] = output.documents.as_slice() else { panic!("{:?}", output.documents) };
+        assert_eq!((document.text.as_str(), &document.choices), ("Text 0.", &None));
+    }
+
+    #[test]
+    fn an_answer_that_is_not_shown_is_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let only_ask = "[[pattern]]\ninput = '{question}'\ndelimiter = ''\ntarget = ''";
+        std::fs::write(folder.path().join("free-form.toml"), only_ask).unwrap();
+        let mut hidden = 0;
+        for seed in 0..100 {
+            let templates = Templates::with_files_of(folder.path()).unwrap();
+            let chain = chain(&[("<QUE> Who? <ANS> Nobody </END>", Finish::Stop)]);
+            let output = augmenter(templates, seed).augment(&chain);
+            let document = &output.documents[0].0;
+            let is_hidden = document.choices.as_ref().unwrap().layout == Layout::Classic;
+            let (own, other) = if is_hidden { (1, 0) } else { (0, 1) };
+            let counts = [("templify/pairs/answer_hidden", own), ("templify/pairs/shown", other)];
+            check(&output, &counts);
+            assert_eq!(document.text.contains("Nobody"), !is_hidden, "{}", document.text);
+            hidden += own;
+        }
+        assert!((80..100).contains(&hidden), "{hidden} of 100"); // 95 are expected
+    }
+
+    #[test]
+    fn a_document_is_opened_and_ended_by_the_ids_of_the_trained_model() {
+        let text = "<QUE> a <ANS> b </END>";
+        let output = augment(&[(text, Finish::Stop), ("", Finish::Stop), (text, Finish::Stop)]);
+        assert_eq!(output.documents.len(), 3);
+        for (document, item) in &output.documents {
+            let body = small().encode(&document.text);
+            assert_eq!(item.tokens, [vec![1], body, vec![2]].concat());
+            assert!(item.learned.is_empty(), "all tokens are learned");
+        }
+    }
+}

@@ -320,6 +320,25 @@ mod tests {
     }
 
     #[test]
+    fn a_text_that_changes_touches_its_own_block_only() {
+        let folder = tempfile::tempdir().unwrap();
+        let texts = ["a", "b", "c", "d", "e", "f", "g"];
+        let find = |texts: &[&str]| -> Vec<Vec<String>> {
+            let found = blocks(&file(&folder, texts), 2, None);
+            let texts = |b: Block| b.documents.into_iter().map(|document| document.text).collect();
+            found.map(texts).collect()
+        };
+        let before = find(&texts);
+        for changed in 0..texts.len() {
+            let mut texts = texts;
+            texts[changed] = "another";
+            let after = find(&texts);
+            let differ = (0..before.len()).filter(|&block| before[block] != after[block]);
+            assert_eq!(differ.collect::<Vec<_>>(), [changed / 2]);
+        }
+    }
+
+    #[test]
     fn nothing_but_rejections_is_a_block_too() {
         let folder = tempfile::tempdir().unwrap();
         let found: Vec<Block> = blocks(&file(&folder, &[" ", ""]), 2, None).collect();

@@ -252,6 +252,19 @@ mod tests {
     }
 
     #[test]
+    fn only_examples_are_opened_and_closed_by_control_ids() {
+        let writer = PromptWriter::new(small()).unwrap();
+        let mut chain = run(3, 3, 1000, |_| true).remove(0);
+        let mut last = chain.entries.pop().unwrap();
+        last.document.text = "<s> struck </s> through".into();
+        chain.entries[0].document.text = "</s> opens".into();
+        chain.waiting.push_back(last.document);
+        let tokens = chain.prompt(&writer, 1000).unwrap().tokens;
+        let count = |id| tokens.iter().filter(|&&token| token == id).count();
+        assert_eq!((count(1), count(2)), (3, 2), "two examples and a question");
+    }
+
+    #[test]
     fn a_document_without_pairs_cuts_the_chain() {
         let chains = run(2, 2, 1000, |id| id == 0);
         assert_eq!(groups(&chains), [vec![0], vec![1]]);

@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn one_example_has_the_bytes_of_the_recipe() {
+    fn one_example_has_the_bytes_of_the_format() {
         let (body, _) = body("Rates rose.", &[pair("What rose?", "Rates")]);
         assert_eq!(body, " <CON> Rates rose. </CON>\n\n<QUE> What rose? <ANS> Rates </END>");
     }
@@ -332,6 +332,34 @@ mod tests {
         assert_eq!((example[0], example.last()), (1, Some(&2)));
         let generated = writer.tokenizer().decode(&example[question.len()..]);
         assert_eq!(parse(&generated).pairs, pairs);
+    }
+
+    #[test]
+    fn the_ids_of_a_prompt_are_those_on_record() {
+        // Written down from the reference implementation of tokenizers in Python.
+        let rates = [1, 223, 30, 37, 49, 48, 32, 223, 269, 265, 16, 223, 30, 17, 37, 49, 48, 32];
+        let lines = [201, 201];
+        let first = [
+            30, 51, 55, 39, 32, 223, 281, 265, 33, 223, 30, 35, 48, 53, 32, 223, 269, 223, 30, 17,
+            39, 48, 38, 32,
+        ];
+        let second = [
+            30, 51, 55, 39, 32, 223, 270, 81, 33, 223, 30, 35, 48, 53, 32, 223, 48, 81, 68, 81, 70,
+            91, 223, 30, 17, 39, 48, 38, 32,
+        ];
+        let writer = PromptWriter::new(small()).unwrap();
+        let pairs = [pair("What rose?", "Rates"), pair("Who?", "Nobody")];
+        let example = [&rates[..], &lines, &first, &lines, &second, &[2]].concat();
+        assert_eq!(writer.example("Rates rose.", &pairs), example);
+        assert_eq!(writer.question("Rates rose."), [&rates[..], &lines].concat());
+        let empty = [1, 223, 30, 37, 49, 48, 32, 223, 223, 30, 17, 37, 49, 48, 32, 201, 201];
+        assert_eq!(writer.question(""), empty);
+    }
+
+    #[test]
+    fn blanks_of_all_alphabets_are_trimmed() {
+        check("\u{feff}<QUE> a <ANS> b </END>", &[], &[Reason::NoQuestionMarker]); // no blank
+        check("\u{3000}<QUE>\u{a0}a\u{2003}<ANS>\u{85}b\t</END>\u{a0}", &[("a", "b")], &[]);
     }
 
     #[test]

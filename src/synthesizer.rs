@@ -214,4 +214,13 @@ mod tests {
             engine.join().unwrap();
         }
     }
+
+    #[test]
+    #[should_panic(expected = "the synthesis engine is gone")]
+    fn an_engine_that_is_gone_stops_the_run() {
+        let (queue, receiver) = Queue::new(4);
+        let mut handle = queue.open(Arc::new(|| {}));
+        drop(receiver);
+        let _ = handle.submit(Request { key: 1, tokens: vec![1], new_tokens_max: 1 });
+    }
 }

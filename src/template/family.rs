@@ -34,6 +34,12 @@ impl<T> Family<T> {
         self.entries.iter()
     }
 
+    /// The weights of all entries.
+    #[cfg(test)]
+    pub(super) fn weights(&self) -> &[u64] {
+        &self.weights
+    }
+
     /// Number of entries.
     pub fn len(&self) -> usize {
         self.entries.len()

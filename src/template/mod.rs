@@ -8,12 +8,18 @@
 //! that all its texts share one style; every choice draws from its own stream. Rendering is a pure function
 //! of entries, templates and seed.
 
+#[cfg(test)]
+mod assembly;
 pub mod choice;
 pub mod family;
+#[cfg(test)]
+mod laws;
 pub mod mode;
 pub mod names;
 pub mod pattern;
 pub mod render;
+#[cfg(test)]
+mod shapes;
 
 use crate::error::{Error, Result};
 use family::{Family, InlinePattern, Names, PairPattern, Source, Speakers};

@@ -117,12 +117,20 @@ impl Shown<'_> {
         }
     }
 
+    /// The answer in full; that no option is right is said in the words of the document.
+    fn full_answer(&self) -> &str {
+        match self.form.options {
+            Some(Choice { right: None, .. }) => &self.option_answer,
+            _ => &self.form.answer,
+        }
+    }
+
     fn values(&self) -> [(Slot, &str); 5] {
         [
             (Slot::Question, &self.form.stem),
             (Slot::Options, &self.options),
             (Slot::OptionAnswer, &self.option_answer),
-            (Slot::Answer, &self.form.answer),
+            (Slot::Answer, self.full_answer()),
             (Slot::Reasoning, self.form.reasoning.as_deref().unwrap_or_default()),
         ]
     }

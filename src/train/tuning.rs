@@ -214,6 +214,26 @@ mod tests {
     }
 
     #[test]
+    fn an_item_is_whole_rows_and_fits_into_a_sequence() {
+        let tasks: Vec<Task> = (0..40).map(|i| task("a", i, 1 + i % 4)).collect();
+        let rows: BTreeMap<String, usize> = tasks
+            .iter()
+            .map(|task| {
+                let writer = PromptWriter::new(small()).unwrap();
+                (task.id.clone(), writer.example(&task.text, &task.pairs).len())
+            })
+            .collect();
+        let mut items: BTreeMap<String, usize> = BTreeMap::new();
+        for segment in lessons(tasks, SETTINGS).0.epoch(0).iter().flat_map(|s| &s.segments) {
+            *items.entry(segment.item.clone()).or_default() += segment.length as usize;
+        }
+        for (item, tokens) in items {
+            assert_eq!(item.split('+').map(|row| rows[row]).sum::<usize>(), tokens, "{item}");
+            assert!(tokens <= SETTINGS.length, "{item} has {tokens} tokens");
+        }
+    }
+
+    #[test]
     fn rows_that_cannot_be_used_are_handed_back() {
         let mut long = task("a", 0, 1);
         long.text = "word ".repeat(300);

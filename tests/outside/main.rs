@@ -10,6 +10,8 @@ mod parity;
 mod program;
 mod pubmed_xml;
 mod rendering;
+mod rounds;
+mod rules;
 mod tidy;
 
 use std::path::{Path, PathBuf};

@@ -83,7 +83,7 @@ fn a_seed_always_draws_the_same_and_another_draws_anew() {
 }
 
 #[test]
-fn placeholders_inside_texts_are_text() {
+fn row_20_placeholders_inside_texts_are_text() {
     let mut chain = chain(1);
     chain.entries.truncate(1);
     let words = ["{question}", "{answer} {text}", "{0} {{}} {options}"];
