@@ -131,7 +131,7 @@ impl Augmenter {
 /// A text as an item: between the opening and closing ids of the trained model.
 pub fn item(id: &str, source: u32, text: &str, tokenizer: &Tokenizer) -> Item {
     let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
-    tokens.extend(tokenizer.encode(text));
+    tokenizer.encode_onto(text, &mut tokens);
     tokens.extend(tokenizer.eos());
     Item { id: id.to_owned(), source, tokens, learned: Vec::new() }
 }

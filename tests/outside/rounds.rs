@@ -3,7 +3,7 @@
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use headwater::record::Finish;
 use headwater::synthesizer::{Job, Queue, scripted};
-use headwater_pipelines::adapt;
+use headwater_pipelines::instruct;
 use headwater_pipelines::shell::parts::Parts;
 use headwater_pipelines::shell::plan::Plan;
 use headwater_pipelines::shell::running::execute;
@@ -42,13 +42,14 @@ fn settings(place: &Path, documents: usize, rounds: usize, epoch_documents: usiz
         rounds,
         epoch_documents,
         seed: 1,
+        flags: &[],
     })
 }
 
 fn run(settings: &Settings, queue: Queue) {
     let plan = Plan::new(settings).unwrap();
     let parts = Arc::new(Parts::around(settings, &plan, queue, None).unwrap());
-    execute(settings.engine.workers, parts, adapt::dataflow).unwrap();
+    execute(settings.engine.workers, parts, instruct::dataflow).unwrap();
 }
 
 fn answer(job: Job, settings: &Settings) {

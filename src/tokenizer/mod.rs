@@ -3,9 +3,12 @@
 //! Text is data: nothing inside it can become a special token. The ids that open and end a text are
 //! placed by us alone.
 
+mod words;
+
 use crate::error::{Error, Result};
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -13,6 +16,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::{AddedToken, SplitDelimiterBehavior, TokenizerBuilder};
+use words::Words;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// The special tokens of tokenizers made here, in the order of their ids.
@@ -26,7 +30,9 @@ const PATTERN: &str = r"\n| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\n]+";
 /// A tokenizer with the ids that open and end a text.
 #[derive(Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
+    /// The fast path; none for tokenizers that were not made here.
+    words: Option<Words>,
     bos: Option<u32>,
     eos: Option<u32>,
     files: TokenizerFiles,
@@ -76,7 +82,9 @@ impl Tokenizer {
             text.and_then(|text| inner.token_to_id(text))
         };
         let (bos, eos) = (id("bos_token"), id("eos_token"));
-        Ok(Tokenizer { inner, bos, eos, files })
+        let inner = Arc::new(inner);
+        let words = is_ours(&files.tokenizer).then(|| Words::new(inner.clone()));
+        Ok(Tokenizer { inner, words, bos, eos, files })
     }
 
     /// Trains a byte-level BPE tokenizer (Sennrich et al., 2016; arXiv 1508.07909) of `vocabulary` tokens.
@@ -130,8 +138,18 @@ impl Tokenizer {
 
     /// The ids of `text`, nothing added.
     pub fn encode(&self, text: &str) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        self.encode_onto(text, &mut ids);
+        ids
+    }
+
+    /// Appends the ids of `text`, nothing added.
+    pub fn encode_onto(&self, text: &str, ids: &mut Vec<u32>) {
+        if let Some(words) = &self.words {
+            return words.encode(text, ids);
+        }
         let encoding = self.inner.encode_fast(text, false);
-        encoding.expect("a loaded tokenizer encodes every string").get_ids().to_vec()
+        ids.extend_from_slice(encoding.expect("a loaded tokenizer encodes every string").get_ids());
     }
 
     /// The ids of `text`, each with the byte it starts at.
@@ -171,6 +189,26 @@ impl Tokenizer {
     pub fn digest(&self) -> u128 {
         xxh3_128(format!("{}\0{:?}\0{:?}", self.files.tokenizer, self.bos, self.eos).as_bytes())
     }
+}
+
+/// Whether a `tokenizer.json` cuts and merges as those that are made here: by [`PATTERN`], over bytes.
+fn is_ours(tokenizer: &str) -> bool {
+    let Ok(json) = serde_json::from_str::<Value>(tokenizer) else { return false };
+    let (cuts, model) = (&json["pre_tokenizer"]["pretokenizers"], &json["model"]);
+    let cuts_ours = json["pre_tokenizer"]["type"] == "Sequence"
+        && cuts.as_array().is_some_and(|cuts| cuts.len() == 2)
+        && cuts[0]["type"] == "Split"
+        && cuts[0]["pattern"]["Regex"] == PATTERN
+        && cuts[0]["behavior"] == "Isolated"
+        && cuts[0]["invert"] == false
+        && cuts[1]["type"] == "ByteLevel"
+        && cuts[1]["add_prefix_space"] == false
+        && cuts[1]["use_regex"] == false;
+    let merges_ours = model["type"] == "BPE" && model["dropout"].is_null();
+    let added = json["added_tokens"].as_array();
+    let only_special = added.is_none_or(|all| all.iter().all(|token| token["special"] == true));
+    let plain = ["normalizer", "truncation", "padding"].iter().all(|part| json[part].is_null());
+    cuts_ours && merges_ours && only_special && plain
 }
 
 impl std::fmt::Debug for Tokenizer {
