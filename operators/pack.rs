@@ -64,7 +64,8 @@ impl<'scope, T: Timestamp> Pack<'scope, T> for StreamVec<'scope, T, MixedLane> {
     }
 }
 
-fn pack_lane(mixed: MixedLane, packing: Packing) -> PackedLane {
+/// Packs an epoch of a lane.
+pub fn pack_lane(mixed: MixedLane, packing: Packing) -> PackedLane {
     let MixedLane { lane, items, documents, rejected, mut ledger, state } = mixed;
     let mut packer = Packer::new(packing.length, packing.mode);
     let mut sequences: Vec<Sequence> = items.iter().flat_map(|item| packer.push(item)).collect();

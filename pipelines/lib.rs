@@ -1,5 +1,6 @@
 //! The pipelines, and what they share.
 
+pub mod bench;
 pub mod demo;
 pub mod finance;
 pub mod inspect;

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{demo, finance, inspect, pubmed, scratch, shell, train, tune};
+use crate::{bench, demo, finance, inspect, pubmed, scratch, shell, train, tune};
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
@@ -21,6 +21,7 @@ enum Command {
     Tune(tune::Tune),
     Train(train::Train),
     Inspect(inspect::Inspect),
+    Bench(bench::Bench),
 }
 
 /// Runs the program on the arguments it was started with.
@@ -35,6 +36,7 @@ pub fn run() -> ExitCode {
             Command::Tune(args) => tune::run(&args),
             Command::Train(args) => train::run(&args),
             Command::Inspect(args) => inspect::run(&args),
+            Command::Bench(args) => bench::run(args),
         }
     };
     command().unwrap_or_else(|error| shell::report(&error))

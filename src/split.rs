@@ -12,7 +12,7 @@ use std::ops::Range;
 ///
 /// `tokens_max` is about how many tokens a fitting piece has.
 pub fn split(
-    document: Document,
+    mut document: Document,
     tokenizer: &Tokenizer,
     tokens_max: usize,
     fits: impl Fn(&str) -> bool,
@@ -22,9 +22,10 @@ pub fn split(
     }
     let ranges: Vec<Range<usize>> = cut(&document.text, tokenizer, tokens_max, &fits).collect();
     let count = ranges.len() as u32;
+    let text = std::mem::take(&mut document.text);
     let piece = |(index, range): (usize, Range<usize>)| Document {
         id: format!("{}#{index}", document.id),
-        text: document.text[range].to_owned(),
+        text: text[range].to_owned(),
         part: Some(Part { of: document.id.clone(), index: index as u32, count }),
         ..document.clone()
     };

@@ -99,13 +99,7 @@ impl Parts {
         let meters = Arc::new(Meters::default());
         let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
         let prompt_tokens_max = settings.prompt_tokens_max();
-        let admission = Admission {
-            writer: writer.clone(),
-            prompt_tokens_max,
-            gates: DocumentGates::new(settings.document_rules.clone())?,
-            long_texts: settings.long_texts,
-            converted: settings.preset.converted,
-        };
+        let admission = admission(settings, &writer)?;
         Ok(Parts {
             gates: PairGates::new(settings.pair_rules.clone())?,
             agreement: agreement(settings)?,
@@ -191,6 +185,20 @@ impl Parts {
             })
         }
     }
+}
+
+/// What texts must be like.
+///
+/// # Errors
+/// If the gates cannot be opened.
+pub fn admission(settings: &Settings, writer: &PromptWriter) -> Result<Admission> {
+    Ok(Admission {
+        writer: writer.clone(),
+        prompt_tokens_max: settings.prompt_tokens_max(),
+        gates: DocumentGates::new(settings.document_rules.clone())?,
+        long_texts: settings.long_texts,
+        converted: settings.preset.converted,
+    })
 }
 
 /// Ends the run: what is committed is safe.

@@ -19,7 +19,7 @@ pub fn write<T: Serialize>(records: &[T]) -> Vec<u8> {
         serde_json::to_writer(&mut lines, record).expect("records are plain values");
         lines.push(b'\n');
     }
-    zstd::encode_all(lines.as_slice(), LEVEL).expect("memory takes every byte")
+    zstd::bulk::compress(&lines, LEVEL).expect("memory takes every byte")
 }
 
 /// The records in the bytes of the file `path`.

@@ -62,7 +62,7 @@ impl Lines {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return End::Failed(error),
             };
-            let feed = buffer.iter().position(|&byte| byte == b'\n');
+            let feed = memchr::memchr(b'\n', buffer);
             let taken = feed.unwrap_or(buffer.len());
             let room = self.limit.saturating_sub(line.len());
             too_long |= taken > room;

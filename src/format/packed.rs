@@ -13,7 +13,7 @@
 use crate::error::{Error, Result};
 use crate::record::{Segment, Sequence};
 use bytes::Bytes;
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::column::reader::ColumnReaderImpl;
 use parquet::column::writer::ColumnWriterImpl;
 use parquet::data_type::{BoolType, ByteArray, ByteArrayType, DataType, Int32Type};
@@ -22,6 +22,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
+use parquet::schema::types::ColumnPath;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -59,9 +60,15 @@ pub fn read(path: &Path, bytes: Vec<u8>) -> Result<Vec<Sequence>> {
 
 fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> {
     let schema = Arc::new(parse_message_type(SCHEMA)?);
+    let column = |name: &str| ColumnPath::new(vec![name.into(), "list".into(), "element".into()]);
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_statistics_enabled(EnabledStatistics::None)
+        // Positions rise by one: as differences they are nothing. Ids are as good without a dictionary.
+        .set_column_dictionary_enabled(column("input_ids"), false)
+        .set_column_dictionary_enabled(column("position_ids"), false)
+        .set_column_encoding(column("input_ids"), Encoding::DELTA_BINARY_PACKED)
+        .set_column_encoding(column("position_ids"), Encoding::DELTA_BINARY_PACKED)
         .set_created_by(concat!("headwater ", env!("CARGO_PKG_VERSION")).into())
         .build();
     let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))?;

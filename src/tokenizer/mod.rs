@@ -154,6 +154,11 @@ impl Tokenizer {
 
     /// The ids of `text`, each with the byte it starts at.
     pub fn encode_with_starts(&self, text: &str) -> (Vec<u32>, Vec<usize>) {
+        if let Some(words) = &self.words {
+            let ids = self.encode(text);
+            let starts = words.starts(text, &ids);
+            return (ids, starts);
+        }
         let encoding = self.inner.encode(text, false);
         let encoding = encoding.expect("a loaded tokenizer encodes every string");
         let starts = encoding.get_offsets().iter().map(|&(start, _)| start).collect();

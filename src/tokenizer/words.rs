@@ -11,6 +11,7 @@
 //! under test.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{Model, NormalizedString, PreTokenizedString, PreTokenizer, Tokenizer};
@@ -18,8 +19,8 @@ use tokenizers::{Model, NormalizedString, PreTokenizedString, PreTokenizer, Toke
 /// Places of a table for short words, 32 bytes each: 2 MiB, which a core's cache holds.
 const PLACES: usize = 1 << 16;
 
-/// Long words, or words of many ids, that a table remembers.
-const LONG_MAX: usize = 1 << 16;
+/// Words beside those in places that a table remembers: all it has met, until it starts anew.
+const REST_MAX: usize = 1 << 18;
 
 /// Bytes of a short word at most.
 const SHORT: usize = 15;
@@ -31,6 +32,8 @@ const IDS: usize = 3;
 #[derive(Clone)]
 pub(super) struct Words {
     tokenizer: Arc<Tokenizer>,
+    /// Bytes of each id.
+    bytes: Arc<[u32]>,
     /// Tables nobody uses right now: as many as there ever were callers at a time.
     tables: Arc<Mutex<Vec<Box<Table>>>>,
 }
@@ -38,7 +41,23 @@ pub(super) struct Words {
 impl Words {
     /// For a tokenizer that cuts by [`super::PATTERN`] and maps bytes to characters, and does nothing else.
     pub(super) fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        Words { tokenizer, tables: Arc::default() }
+        let vocabulary = tokenizer.get_vocab(false);
+        let mut bytes = vec![0; vocabulary.values().max().map_or(0, |&id| id as usize + 1)];
+        for (token, id) in vocabulary {
+            bytes[id as usize] = token.chars().count() as u32; // a character stands for a byte
+        }
+        Words { tokenizer, bytes: bytes.into(), tables: Arc::default() }
+    }
+
+    /// The bytes of `text` that its `ids` start at; where a character has several ids, its own.
+    pub(super) fn starts(&self, text: &str, ids: &[u32]) -> Vec<usize> {
+        let mut at = 0;
+        let start = |&id: &u32| {
+            let start = text.floor_char_boundary(at);
+            at += self.bytes[id as usize] as usize;
+            start
+        };
+        ids.iter().map(start).collect()
     }
 
     /// Appends the ids of `text`.
@@ -46,7 +65,7 @@ impl Words {
         let idle = self.tables.lock().ok().and_then(|mut tables| tables.pop());
         let mut table = idle.unwrap_or_default();
         for word in cut(text) {
-            table.encode(word, ids, |word| self.merge(word));
+            table.encode(text, word, ids, |word| self.merge(word));
         }
         if let Ok(mut tables) = self.tables.lock() {
             tables.push(table);
@@ -88,54 +107,65 @@ impl Default for Table {
 
 impl Table {
     #[inline]
-    fn encode(&mut self, word: &str, ids: &mut Vec<u32>, merge: impl Fn(&str) -> Vec<u32>) {
-        let Some(key) = short(word) else { return self.encode_long(word, ids, merge) };
-        let place = &mut self.places[place(key)];
+    fn encode(
+        &mut self,
+        text: &str,
+        word: Range<usize>,
+        ids: &mut Vec<u32>,
+        merge: impl Fn(&str) -> Vec<u32>,
+    ) {
+        let Some(key) = short(text.as_bytes(), &word) else {
+            return ids.extend_from_slice(self.recall(&text[word], merge));
+        };
+        let index = place(key);
+        let place = &self.places[index];
         if place.word == key {
-            return ids.extend_from_slice(&place.ids[..place.count as usize]);
+            ids.push(place.ids[0]);
+            if place.count > 1 {
+                ids.extend_from_slice(&place.ids[1..place.count as usize]);
+            }
+            return;
         }
-        if self.rest.contains_key(word) {
-            return self.encode_long(word, ids, merge);
+        let known = self.recall(&text[word], merge);
+        ids.extend_from_slice(known);
+        let count = known.len();
+        if (1..=IDS).contains(&count) {
+            let mut own = [0; IDS];
+            own[..count].copy_from_slice(known);
+            self.places[index] = Place { word: key, ids: own, count: count as u32 };
         }
-        let merged = merge(word);
-        if merged.len() > IDS {
-            ids.extend_from_slice(&merged);
-            return self.remember(word, merged);
-        }
-        *place = Place { word: key, count: merged.len() as u32, ..Place::default() };
-        place.ids[..merged.len()].copy_from_slice(&merged);
-        ids.extend_from_slice(&merged);
     }
 
+    /// The ids of a word that has no place.
     #[cold]
-    fn encode_long(&mut self, word: &str, ids: &mut Vec<u32>, merge: impl Fn(&str) -> Vec<u32>) {
-        if let Some(known) = self.rest.get(word) {
-            return ids.extend_from_slice(known);
+    fn recall(&mut self, word: &str, merge: impl Fn(&str) -> Vec<u32>) -> &[u32] {
+        if !self.rest.contains_key(word) {
+            if self.rest.len() == REST_MAX {
+                self.rest.clear();
+            }
+            self.rest.insert(word.into(), merge(word).into());
         }
-        let merged = merge(word);
-        ids.extend_from_slice(&merged);
-        self.remember(word, merged);
-    }
-
-    fn remember(&mut self, word: &str, ids: Vec<u32>) {
-        if self.rest.len() == LONG_MAX {
-            self.rest.clear();
-        }
-        self.rest.insert(word.into(), ids.into());
+        &self.rest[word]
     }
 }
 
 /// A short word as a number; none for others.
 #[inline]
-fn short(word: &str) -> Option<u128> {
-    let bytes = word.as_bytes();
-    if bytes.len() > SHORT {
+fn short(text: &[u8], word: &Range<usize>) -> Option<u128> {
+    let length = word.len();
+    if length > SHORT {
         return None;
     }
-    let mut key = [0; SHORT + 1];
-    key[..bytes.len()].copy_from_slice(bytes);
-    key[SHORT] = bytes.len() as u8;
-    Some(u128::from_le_bytes(key))
+    let bytes = match text.get(word.start..word.start + 16) {
+        Some(bytes) => bytes.try_into().expect("16 bytes"),
+        None => {
+            let mut bytes = [0; 16];
+            bytes[..length].copy_from_slice(&text[word.clone()]);
+            bytes
+        }
+    };
+    let own = u128::from_le_bytes(bytes) & ((1 << (8 * length)) - 1);
+    Some(own | (length as u128) << (8 * SHORT))
 }
 
 /// Where a word is looked for.
@@ -157,7 +187,7 @@ enum Class {
 }
 
 /// The words of a text.
-fn cut(text: &str) -> impl Iterator<Item = &str> {
+fn cut(text: &str) -> impl Iterator<Item = Range<usize>> {
     let mut start = 0;
     std::iter::from_fn(move || {
         let (class, length) = class_at(text, start)?;
@@ -174,7 +204,7 @@ fn cut(text: &str) -> impl Iterator<Item = &str> {
                 _ => run(text, behind, class),
             },
         };
-        Some(&text[std::mem::replace(&mut start, end)..end])
+        Some(std::mem::replace(&mut start, end)..end)
     })
 }
 
@@ -257,11 +287,15 @@ mod tests {
         let expected = tokenizer.inner.encode_fast(text, false).unwrap().get_ids().to_vec();
         assert_eq!(tokenizer.encode(text), expected, "{text:?}");
         assert_eq!(tokenizer.encode(text), expected, "{text:?}, remembered");
+        let encoding = tokenizer.inner.encode(text, false).unwrap();
+        let starts: Vec<usize> = encoding.get_offsets().iter().map(|&(start, _)| start).collect();
+        assert_eq!(tokenizer.encode_with_starts(text), (expected, starts), "{text:?}");
     }
 
     #[test]
     fn words_are_cut_where_the_pattern_cuts() {
-        let words: Vec<&str> = cut("  The rates,\n\n to 75%\t x\u{a0}é!? 漢字½").collect();
+        let text = "  The rates,\n\n to 75%\t x\u{a0}é!? 漢字½";
+        let words: Vec<&str> = cut(text).map(|word| &text[word]).collect();
         let expected = ["  ", "The", " rates", ",", "\n", "\n", " to", " ", "7", "5", "%", "\t "];
         assert_eq!(words[..12], expected);
         assert_eq!(words[12..], ["x", "\u{a0}", "é", "!?", " 漢字", "½"]);
@@ -298,7 +332,7 @@ mod tests {
     fn a_table_forgets_and_still_knows() {
         let tokenizer = small();
         let words: Vec<String> =
-            (0..3 * PLACES as u32).map(|n| format!(" w{}", letters(n))).collect();
+            (0..REST_MAX as u32 + 9).map(|n| format!(" w{}", letters(n))).collect();
         let text = words.concat();
         let expected =
             tokenizer.inner.encode_fast(text.as_str(), false).unwrap().get_ids().to_vec();

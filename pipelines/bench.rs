@@ -1,0 +1,276 @@
+//! Measures on the machine at hand.
+//!
+//! ```text
+//! headwater bench text: read ─▶ pairs, made of the text ─▶ templify + tokenise ─▶ mix ─▶ pack ─▶ commit
+//! ```
+//!
+//! The text path runs in one thread, through the same functions as a pipeline, without a model. What a
+//! synthesizer would have written is made of each text itself: questions and answers in its wire format.
+
+use crate::shell::args::RunArgs;
+use crate::shell::parts::admission;
+use crate::shell::plan::{bytes, count};
+use crate::shell::settings::{Preset, Settings};
+use crate::shell::wrong_use;
+use anyhow::{Result, ensure};
+use clap::{Args, Subcommand};
+use headwater::augment::{Augmenter, ChainOutput};
+use headwater::block::{Block, Blocks, Converted};
+use headwater::chain::{Chain, Generation, Prompt, chains};
+use headwater::format::documents::Documents;
+use headwater::gate::PairGates;
+use headwater::lane::{Lane, Mixed, Need};
+use headwater::manifest::{EpochOutput, LaneState, Manifest};
+use headwater::prompt::PromptWriter;
+use headwater::record::{Finish, Item};
+use headwater::run::RunFolder;
+use headwater::side::SideRecord;
+use headwater_operators::mix::MixedLane;
+use headwater_operators::pack::{Packing, pack_lane};
+use serde_json::json;
+use std::process::ExitCode;
+use std::time::Instant;
+
+const PRESET: Preset = Preset {
+    command: "bench text",
+    corpus: "bench",
+    rounds: 1,
+    converted: Converted::ALL,
+    task_passes: None,
+    epoch_documents: 1200,
+    words_min: 1,
+    unique: false,
+    published: &[],
+};
+
+/// Measure what this machine makes of a pipeline's parts
+#[derive(Args, Clone, Debug)]
+#[command(arg_required_else_help = true)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Clone, Debug)]
+enum What {
+    Text(Box<Text>),
+}
+
+/// Parse, templify, tokenise, mix, pack and write in one thread, without a model
+#[derive(Args, Clone, Debug)]
+#[command(
+    arg_required_else_help = true,
+    after_help = "Example:\n  headwater bench text --input web.jsonl.zst --out bench-run"
+)]
+pub struct Text {
+    /// Pairs made of each text
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pairs: usize,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// Measures.
+///
+/// # Errors
+/// If the flags cannot work or the disk refuses.
+pub fn run(args: Bench) -> Result<ExitCode> {
+    match args.what {
+        What::Text(text) => measure_text(*text),
+    }
+}
+
+fn measure_text(args: Text) -> Result<ExitCode> {
+    let json = args.run.machine.json;
+    let settings = Settings::new(PRESET, args.run).map_err(wrong_use)?;
+    let is_new = !settings.out.join("manifest.jsonl").exists();
+    ensure!(is_new, "--out {:?} holds a run: measuring wants a new folder", settings.out);
+    let folder = RunFolder::open(&settings.out, &settings.configuration(None)?)?;
+    let mut path = TextPath::new(&settings, folder, args.pairs)?;
+    let start = Instant::now();
+    let manifest = path.run(&settings)?;
+    let spent = start.elapsed().as_secs_f64();
+    let ledger = manifest.account(0, 0);
+    let rate = path.text_bytes as f64 / 1e6 / spent;
+    let (tokens, unknown) = (ledger.get("pack/tokens"), ledger.unknown());
+    let filled = tokens as f64 / ledger.get("pack/room").max(1) as f64;
+    if json {
+        let stages: Vec<_> = path.clock.shares().map(|(name, s)| json!([name, s])).collect();
+        let figures = json!({
+            "text_bytes": path.text_bytes, "seconds": spent, "mb_per_s": rate, "tokens": tokens,
+            "utilisation": filled, "unknown": unknown, "stage_seconds": stages,
+        });
+        println!("{figures:#}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "{} of text, {} tokens in {:.2} s: {rate:.1} MB/s in one thread; sequences {:.2} % full; unknown {unknown}",
+        bytes(path.text_bytes),
+        count(tokens),
+        spent,
+        100.0 * filled
+    );
+    for (name, seconds) in path.clock.shares() {
+        let rate = path.text_bytes as f64 / 1e6 / seconds;
+        println!("  {name:<22} {:5.1} %  {rate:7.0} MB/s", 100.0 * seconds / spent);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Seconds of each stage.
+#[derive(Default)]
+struct Clock([f64; 6]);
+
+/// The stages, in order.
+#[derive(Clone, Copy)]
+enum Stage {
+    Read,
+    Parse,
+    Templify,
+    Mix,
+    Pack,
+    Commit,
+}
+
+impl Clock {
+    fn time<T>(&mut self, stage: Stage, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let done = work();
+        self.0[stage as usize] += start.elapsed().as_secs_f64();
+        done
+    }
+
+    fn shares(&self) -> impl Iterator<Item = (&'static str, f64)> {
+        let names =
+            ["read and admit", "parse pairs", "templify and tokenise", "mix", "pack", "commit"];
+        names.into_iter().zip(self.0)
+    }
+}
+
+/// The stages of the text path.
+struct TextPath {
+    folder: RunFolder,
+    gates: PairGates,
+    augmenter: Augmenter,
+    lane: Lane,
+    sides: Vec<Box<dyn Iterator<Item = SideRecord>>>,
+    packing: Packing,
+    pairs: usize,
+    text_bytes: u64,
+    clock: Clock,
+}
+
+impl TextPath {
+    fn new(settings: &Settings, folder: RunFolder, pairs: usize) -> Result<Self> {
+        let (tokenizer, seed) = (&settings.model.tokenizer, settings.machine.seed);
+        let sides = settings.sources.open(tokenizer, &settings.templates, seed).into_iter();
+        let records =
+            sides.map(|side| Box::new(side.records(0, 1, 0)) as Box<dyn Iterator<Item = _>>);
+        Ok(TextPath {
+            folder,
+            gates: PairGates::new(settings.pair_rules.clone())?,
+            augmenter: Augmenter {
+                templates: settings.templates.clone(),
+                tokenizer: tokenizer.clone(),
+                synthesizer: "none".into(),
+                seed,
+            },
+            lane: Lane::new(settings.sources.rules.clone(), LaneState::default()),
+            sides: records.collect(),
+            packing: Packing { length: settings.length, mode: settings.packing },
+            pairs,
+            text_bytes: 0,
+            clock: Clock::default(),
+        })
+    }
+
+    fn run(&mut self, settings: &Settings) -> Result<Manifest> {
+        let (inputs, fields) = (settings.inputs.clone(), settings.fields.clone());
+        let documents = Documents::new(inputs, settings.preset.corpus, fields);
+        let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
+        let admission = admission(settings, &writer)?;
+        let size = settings.preset.epoch_documents;
+        let mut blocks = Blocks::new(documents, admission, size, settings.limit);
+        let mut manifest = Manifest::default();
+        while let Some(block) = self.clock.time(Stage::Read, || blocks.next()) {
+            let output = self.epoch(block, settings.preset.rounds);
+            let (folder, before) = (&self.folder, manifest.sequences());
+            let record = self.clock.time(Stage::Commit, || folder.commit(&output, before))?;
+            manifest.epochs.push(record);
+        }
+        Ok(manifest)
+    }
+
+    fn epoch(&mut self, block: Block, rounds: usize) -> EpochOutput {
+        let Block { epoch, documents, rejected, ledger, end } = block;
+        let mut output =
+            EpochOutput { epoch, rejected, ledger, input: end, ..EpochOutput::default() };
+        self.text_bytes += documents.iter().map(|document| document.text.len() as u64).sum::<u64>();
+        let mut chains = chains(documents, rounds);
+        let (gates, pairs) = (&self.gates, self.pairs);
+        self.clock.time(Stage::Parse, || {
+            chains.iter_mut().for_each(|chain| answer(chain, pairs, gates));
+        });
+        let augmenter = &self.augmenter;
+        let rendered: Vec<ChainOutput> = self.clock.time(Stage::Templify, || {
+            chains.iter().map(|chain| augmenter.augment(chain)).collect()
+        });
+        let mut items: Vec<Item> = Vec::new();
+        for chain in rendered {
+            output.ledger.merge(&chain.ledger);
+            output.rejected.extend(chain.rejected);
+            let (documents, own): (Vec<_>, Vec<_>) = chain.documents.into_iter().unzip();
+            output.augmented.extend(documents);
+            items.extend(own);
+        }
+        let (lane, sides) = (&mut self.lane, &mut self.sides);
+        let (mixed, state) = self.clock.time(Stage::Mix, || mix(lane, sides, epoch, items));
+        let Mixed { items, rejected, ledger } = mixed;
+        let mixed = MixedLane { items, rejected, ledger, state, ..MixedLane::default() };
+        let packing = self.packing;
+        let packed = self.clock.time(Stage::Pack, || pack_lane(mixed, packing));
+        output.ledger.merge(&packed.ledger);
+        output.rejected.extend(packed.rejected);
+        output.lanes.push((packed.state, packed.sequences));
+        output
+    }
+}
+
+fn mix(
+    lane: &mut Lane,
+    sides: &mut [Box<dyn Iterator<Item = SideRecord>>],
+    epoch: u64,
+    items: Vec<Item>,
+) -> (Mixed, LaneState) {
+    lane.start(epoch, items);
+    while let Need::Record(side) = lane.advance() {
+        match sides[side - 1].next() {
+            Some(record) => lane.give(side, record),
+            None => lane.end(side),
+        }
+    }
+    lane.finish()
+}
+
+/// Answers for a synthesizer: each pair asks for the words behind some of the text.
+fn answer(chain: &mut Chain, pairs: usize, gates: &PairGates) {
+    while let Some(document) = chain.waiting.front() {
+        let mut words = document.seen().split_ascii_whitespace().take(16 * pairs);
+        let mut text = String::with_capacity(256 * pairs);
+        for _ in 0..pairs {
+            text.push_str("<QUE> What follows");
+            for word in words.by_ref().take(6) {
+                text.push(' ');
+                text.push_str(word);
+            }
+            text.push_str("? <ANS>");
+            for word in words.by_ref().take(10) {
+                text.push(' ');
+                text.push_str(word);
+            }
+            text.push_str(" </END>\n\n");
+        }
+        chain.accept(&Prompt::default(), &Generation { text, finish: Finish::Stop, tokens: 0 });
+        chain.refuse(|text, earlier, pair| gates.judge(text, earlier, pair));
+    }
+}
