@@ -34,8 +34,8 @@ use std::time::Instant;
 const PRESET: Preset = Preset {
     command: "bench text",
     corpus: "bench",
-    rounds: 1,
-    converted: Converted::ALL,
+    rounds: 2,
+    converted: Converted { part: 1, of: 5 },
     task_passes: None,
     epoch_documents: 1200,
     words_min: 1,

@@ -131,7 +131,10 @@ fn parse_piece(piece: &str) -> std::result::Result<Pair, Reason> {
 
 /// Whether a text holds something that looks like a marker. It is kept, and counted.
 pub fn holds_marker(text: &str) -> bool {
-    MARKERS.iter().chain(&["<s>", "</s>"]).any(|marker| text.contains(marker))
+    memchr::memchr_iter(b'<', text.as_bytes()).any(|at| {
+        let rest = &text.as_bytes()[at..];
+        MARKERS.iter().chain(&["<s>", "</s>"]).any(|marker| rest.starts_with(marker.as_bytes()))
+    })
 }
 
 /// Writes prompts as token ids.

@@ -40,7 +40,7 @@ message sequence {
 }";
 
 /// Sequences of one row group.
-const ROWS_PER_GROUP: usize = 1024;
+const ROWS_PER_GROUP: usize = 256;
 
 /// The bytes of a file that holds `sequences`. The same sequences give the same bytes.
 ///
@@ -74,21 +74,25 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
     let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))?;
     for group in sequences.chunks(ROWS_PER_GROUP) {
         let mut rows = file.next_row_group()?;
-        let ids = |sequence: &Sequence| sequence.tokens.iter().map(|&id| id as i32).collect();
-        put::<Int32Type>(&mut rows, group, ids)?;
-        let positions = |sequence: &Sequence| sequence.positions().map(|p| p as i32).collect();
-        put::<Int32Type>(&mut rows, group, positions)?;
-        put::<BoolType>(&mut rows, group, |sequence| sequence.learned.clone())?;
-        put::<ByteArrayType>(&mut rows, group, |sequence| {
-            sequence.segments.iter().map(|segment| segment.item.as_str().into()).collect()
+        put::<Int32Type>(&mut rows, group, |sequence, values| {
+            values.extend(sequence.tokens.iter().map(|&id| id as i32));
+        })?;
+        put::<Int32Type>(&mut rows, group, |sequence, values| {
+            values.extend(sequence.positions().map(|position| position as i32));
+        })?;
+        put::<BoolType>(&mut rows, group, |sequence, values| {
+            values.extend_from_slice(&sequence.learned);
+        })?;
+        put::<ByteArrayType>(&mut rows, group, |sequence, values| {
+            values.extend(sequence.segments.iter().map(|segment| segment.item.as_str().into()));
         })?;
         for field in [
             |segment: &Segment| segment.source,
             |segment: &Segment| segment.offset,
             |segment: &Segment| segment.length,
         ] {
-            put::<Int32Type>(&mut rows, group, |sequence| {
-                sequence.segments.iter().map(|segment| field(segment) as i32).collect()
+            put::<Int32Type>(&mut rows, group, |sequence, values| {
+                values.extend(sequence.segments.iter().map(|segment| field(segment) as i32));
             })?;
         }
         rows.close()?;
@@ -100,15 +104,19 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
 fn put<T: DataType>(
     rows: &mut SerializedRowGroupWriter<'_, Vec<u8>>,
     sequences: &[Sequence],
-    list: impl Fn(&Sequence) -> Vec<T::T>,
+    list: impl Fn(&Sequence, &mut Vec<T::T>),
 ) -> std::result::Result<(), ParquetError> {
-    let (mut values, mut defined, mut repeated) = (Vec::new(), Vec::new(), Vec::new());
+    let tokens = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
+    let mut values = Vec::with_capacity(tokens);
+    let (mut defined, mut repeated) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
     for sequence in sequences {
-        let list = list(sequence);
-        let entries = list.len().max(1); // an empty list is one undefined entry
-        defined.extend(std::iter::repeat_n(i16::from(!list.is_empty()), entries));
-        repeated.extend((0..entries).map(|entry| i16::from(entry > 0)));
-        values.extend(list);
+        let before = values.len();
+        list(sequence, &mut values);
+        let length = values.len() - before;
+        let entries = length.max(1); // an empty list is one undefined entry
+        defined.resize(defined.len() + entries, i16::from(length > 0));
+        repeated.push(0);
+        repeated.resize(repeated.len() + entries - 1, 1);
     }
     let mut column = rows.next_column()?.ok_or_else(|| ParquetError::EOF("no column".into()))?;
     let writer: &mut ColumnWriterImpl<'_, T> = column.typed();

@@ -15,15 +15,19 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{Model, NormalizedString, PreTokenizedString, PreTokenizer, Tokenizer};
+use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-/// Places of a table for short words, 32 bytes each: 2 MiB, which a core's cache holds.
-const PLACES: usize = 1 << 16;
+/// Places of a table for short words, 32 bytes each, in pairs: 4 MiB. Frequent words stay in a core's cache.
+const PLACES: usize = 1 << 17;
 
 /// Words beside those in places that a table remembers: all it has met, until it starts anew.
 const REST_MAX: usize = 1 << 18;
 
 /// Bytes of a short word at most.
 const SHORT: usize = 15;
+
+/// Words that are cut before the first of them is looked up, so that the table's memory is waited for once.
+const BATCH: usize = 64;
 
 /// Ids of a word that a place holds.
 const IDS: usize = 3;
@@ -64,8 +68,21 @@ impl Words {
     pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) {
         let idle = self.tables.lock().ok().and_then(|mut tables| tables.pop());
         let mut table = idle.unwrap_or_default();
-        for word in cut(text) {
-            table.encode(text, word, ids, |word| self.merge(word));
+        let mut words = cut(text);
+        let mut batch: [(Range<usize>, u128); BATCH] = [const { (0..0, 0) }; BATCH];
+        loop {
+            let mut count = 0;
+            for (slot, word) in batch.iter_mut().zip(&mut words) {
+                let key = short(text.as_bytes(), &word);
+                *slot = (word, key);
+                count += 1;
+            }
+            for (word, key) in &batch[..count] {
+                table.encode(text, word, *key, ids, |word| self.merge(word));
+            }
+            if count < BATCH {
+                break;
+            }
         }
         if let Ok(mut tables) = self.tables.lock() {
             tables.push(table);
@@ -87,7 +104,9 @@ impl Words {
 /// What is remembered of words.
 struct Table {
     places: Vec<Place>,
-    rest: HashMap<Box<str>, Box<[u32]>>,
+    /// All words that were met, by the number of their ids.
+    rest: HashMap<Box<str>, usize, Xxh3DefaultBuilder>,
+    ids: Vec<Box<[u32]>>,
 }
 
 /// A short word and its ids.
@@ -101,7 +120,7 @@ struct Place {
 
 impl Default for Table {
     fn default() -> Self {
-        Table { places: vec![Place::default(); PLACES], rest: HashMap::new() }
+        Table { places: vec![Place::default(); PLACES], rest: HashMap::default(), ids: Vec::new() }
     }
 }
 
@@ -110,51 +129,60 @@ impl Table {
     fn encode(
         &mut self,
         text: &str,
-        word: Range<usize>,
+        word: &Range<usize>,
+        key: u128,
         ids: &mut Vec<u32>,
         merge: impl Fn(&str) -> Vec<u32>,
     ) {
-        let Some(key) = short(text.as_bytes(), &word) else {
-            return ids.extend_from_slice(self.recall(&text[word], merge));
-        };
-        let index = place(key);
-        let place = &self.places[index];
-        if place.word == key {
-            ids.push(place.ids[0]);
-            if place.count > 1 {
-                ids.extend_from_slice(&place.ids[1..place.count as usize]);
-            }
-            return;
+        if key == 0 {
+            return ids.extend_from_slice(self.recall(&text[word.clone()], merge));
         }
-        let known = self.recall(&text[word], merge);
+        let first = place(key);
+        for place in &self.places[first..first + 2] {
+            if place.word == key {
+                ids.push(place.ids[0]);
+                if place.count > 1 {
+                    ids.extend_from_slice(&place.ids[1..place.count as usize]);
+                }
+                return;
+            }
+        }
+        let known = self.recall(&text[word.clone()], merge);
         ids.extend_from_slice(known);
         let count = known.len();
         if (1..=IDS).contains(&count) {
             let mut own = [0; IDS];
             own[..count].copy_from_slice(known);
-            self.places[index] = Place { word: key, ids: own, count: count as u32 };
+            self.places[first + 1] = self.places[first];
+            self.places[first] = Place { word: key, ids: own, count: count as u32 };
         }
     }
 
     /// The ids of a word that has no place.
     #[cold]
     fn recall(&mut self, word: &str, merge: impl Fn(&str) -> Vec<u32>) -> &[u32] {
-        if !self.rest.contains_key(word) {
-            if self.rest.len() == REST_MAX {
-                self.rest.clear();
+        let index = match self.rest.get(word) {
+            Some(&index) => index,
+            None => {
+                if self.rest.len() == REST_MAX {
+                    self.rest.clear();
+                    self.ids.clear();
+                }
+                self.ids.push(merge(word).into());
+                self.rest.insert(word.into(), self.ids.len() - 1);
+                self.ids.len() - 1
             }
-            self.rest.insert(word.into(), merge(word).into());
-        }
-        &self.rest[word]
+        };
+        &self.ids[index]
     }
 }
 
-/// A short word as a number; none for others.
+/// A short word as a number; zero for others.
 #[inline]
-fn short(text: &[u8], word: &Range<usize>) -> Option<u128> {
+fn short(text: &[u8], word: &Range<usize>) -> u128 {
     let length = word.len();
     if length > SHORT {
-        return None;
+        return 0;
     }
     let bytes = match text.get(word.start..word.start + 16) {
         Some(bytes) => bytes.try_into().expect("16 bytes"),
@@ -165,15 +193,15 @@ fn short(text: &[u8], word: &Range<usize>) -> Option<u128> {
         }
     };
     let own = u128::from_le_bytes(bytes) & ((1 << (8 * length)) - 1);
-    Some(own | (length as u128) << (8 * SHORT))
+    own | (length as u128) << (8 * SHORT)
 }
 
-/// Where a word is looked for.
+/// The first of the two places where a word is looked for.
 #[inline]
 fn place(key: u128) -> usize {
     let folded = (key as u64) ^ ((key >> 64) as u64).rotate_left(32);
     let hash = folded.wrapping_mul(0x9e37_79b9_7f4a_7c15); // 2^64 over the golden ratio
-    (hash >> (u64::BITS - PLACES.ilog2())) as usize
+    (hash >> (u64::BITS - PLACES.ilog2())) as usize & !1
 }
 
 /// What a character is to the pattern.
