@@ -26,7 +26,7 @@ use headwater_operators::mix::Mix;
 use headwater_operators::pack::Pack;
 use headwater_operators::parse::Parse;
 use headwater_operators::prompt::WritePrompt;
-use headwater_operators::read::{Admitted, read};
+use headwater_operators::read::{Account, Admitted, read};
 use headwater_operators::synthesize::Synthesize;
 use headwater_operators::templify::Templify;
 use headwater_operators::train::Train;
@@ -52,14 +52,8 @@ pub fn dataflow(worker: &mut Worker, parts: &Parts) {
         let credit = parts.credit();
         let blocks = if index == 0 { parts.blocks() } else { None };
         let admitted = read(scope, blocks, credit.clone(), parts.reading());
-        let (chains, accounts): (StreamVec<'_, u64, Chain>, _) =
-            admitted.ok_err(|admitted| match admitted {
-                Admitted::Chain(chain) => Ok(chain),
-                Admitted::Account(account) => Err(account),
-            });
-        let (raw, asked): (StreamVec<'_, u64, Chain>, _) = chains.ok_err(done_or_not);
-        synthesized(asked, parts)
-            .concat(raw)
+        let (chains, accounts) = chains_and_accounts(admitted);
+        synthesized(chains, parts)
             .templify(parts.augmenter.clone())
             .mix(parts.mixing.clone())
             .pack(parts.packing)
@@ -69,15 +63,27 @@ pub fn dataflow(worker: &mut Worker, parts: &Parts) {
     });
 }
 
-/// Takes chains through their rounds: a text a round, which sees the texts before it with their pairs.
+/// What the source sends, by its kind.
+pub fn chains_and_accounts(
+    admitted: StreamVec<'_, u64, Admitted>,
+) -> (StreamVec<'_, u64, Chain>, StreamVec<'_, u64, Account>) {
+    admitted.ok_err(|admitted| match admitted {
+        Admitted::Chain(chain) => Ok(chain),
+        Admitted::Account(account) => Err(account),
+    })
+}
+
+/// Takes chains through their rounds: a text a round, which sees the texts before it with their pairs. Raw
+/// texts pass by.
 pub fn synthesized<'scope>(
     chains: StreamVec<'scope, u64, Chain>,
     parts: &Parts,
 ) -> StreamVec<'scope, u64, Chain> {
     let scope = chains.scope();
-    scope.iterative::<u32, _, _>(|rounds| {
+    let (raw, asked): (StreamVec<'_, u64, Chain>, _) = chains.ok_err(done_or_not);
+    let synthesized = scope.iterative::<u32, _, _>(|rounds| {
         let (again, cycle) = rounds.loop_variable::<Vec<Chain>>(1);
-        let (done, more): (StreamVec<'_, _, Chain>, _) = chains
+        let (done, more): (StreamVec<'_, _, Chain>, _) = asked
             .enter(rounds)
             .concat(cycle)
             .prompt(parts.writer.clone(), parts.prompt_tokens_max)
@@ -88,7 +94,8 @@ pub fn synthesized<'scope>(
             .ok_err(done_or_not);
         more.connect_loop(again);
         done.leave(scope)
-    })
+    });
+    synthesized.concat(raw)
 }
 
 fn done_or_not(chain: Chain) -> std::result::Result<Chain, Chain> {

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::record::{Document, Place, Rejected};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 
 /// What a reader finds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,8 +25,38 @@ pub enum Found {
     },
 }
 
+/// The records of a file, one after another.
+pub type Records = Box<dyn Iterator<Item = Found> + Send>;
+
+/// A kind of file that a program adds to those we know.
+#[derive(Clone, Copy, Debug)]
+pub struct Format {
+    /// What names of such files end in, without the dot; `.gz` and `.zst` may follow.
+    pub extension: &'static str,
+    /// Its name in plans.
+    pub name: &'static str,
+    /// Reads a file as members of the corpus it is given. What cannot be used is found rejected; the same
+    /// file gives the same records in the same order.
+    pub read: fn(&Path, &str, Counter) -> Result<Records>,
+}
+
+static FORMATS: RwLock<Vec<&'static Format>> = RwLock::new(Vec::new());
+
+impl Format {
+    /// Has all readers of this process know the format. To be called before anything is read; an
+    /// extension we know is then read by it.
+    pub fn register(&'static self) {
+        FORMATS.write().unwrap_or_else(PoisonError::into_inner).push(self);
+    }
+
+    fn of(path: &Path) -> Option<&'static Self> {
+        let formats = FORMATS.read().unwrap_or_else(PoisonError::into_inner);
+        formats.iter().rev().find(|format| kind(path) == format.extension).copied()
+    }
+}
+
 /// What a file holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Kind {
     /// PubMed XML, baseline or update.
     Pubmed,
@@ -37,6 +68,8 @@ pub enum Kind {
     Newswire,
     /// One row a record, below a row of names.
     Table(table::Delimiter),
+    /// What a program has registered.
+    Own(&'static Format),
 }
 
 impl Kind {
@@ -45,6 +78,9 @@ impl Kind {
     /// # Errors
     /// If it says nothing we know.
     pub fn of(path: &Path) -> Result<Self> {
+        if let Some(format) = Format::of(path) {
+            return Ok(Kind::Own(format));
+        }
         match kind(path).as_str() {
             "xml" => Ok(Kind::Pubmed),
             "jsonl" | "ndjson" | "json" => Ok(Kind::Jsonl),
@@ -69,6 +105,7 @@ impl Kind {
             Kind::Newswire => "newswire SGML",
             Kind::Table(table::Delimiter::Comma) => "CSV",
             Kind::Table(table::Delimiter::Tab) => "TSV",
+            Kind::Own(format) => format.name,
         }
     }
 }
@@ -91,7 +128,7 @@ pub struct Documents {
     files: Vec<PathBuf>,
     source: String,
     fields: Fields,
-    open: Option<Box<dyn Iterator<Item = Found> + Send>>,
+    open: Option<Records>,
     position: InputPosition,
     counter: Counter,
 }
@@ -147,7 +184,7 @@ impl Documents {
         Some(found)
     }
 
-    fn open(&self, path: &Path) -> Result<Box<dyn Iterator<Item = Found> + Send>> {
+    fn open(&self, path: &Path) -> Result<Records> {
         let (source, counter) = (self.source.clone(), self.counter.clone());
         Ok(match Kind::of(path)? {
             Kind::Pubmed => Box::new(pubmed::read(path, source, counter)?),
@@ -157,6 +194,7 @@ impl Documents {
             Kind::Table(delimiter) => {
                 Box::new(table::read(path, delimiter, source, self.fields.clone(), counter)?)
             }
+            Kind::Own(format) => (format.read)(path, &source, counter)?,
         })
     }
 }
@@ -243,12 +281,12 @@ mod tests {
 
     #[test]
     fn names_say_what_a_file_holds() {
-        let kind = |name: &str| Kind::of(Path::new(name)).ok();
-        assert_eq!(kind("pubmed26n0001.xml.gz"), Some(Kind::Pubmed));
-        assert_eq!(kind("a.jsonl.zst"), Some(Kind::Jsonl));
-        assert_eq!(kind("a.md"), Some(Kind::Text));
-        assert_eq!(kind("reut2-000.sgm.zst"), Some(Kind::Newswire));
-        assert_eq!(kind("news.TSV.gz"), Some(Kind::Table(table::Delimiter::Tab)));
+        let kind = |name: &str| Kind::of(Path::new(name)).ok().map(Kind::name);
+        assert_eq!(kind("pubmed26n0001.xml.gz"), Some(Kind::Pubmed.name()));
+        assert_eq!(kind("a.jsonl.zst"), Some(Kind::Jsonl.name()));
+        assert_eq!(kind("a.md"), Some(Kind::Text.name()));
+        assert_eq!(kind("reut2-000.sgm.zst"), Some(Kind::Newswire.name()));
+        assert_eq!(kind("news.TSV.gz"), Some(Kind::Table(table::Delimiter::Tab).name()));
         assert_eq!(kind("a.pdf"), None);
     }
 }

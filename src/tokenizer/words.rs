@@ -39,7 +39,7 @@ pub(super) struct Words {
     /// Bytes of each id.
     bytes: Arc<[u32]>,
     /// Tables nobody uses right now: as many as there ever were callers at a time.
-    tables: Arc<Mutex<Vec<Box<Table>>>>,
+    tables: Arc<Mutex<Vec<Table>>>,
 }
 
 impl Words {
