@@ -9,6 +9,7 @@ use crate::shell::evaluation::{CONTEXT_MAX, evaluate};
 use crate::shell::models::Model;
 use crate::shell::plan::{OPTIMIZER, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
+use crate::shell::published::{Published, SYNTHESIZER};
 use crate::shell::running::abort_on_panic;
 use crate::shell::settings::digests;
 use crate::shell::stop::STOPPED;
@@ -44,6 +45,9 @@ use std::time::Instant;
                         models/mistral-7b --out runs/synthesizer"
 )]
 pub struct Tune {
+    /// A published set-up, taken where no flag says otherwise: mistral-7b
+    #[arg(long, value_name = "NAME")]
+    published: Option<String>,
     /// Files of task rows: one JSON object a line with a text and its question-answer pairs
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     input: Vec<PathBuf>,
@@ -56,24 +60,24 @@ pub struct Tune {
     /// The run folder; the tuned model is in its model/
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Tokens of a sequence
-    #[arg(long, default_value_t = 2048)]
-    length: usize,
+    /// Tokens of a sequence [default: 2048]
+    #[arg(long, value_name = "N")]
+    length: Option<usize>,
     /// Rows that may follow each other in one prompt
     #[arg(long, default_value_t = 3)]
     shots: usize,
-    /// Passes over the rows
-    #[arg(long, default_value_t = 5)]
-    epochs: u64,
-    /// Sequences of one step
-    #[arg(long, default_value_t = 8)]
-    batch: usize,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 5e-6)]
-    rate: f64,
-    /// Steps of warm-up
-    #[arg(long, default_value_t = 1000)]
-    warmup: u64,
+    /// Passes over the rows [default: 5]
+    #[arg(long, value_name = "N")]
+    epochs: Option<u64>,
+    /// Sequences of one step [default: 8]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+    /// Peak learning rate [default: 5e-6]
+    #[arg(long, value_name = "X")]
+    rate: Option<f64>,
+    /// Steps of warm-up [default: 1000]
+    #[arg(long, value_name = "N")]
+    warmup: Option<u64>,
     /// What to learn of each row: its pairs, or everything (to make a base model)
     #[arg(long, default_value = "pairs")]
     loss_on: String,
@@ -94,6 +98,32 @@ pub struct Tune {
     exam_rows: usize,
     #[command(flatten)]
     machine: MachineArgs,
+}
+
+impl Tune {
+    fn set_up(&self) -> Option<&'static Published> {
+        self.published.as_ref().map(|_| &SYNTHESIZER)
+    }
+
+    fn length(&self) -> usize {
+        self.length.or(self.set_up().map(|it| it.length)).unwrap_or(2048)
+    }
+
+    fn epochs(&self) -> u64 {
+        self.epochs.unwrap_or(5)
+    }
+
+    fn batch(&self) -> usize {
+        self.batch.or(self.set_up().map(Published::batch_sequences)).unwrap_or(8)
+    }
+
+    fn rate(&self) -> f64 {
+        self.rate.or(self.set_up().map(|it| it.rate)).unwrap_or(5e-6)
+    }
+
+    fn warmup(&self) -> u64 {
+        self.warmup.or(self.set_up().map(|it| it.warmup)).unwrap_or(1000)
+    }
 }
 
 /// Runs the pipeline.
@@ -165,25 +195,29 @@ impl Class {
     fn open(args: &Tune) -> Result<Self> {
         check_progress(&args.machine.progress)?;
         for (flag, value) in [
-            ("epochs", args.epochs),
-            ("batch", args.batch as u64),
+            ("epochs", args.epochs()),
+            ("batch", args.batch() as u64),
             ("shots", args.shots as u64),
             ("checkpoint-every", args.checkpoint_every),
         ] {
             ensure!(value > 0, "--{flag} must be 1 at least");
         }
-        check_rate(args.rate)?;
+        check_rate(args.rate())?;
+        if let Some(name) = &args.published {
+            let known = SYNTHESIZER.name;
+            ensure!(name == known, "--published takes {known} here, not {name:?}");
+        }
         let device = device::device(&args.machine.device)?;
         device::dtype(&args.dtype, &device)?;
         let (rows, mut rejected) = read(&args.input)?;
         let rows_read = (rows.len() + rejected.len()) as u64;
         let model =
-            Model::named(&args.base, &tokenizer(args, &rows)?, args.length).context("--base")?;
+            Model::named(&args.base, &tokenizer(args, &rows)?, args.length()).context("--base")?;
         let context = model.config.max_position_embeddings;
-        ensure!(args.length <= context, "--length: {:?} takes {context} tokens", model.name);
+        ensure!(args.length() <= context, "--length: {:?} takes {context} tokens", model.name);
         let writer = PromptWriter::new(model.tokenizer.clone())?;
         let lesson_settings = LessonSettings {
-            length: args.length,
+            length: args.length(),
             shots_max: args.shots,
             rows_per_dataset_max: args.rows_per_dataset,
             loss_on: match args.loss_on.as_str() {
@@ -220,10 +254,12 @@ impl Class {
 
     fn describe(&self, args: &Tune) -> String {
         let (tokens, learned) = self.lessons.tokens();
+        let published = args.set_up().map(|it| format!("  published     {}\n", it.describe()));
+        let published = published.unwrap_or_default();
         format!(
             "  rows          {} of {} read; {} tokens, {} of them learned\n  held out      {} rows\n  \
              base          {}: {} parameters\n  training      {} passes, {} steps of {} sequences of {} \
-             tokens, peak rate {:.1e}, warm-up {}\n  output        {}\n",
+             tokens, peak rate {:.1e}, warm-up {}\n{published}  output        {}\n",
             self.lessons.rows(),
             self.rows_read,
             count(tokens),
@@ -231,12 +267,12 @@ impl Class {
             self.held_out_rows.len(),
             self.model.name,
             count(self.model.config.parameter_count()),
-            args.epochs,
+            args.epochs(),
             self.training.schedule.total_steps,
-            args.batch,
-            args.length,
-            args.rate,
-            args.warmup,
+            args.batch(),
+            args.length(),
+            args.rate(),
+            args.warmup(),
             args.out.display(),
         )
     }
@@ -253,7 +289,7 @@ impl Class {
                 "tokenizer": format!("{:032x}", self.model.tokenizer.digest()),
             },
             "lessons": self.lesson_settings,
-            "passes": args.epochs,
+            "passes": args.epochs(),
             "training": self.training,
         }))
     }
@@ -283,14 +319,14 @@ impl Class {
     fn teach(&self, drive: &mut Drive<'_>, args: &Tune) -> Result<Ended> {
         let done = drive.trainer.progress().next_sequence as usize;
         let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
-        let sequences = self.training.schedule.total_steps * args.batch as u64;
+        let sequences = self.training.schedule.total_steps * args.batch() as u64;
         let sequences = sequences.saturating_sub(done as u64);
         let expected = Expected { texts: 0, sequences, synthesized: false, trained: true };
         let how = &args.machine.progress;
         let _progress = Progress::start(how, meters.clone(), meter.clone(), expected);
         let mut seen = 0;
-        for epoch in 0..args.epochs {
-            for batch in self.lessons.epoch(epoch).chunks(args.batch) {
+        for epoch in 0..args.epochs() {
+            for batch in self.lessons.epoch(epoch).chunks(args.batch()) {
                 seen += batch.len();
                 if seen <= done {
                     continue;
@@ -356,12 +392,12 @@ fn tokenizer(args: &Tune, rows: &[tasks::Task]) -> Result<Tokenizer> {
 
 fn training(args: &Tune, tokens: u64) -> TrainSettings {
     TrainSettings {
-        batch_sequences: args.batch,
+        batch_sequences: args.batch(),
         micro_batch_tokens: 4096,
         schedule: Schedule {
-            peak: args.rate,
-            warmup_steps: args.warmup,
-            total_steps: (tokens * args.epochs).div_ceil((args.length * args.batch) as u64),
+            peak: args.rate(),
+            warmup_steps: args.warmup(),
+            total_steps: (tokens * args.epochs()).div_ceil((args.length() * args.batch()) as u64),
             floor_share: 0.1,
         },
         optimizer: OPTIMIZER,

@@ -320,6 +320,22 @@ mod tests {
     }
 
     #[test]
+    fn a_share_of_the_documents_is_converted_by_their_content() {
+        let fifth = Converted { part: 1, of: 5 };
+        let document = |id: usize, text: usize| Document {
+            id: id.to_string(),
+            text: format!("Text {text}."),
+            ..Document::default()
+        };
+        let taken: Vec<bool> = (0..10_000).map(|i| fifth.takes(&document(i, i))).collect();
+        let count = taken.iter().filter(|&&taken| taken).count() as f64;
+        let deviation = (10_000.0f64 * 0.2 * 0.8).sqrt();
+        assert!((count - 2000.0).abs() < 4.0 * deviation, "{count}");
+        assert!((0..10_000).all(|i| fifth.takes(&document(7, i)) == taken[i]), "ids say nothing");
+        assert!((0..100).all(|i| Converted::ALL.takes(&document(i, i))));
+    }
+
+    #[test]
     fn a_text_that_changes_touches_its_own_block_only() {
         let folder = tempfile::tempdir().unwrap();
         let texts = ["a", "b", "c", "d", "e", "f", "g"];

@@ -39,6 +39,16 @@ impl Default for PackMode {
     }
 }
 
+impl std::fmt::Display for PackMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            PackMode::BestFit(open) => write!(f, "best fit among {open} sequences"),
+            PackMode::Concatenate => write!(f, "one after another"),
+            PackMode::OneItem => write!(f, "one item a sequence"),
+        }
+    }
+}
+
 /// Packs one stream of items.
 #[derive(Clone, Debug)]
 pub struct Packer {

@@ -68,3 +68,50 @@ impl GateArgs {
         Ok(Some(ContaminationRules { files, words: self.decontaminate_words }))
     }
 }
+
+/// The gates that are on, in words.
+pub(super) fn describe(documents: &DocumentRules, pairs: &PairRules) -> Vec<String> {
+    let mut on = Vec::new();
+    let mut add = |is_on: bool, text: String| {
+        if is_on {
+            on.push(text);
+        }
+    };
+    let percent = |of: Option<u32>| of.unwrap_or_default();
+    let most = |of: Option<usize>| of.map_or("no end".into(), |most| most.to_string());
+    let bounds =
+        |of: Option<(usize, usize)>| of.map_or("".into(), |(min, max)| format!("{min} to {max}"));
+    let sized = documents.words_min > 1 || documents.words_max.is_some();
+    add(
+        sized,
+        format!("documents of {} words to {}", documents.words_min, most(documents.words_max)),
+    );
+    add(documents.unique, "no equal documents".into());
+    let similar = documents.similar_percent;
+    add(similar.is_some(), format!("no documents {} % similar", percent(similar)));
+    add(!documents.languages.is_empty(), format!("languages {}", documents.languages.join(", ")));
+    let contamination = documents.contamination.as_ref();
+    let words = contamination.map_or(0, |rules| rules.words);
+    add(contamination.is_some(), format!("no {words} words in a row of an evaluation set"));
+    add(
+        pairs.question_words.is_some(),
+        format!("questions of {} words", bounds(pairs.question_words)),
+    );
+    add(pairs.answer_words.is_some(), format!("answers of {} words", bounds(pairs.answer_words)));
+    let similar = pairs.similar_percent;
+    add(similar.is_some(), format!("no questions {} % similar", percent(similar)));
+    let grounded = [
+        ("answers", pairs.grounded.plain),
+        ("answers among options", pairs.grounded.options),
+        ("reasoning", pairs.grounded.reasoning),
+    ];
+    for (what, share) in grounded {
+        add(
+            share.is_some(),
+            format!("{what} with {} % of their words in the text", percent(share)),
+        );
+    }
+    let agreement = pairs.agreement_percent;
+    add(agreement.is_some(), format!("a second answer that agrees by {} %", percent(agreement)));
+    on
+}

@@ -4,6 +4,7 @@ use super::args::TrainArgs;
 use super::settings::Settings;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
+use headwater::block::Converted;
 use headwater::format::census::{Census, census};
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
@@ -109,6 +110,11 @@ impl Plan {
                 settings.augment.epochs_in_flight
             ),
         );
+        let Converted { part, of } = settings.preset.converted;
+        let share = if part == of { "all".into() } else { format!("{part} of {of}, by content") };
+        line("converted", format!("{share}; long texts: {}", settings.augment.long_texts));
+        let gates = settings.gates();
+        line("gates", if gates.is_empty() { "none".into() } else { gates.join("; ") });
         line(
             "mix",
             format!("{}; about {} tokens", settings.sources.describe(), count(self.mix_tokens)),
@@ -118,6 +124,9 @@ impl Plan {
             format!("about {} sequences of {} tokens", count(self.sequences), settings.length),
         );
         line("training", self.describe_training(settings));
+        if let Some(published) = settings.published {
+            line("published", published.describe());
+        }
         line("memory", format!("about {}", bytes(self.memory(settings))));
         line("output", format!("{}", settings.out.display()));
         text
@@ -177,7 +186,7 @@ impl Plan {
 }
 
 /// Parameters with their state, gradients, and the activations of one micro-batch.
-fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
+pub fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
     let state = config.parameter_count() * 4 * 4;
     let narrow = (config.num_key_value_heads * config.head_dim) as u64;
     let wide = (config.num_attention_heads * config.head_dim) as u64;

@@ -1,5 +1,8 @@
 //! The set-ups that were published for the method (arXiv 2406.14491, sections 3 and 4, table 7).
 
+use super::plan::{bytes, count, training_bytes};
+use headwater::model::shape::Shape;
+
 /// How a published model was trained.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Published {
@@ -30,6 +33,29 @@ impl Published {
     /// Tokens that are trained on.
     pub fn tokens(&self) -> u64 {
         self.steps * (self.batch_sequences() * self.length) as u64
+    }
+
+    /// The set-up in words: what it takes on the published vocabulary.
+    ///
+    /// # Panics
+    /// If its shape is unknown.
+    pub fn describe(&self) -> String {
+        let config = Shape::named(self.shape).expect("published shapes are known").config();
+        let flops = config.training_flops_per_token(self.length) * self.tokens() as f64;
+        format!(
+            "{}: {} parameters with a vocabulary of {}, {} tokens in {} steps of {} sequences of {}, peak rate \
+             {:.1e}, warm-up {}; {flops:.2e} FLOPs, {} of memory in micro-batches of one sequence",
+            self.name,
+            count(config.parameter_count()),
+            count(config.vocab_size as u64),
+            count(self.tokens()),
+            count(self.steps),
+            self.batch_sequences(),
+            self.length,
+            self.rate,
+            self.warmup,
+            bytes(training_bytes(&config, self.length)),
+        )
     }
 }
 
@@ -84,7 +110,6 @@ pub const SYNTHESIZER: Published = Published {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use headwater::model::shape::Shape;
 
     #[test]
     fn published_runs_have_the_published_tokens() {

@@ -3,6 +3,7 @@
 use super::args::{
     AugmentArgs, EngineArgs, MachineArgs, MixArgs, RunArgs, TrainArgs, check_progress,
 };
+use super::gates;
 use super::models::Model;
 use super::published::Published;
 use super::ratio::part;
@@ -165,6 +166,11 @@ impl Settings {
             device,
             dtype,
         })
+    }
+
+    /// The quality gates that are on, in words.
+    pub fn gates(&self) -> Vec<String> {
+        gates::describe(&self.document_rules, &self.pair_rules)
     }
 
     /// Tokens of the longest prompt.

@@ -112,7 +112,7 @@ impl Summary {
     fn describe_texts(&self) -> Vec<(&'static str, String)> {
         let ledger = &self.ledger;
         let get = |name: &str| ledger.get(name);
-        let texts = get("admit/texts").max(1) as f64;
+        let texts = (get("admit/texts") - get("synthesize/not_asked")).max(1) as f64;
         let read = format!(
             "{} records = {} documents + {} rejected{} + {} withdrawn",
             get("read/records"),
@@ -122,10 +122,12 @@ impl Summary {
             get("read/withdrawn"),
         );
         let admit = format!(
-            "{} texts from {} whole and {} split documents; {} rejected{}; {} hold markers",
+            "{} texts from {} whole, {} split, {} windowed and {} raw documents; {} rejected{}; {} hold markers",
             get("admit/texts"),
             get("admit/whole"),
             get("admit/split"),
+            get("admit/windowed"),
+            get("admit/raw"),
             ledger.sum("admit/rejected/"),
             reasons(ledger, "admit/rejected/"),
             get("admit/marker_in_text"),
@@ -137,13 +139,21 @@ impl Summary {
             reasons(ledger, "synthesize/finished/"),
         );
         let parse = format!(
-            "{} pieces = {} pairs + {} rejected{}; {:.1} % of texts have a pair, {:.2} on average",
+            "{} pieces = {} pairs + {} rejected{}; {:.1} % of texts asked have a pair, {:.2} on average",
             get("parse/pieces"),
             get("parse/pairs"),
             ledger.sum("parse/rejected/"),
             reasons(ledger, "parse/rejected/"),
             100.0 * get("parse/texts_with_pairs") as f64 / texts,
             get("parse/pairs") as f64 / texts,
+        );
+        let gate = format!(
+            "{} pairs = {} kept + {} rejected{}; {} not judged",
+            get("parse/pairs"),
+            get("gate/pairs"),
+            ledger.sum("gate/rejected/"),
+            reasons(ledger, "gate/rejected/"),
+            get("gate/not_judged"),
         );
         let templify = format!(
             "{} documents: {} texts augmented, {} raw; pairs{}; rejected {}{}",
@@ -159,6 +169,7 @@ impl Summary {
             ("admit", admit),
             ("synthesize", synthesize),
             ("parse", parse),
+            ("gate", gate),
             ("templify", templify),
         ]
     }
@@ -168,10 +179,12 @@ impl Summary {
         let ledger = &self.ledger;
         let get = |name: &str| ledger.get(name);
         let mix = format!(
-            "{} tokens{}; error {} tokens; {} rejected{}",
+            "{} tokens{}; error {} tokens; ended{}; left out{}; {} rejected{}",
             get("mix/tokens"),
             reasons(ledger, "mix/tokens_of/"),
             self.mix_errors().iter().max().copied().unwrap_or(0),
+            some(&reasons(ledger, "mix/ended/")),
+            some(&reasons(ledger, "mix/left_out/")),
             ledger.sum("mix/rejected/"),
             reasons(ledger, "mix/rejected/"),
         );
@@ -270,6 +283,11 @@ fn reasons(ledger: &Ledger, prefix: &str) -> String {
         true => String::new(),
         false => format!(" ({})", counts.join(", ")),
     }
+}
+
+/// Reasons that say so if there are none.
+fn some(reasons: &str) -> &str {
+    if reasons.is_empty() { " none" } else { reasons }
 }
 
 /// The most memory this process ever held; zero where the system does not say.

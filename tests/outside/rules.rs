@@ -60,8 +60,9 @@ fn every_rule_is_on_the_page_once() {
         ("d", 11),
         ("e", 15),
         ("f", 3),
-        ("g", 4),
-        ("h", 3),
+        ("g", 7),
+        ("h", 4),
+        ("l", 7),
     ];
     let expected: Vec<String> =
         counts.iter().flat_map(|&(kind, count)| -> Vec<String> { of(kind, count) }).collect();
