@@ -24,7 +24,7 @@ impl<'scope, T: Timestamp> Templify<'scope, T> for StreamVec<'scope, T, Chain> {
         self.unary(Pipeline, "Templify", move |_capability, _info| {
             move |input, output| {
                 input.for_each(|capability, chains| {
-                    let rendered = chains.drain(..).map(|chain| augmenter.augment(&chain));
+                    let rendered = chains.drain(..).map(|chain| augmenter.augment(chain));
                     output.session(&capability).give_iterator(rendered);
                 });
             }

@@ -213,7 +213,7 @@ impl TextPath {
         });
         let augmenter = &self.augmenter;
         let rendered: Vec<ChainOutput> = self.clock.time(Stage::Templify, || {
-            chains.iter().map(|chain| augmenter.augment(chain)).collect()
+            chains.into_iter().map(|chain| augmenter.augment(chain)).collect()
         });
         let mut items: Vec<Item> = Vec::new();
         for chain in rendered {

@@ -78,17 +78,17 @@ pub struct Augmenter {
 
 impl Augmenter {
     /// Renders a finished chain.
-    pub fn augment(&self, chain: &Chain) -> ChainOutput {
+    pub fn augment(&self, chain: Chain) -> ChainOutput {
         let mut output = ChainOutput { index: chain.index, ..ChainOutput::default() };
         for entry in &chain.entries {
             count_generation(entry, &mut output);
         }
         let mut round = 0;
-        for group in chain.groups() {
-            for rendered in render(group, &self.templates, self.seed) {
-                count_rendering(&rendered, group, &mut output);
+        for mut group in chain.into_groups() {
+            for rendered in render(&group, &self.templates, self.seed) {
+                count_rendering(&rendered, &group, &mut output);
                 let item = self.item(&rendered);
-                output.documents.push((self.lineage(&rendered, group, round, &item), item));
+                output.documents.push((self.lineage(rendered, &mut group, round, &item), item));
             }
             round += group.len() as u32;
         }
@@ -99,28 +99,34 @@ impl Augmenter {
         item(&rendered.id, AUGMENTED, &rendered.text, &self.tokenizer)
     }
 
-    fn lineage(&self, rendered: &Rendered, group: &[Entry], round: u32, item: &Item) -> Augmented {
-        let entries = || rendered.entries.iter().map(|&index| &group[index]);
-        let mut source_ids: Vec<String> = entries()
-            .map(|entry| match &entry.document.part {
-                Some(part) => part.of.clone(),
-                None => entry.document.id.clone(),
-            })
-            .collect();
+    /// The lineage of a rendered document; its texts and pairs are taken out of their group.
+    fn lineage(
+        &self,
+        rendered: Rendered,
+        group: &mut [Entry],
+        round: u32,
+        item: &Item,
+    ) -> Augmented {
+        let mut source_ids = Vec::new();
+        let mut entries = Vec::new();
+        for &index in &rendered.entries {
+            let Entry { document, pairs, .. } = &mut group[index];
+            source_ids.push(document.part.as_ref().map_or(&document.id, |part| &part.of).clone());
+            entries.push(AugmentedEntry {
+                id: document.id.clone(),
+                place: document.place.to_string(),
+                text: std::mem::take(&mut document.text),
+                pairs: std::mem::take(pairs),
+            });
+        }
         source_ids.dedup();
-        let entry = |entry: &Entry| AugmentedEntry {
-            id: entry.document.id.clone(),
-            place: entry.document.place.to_string(),
-            text: entry.document.text.clone(),
-            pairs: entry.pairs.clone(),
-        };
         Augmented {
-            id: rendered.id.clone(),
+            id: rendered.id,
             source_ids,
             rounds: rendered.entries.iter().map(|&index| round + index as u32).collect(),
-            entries: entries().map(entry).collect(),
-            choices: rendered.choices.clone(),
-            text: rendered.text.clone(),
+            entries,
+            choices: rendered.choices,
+            text: rendered.text,
             tokens: item.tokens.len() as u64,
             synthesizer: self.synthesizer.clone(),
             seed: self.seed,
@@ -225,7 +231,7 @@ mod tests {
     }
 
     fn augment(generations: &[(&str, Finish)]) -> ChainOutput {
-        augmenter(Templates::built_in(), 1).augment(&chain(generations))
+        augmenter(Templates::built_in(), 1).augment(chain(generations))
     }
 
     /// Checks counts, and that every piece and pair is accounted for.
@@ -299,7 +305,7 @@ mod tests {
         for seed in 0..100 {
             let templates = Templates::with_files_of(folder.path()).unwrap();
             let chain = chain(&[("<QUE> Who? <ANS> Nobody </END>", Finish::Stop)]);
-            let output = augmenter(templates, seed).augment(&chain);
+            let output = augmenter(templates, seed).augment(chain);
             let document = &output.documents[0].0;
             let is_hidden = document.choices.as_ref().unwrap().layout == Layout::Classic;
             let (own, other) = if is_hidden { (1, 0) } else { (0, 1) };

@@ -93,27 +93,19 @@ impl Admission {
         }
     }
 
-    fn fits(&self, text: &str) -> bool {
-        // A token has one byte at least; the frame of a prompt has a few dozen tokens at most.
-        text.len() + 64 <= self.prompt_tokens_max
-            || self.writer.question(text).len() <= self.prompt_tokens_max
-    }
-
     /// What becomes of a document, as it is counted, and its texts.
     fn treat(&self, document: Document) -> (&'static str, Vec<Document>) {
         if !self.converted.takes(&document) {
             return ("raw", vec![Document { treatment: Treatment::Raw, ..document }]);
         }
-        let frame = self.writer.question("").len();
-        let room = self.prompt_tokens_max.saturating_sub(frame).max(1);
-        let (tokenizer, fits) = (self.writer.tokenizer(), |text: &str| self.fits(text));
+        let (writer, tokens_max) = (&self.writer, self.prompt_tokens_max);
         match self.long_texts {
             LongTexts::Split => {
-                let pieces = split(document, tokenizer, room, fits);
+                let pieces = split(document, writer, tokens_max);
                 (if pieces.len() == 1 { "whole" } else { "split" }, pieces)
             }
             LongTexts::Window => {
-                let document = window(document, tokenizer, room, fits);
+                let document = window(document, writer, tokens_max);
                 let whole = document.treatment == Treatment::Converted;
                 (if whole { "whole" } else { "windowed" }, vec![document])
             }

@@ -158,13 +158,12 @@ impl Chain {
 
     /// The entries in runs: each run is one document to be rendered, an entry without pairs a run of its
     /// own.
-    pub fn groups(&self) -> Vec<&[Entry]> {
-        let mut groups = Vec::new();
-        let mut start = 0;
-        for index in 1..=self.entries.len() {
-            if index == self.entries.len() || !self.entries[index].inherits {
-                groups.push(&self.entries[start..index]);
-                start = index;
+    pub fn into_groups(self) -> Vec<Vec<Entry>> {
+        let mut groups: Vec<Vec<Entry>> = Vec::new();
+        for entry in self.entries {
+            match groups.last_mut() {
+                Some(group) if entry.inherits => group.push(entry),
+                _ => groups.push(vec![entry]),
             }
         }
         groups
@@ -211,7 +210,7 @@ mod tests {
 
     fn groups(chains: &[Chain]) -> Vec<Vec<usize>> {
         let id = |entry: &Entry| entry.document.id.parse().unwrap();
-        let groups = chains.iter().flat_map(Chain::groups);
+        let groups = chains.iter().cloned().flat_map(Chain::into_groups);
         groups.map(|group| group.iter().map(id).collect()).collect()
     }
 
@@ -357,7 +356,7 @@ mod tests {
             chain.entries.iter().map(counts).collect::<Vec<_>>(),
             [(1, 1, false), (0, 2, false)]
         );
-        assert_eq!(chain.groups().len(), 2);
+        assert_eq!(chain.into_groups().len(), 2);
     }
 
     #[test]

@@ -17,6 +17,7 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread;
 use xxhash_rust::xxh3::xxh3_128;
 
 const DATA_FOLDERS: [&str; 3] = ["augmented", "packed", "rejected"];
@@ -170,27 +171,29 @@ impl RunFolder {
     /// If the disk refuses: the run is then as it was before.
     pub fn commit(&self, output: &EpochOutput, sequences_before: u64) -> Result<EpochRecord> {
         let epoch = output.epoch;
-        let mut files = Vec::new();
-        let mut put = |name: String, bytes: Vec<u8>| -> Result<()> {
-            durable::write(&self.path.join(&name), &bytes)?;
-            files.push(FileRecord { name, bytes: bytes.len() as u64, digest: digest(&bytes) });
-            Ok(())
-        };
-        if !output.augmented.is_empty() {
-            let bytes = compressed::write(&output.augmented);
-            put(format!("augmented/epoch-{epoch:06}.jsonl.zst"), bytes)?;
-        }
-        for (lane, (_, sequences)) in output.lanes.iter().enumerate() {
-            if !sequences.is_empty() {
-                let name = format!("packed/epoch-{epoch:06}-lane-{lane:02}.parquet");
-                put(name, packed::write(sequences)?)?;
+        let files = thread::scope(|scope| -> Result<Vec<FileRecord>> {
+            // The disk takes a file while the next one is encoded.
+            let mut writes = Vec::new();
+            let mut put = |name: String, bytes: Vec<u8>| {
+                writes.push(scope.spawn(move || self.write(name, &bytes)));
+            };
+            if !output.augmented.is_empty() {
+                let bytes = compressed::write(&output.augmented);
+                put(format!("augmented/epoch-{epoch:06}.jsonl.zst"), bytes);
             }
-        }
-        if !output.rejected.is_empty() {
-            let mut rejected: Vec<&Rejected> = output.rejected.iter().collect();
-            rejected.sort();
-            put(format!("rejected/epoch-{epoch:06}.jsonl.zst"), compressed::write(&rejected))?;
-        }
+            for (lane, (_, sequences)) in output.lanes.iter().enumerate() {
+                if !sequences.is_empty() {
+                    let name = format!("packed/epoch-{epoch:06}-lane-{lane:02}.parquet");
+                    put(name, packed::write(sequences)?);
+                }
+            }
+            if !output.rejected.is_empty() {
+                let mut rejected: Vec<&Rejected> = output.rejected.iter().collect();
+                rejected.sort();
+                put(format!("rejected/epoch-{epoch:06}.jsonl.zst"), compressed::write(&rejected));
+            }
+            writes.into_iter().map(|write| write.join().expect("writing does not panic")).collect()
+        })?;
         let record = EpochRecord {
             epoch,
             files,
@@ -204,6 +207,11 @@ impl RunFolder {
         let line = serde_json::to_string(&record).expect("records are plain values");
         durable::append_line(&self.path.join("manifest.jsonl"), &line)?;
         Ok(record)
+    }
+
+    fn write(&self, name: String, bytes: &[u8]) -> Result<FileRecord> {
+        durable::write(&self.path.join(&name), bytes)?;
+        Ok(FileRecord { name, bytes: bytes.len() as u64, digest: digest(bytes) })
     }
 
     /// The sequences of a committed epoch, in order.
@@ -310,12 +318,15 @@ fn differences(path: &str, found: &Value, wanted: &Value) -> Vec<String> {
 mod tests {
     use super::*;
     use crate::manifest::LaneState;
+    use crate::record::Segment;
     use serde_json::json;
 
     fn output(epoch: u64) -> EpochOutput {
         let mut ledger = Ledger::default();
         ledger.add("read/records", epoch + 1);
-        let sequence = Sequence { tokens: vec![1, 2], learned: vec![true; 2], segments: vec![] };
+        let segment = Segment { item: "a".into(), source: 0, offset: 0, length: 2 };
+        let (tokens, learned) = (vec![1, 2], vec![true; 2]);
+        let sequence = Sequence { tokens, learned, segments: vec![segment] };
         let rejected = Rejected::unread("no_text", "", crate::record::Place::default(), "x");
         EpochOutput {
             epoch,

@@ -4,23 +4,16 @@
 //! between two tokens. The pieces together are the document. As a *window*, only the first piece is shown to
 //! the synthesizer, and the document stays whole.
 
+use crate::prompt::PromptWriter;
 use crate::record::{Document, Part, Treatment};
-use crate::tokenizer::Tokenizer;
 use std::ops::Range;
 
-/// The pieces of a document such that `fits` holds for the text of each, or the document itself.
-///
-/// `tokens_max` is about how many tokens a fitting piece has.
-pub fn split(
-    mut document: Document,
-    tokenizer: &Tokenizer,
-    tokens_max: usize,
-    fits: impl Fn(&str) -> bool,
-) -> Vec<Document> {
-    if fits(&document.text) {
+/// The pieces of a document that each fit into a prompt of `tokens_max` tokens, or the document itself.
+pub fn split(mut document: Document, writer: &PromptWriter, tokens_max: usize) -> Vec<Document> {
+    let Some(pieces) = pieces(&document.text, writer, tokens_max) else {
         return vec![document];
-    }
-    let ranges: Vec<Range<usize>> = cut(&document.text, tokenizer, tokens_max, &fits).collect();
+    };
+    let ranges: Vec<Range<usize>> = pieces.collect();
     let count = ranges.len() as u32;
     let text = std::mem::take(&mut document.text);
     let piece = |(index, range): (usize, Range<usize>)| Document {
@@ -33,44 +26,51 @@ pub fn split(
 }
 
 /// The document, of which the synthesizer is to see no more than its first piece.
-pub fn window(
-    document: Document,
-    tokenizer: &Tokenizer,
-    tokens_max: usize,
-    fits: impl Fn(&str) -> bool,
-) -> Document {
-    if fits(&document.text) {
+pub fn window(document: Document, writer: &PromptWriter, tokens_max: usize) -> Document {
+    let Some(mut pieces) = pieces(&document.text, writer, tokens_max) else {
         return document;
-    }
-    let first = cut(&document.text, tokenizer, tokens_max, &fits).next();
-    let bytes = first.map_or(0, |range| range.end) as u32;
+    };
+    let bytes = pieces.next().map_or(0, |range| range.end) as u32;
+    drop(pieces);
     Document { treatment: Treatment::Window(bytes), ..document }
 }
 
-fn cut(
+/// The pieces of a text; none if it fits as it is.
+fn pieces(
     text: &str,
-    tokenizer: &Tokenizer,
+    writer: &PromptWriter,
     tokens_max: usize,
-    fits: &impl Fn(&str) -> bool,
-) -> impl Iterator<Item = Range<usize>> {
-    let (_, mut starts) = tokenizer.encode_with_starts(text);
+) -> Option<impl Iterator<Item = Range<usize>>> {
+    let frame = writer.question("").len();
+    let few = move |text: &str| {
+        // A token has one byte at least, and a frame is merged with few of them.
+        text.len() + 2 * frame <= tokens_max
+    };
+    if few(text) {
+        return None;
+    }
+    let (tokens, mut starts) = writer.measure(text);
+    if tokens <= tokens_max {
+        return None;
+    }
     starts.retain(|&start| text.is_char_boundary(start));
     starts.dedup();
-    let mut from = 0;
-    let mut room = tokens_max.max(1);
-    std::iter::from_fn(move || {
+    let fits = move |piece: &str| few(piece) || writer.question(piece).len() <= tokens_max;
+    let most = tokens_max.saturating_sub(frame).max(1);
+    let (mut from, mut room) = (0, most);
+    Some(std::iter::from_fn(move || {
         while from < text.len() {
             let first = starts.partition_point(|&start| start <= from);
             let end = starts.get(first + room - 1).copied().unwrap_or(text.len());
             let end = best_end(text, from, end);
             if room == 1 || fits(&text[from..end]) {
-                room = tokens_max.max(1);
+                room = most;
                 return Some(std::mem::replace(&mut from, end)..end);
             }
             room -= (room / 8).max(1); // tokens at the cut changed, or the frame takes more than thought
         }
         None
-    })
+    }))
 }
 
 /// The best place to end a piece that starts at `from` and may reach to `end`.
@@ -91,14 +91,26 @@ mod tests {
     use super::*;
     use crate::tokenizer::tests::small;
 
+    fn document(text: &str) -> Document {
+        Document { id: "d".into(), text: text.into(), ..Document::default() }
+    }
+
+    fn writer() -> PromptWriter {
+        PromptWriter::new(small()).unwrap()
+    }
+
+    /// Tokens of a prompt whose text has so many.
+    fn prompt(tokens: usize) -> usize {
+        writer().question("").len() + tokens
+    }
+
     fn check(text: &str, tokens_max: usize, pieces: usize) -> Vec<String> {
-        let tokenizer = small();
-        let document = Document { id: "d".into(), text: text.into(), ..Document::default() };
-        let fits = |text: &str| tokenizer.encode(text).len() <= tokens_max;
-        let found = split(document, &tokenizer, tokens_max, fits);
+        let tokens_max = prompt(tokens_max);
+        let found = split(document(text), &writer(), tokens_max);
         let texts: Vec<String> = found.iter().map(|piece| piece.text.clone()).collect();
         assert_eq!(texts.concat(), text, "bytes were lost");
-        assert!(texts.iter().all(|text| fits(text)), "a piece is too long: {texts:?}");
+        let fits = |text: &String| writer().question(text).len() <= tokens_max;
+        assert!(texts.iter().all(fits), "a piece is too long: {texts:?}");
         assert_eq!(found.len(), pieces, "{texts:?}");
         for (index, piece) in found.iter().enumerate().filter(|_| pieces > 1) {
             let (index, count) = (index as u32, pieces as u32);
@@ -131,13 +143,10 @@ mod tests {
     fn a_window_is_the_first_piece_and_the_text_stays_whole() {
         let text = format!("{}\n\n{}", "Rates rose. ".repeat(6), "Rates rose. ".repeat(8));
         let pieces = check(&text, 50, 2);
-        let tokenizer = small();
-        let document = Document { text: text.clone(), ..Document::default() };
-        let fits = |text: &str| tokenizer.encode(text).len() <= 50;
-        let found = window(document, &tokenizer, 50, fits);
+        let found = window(document(&text), &writer(), prompt(50));
         assert_eq!((found.seen(), found.text.as_str()), (pieces[0].as_str(), text.as_str()));
-        let short = Document { text: "Rates rose.".into(), ..Document::default() };
-        assert_eq!(window(short.clone(), &tokenizer, 50, fits), short);
+        let short = document("Rates rose.");
+        assert_eq!(window(short.clone(), &writer(), prompt(50)), short);
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub fn run(settings: &Settings, answer: impl Fn(&Request) -> (Vec<u32>, Finish))
         for mut chain in chains(documents, settings.preset.rounds) {
             asker.complete(&mut chain);
             let lane = chain.index as usize % streams.len();
-            let augmented = augmenter.augment(&chain);
+            let augmented = augmenter.augment(chain);
             output.ledger.merge(&augmented.ledger);
             output.rejected.extend(augmented.rejected);
             for (document, item) in augmented.documents {

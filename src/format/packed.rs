@@ -67,6 +67,8 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
         // Positions rise by one: as differences they are nothing. Ids are as good without a dictionary.
         .set_column_dictionary_enabled(column("input_ids"), false)
         .set_column_dictionary_enabled(column("position_ids"), false)
+        // Packed to the bits they need, ids are hardly compressed any further.
+        .set_column_compression(column("input_ids"), Compression::UNCOMPRESSED)
         .set_column_encoding(column("input_ids"), Encoding::DELTA_BINARY_PACKED)
         .set_column_encoding(column("position_ids"), Encoding::DELTA_BINARY_PACKED)
         .set_created_by(concat!("headwater ", env!("CARGO_PKG_VERSION")).into())
@@ -74,16 +76,20 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
     let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))?;
     for group in sequences.chunks(ROWS_PER_GROUP) {
         let mut rows = file.next_row_group()?;
-        put::<Int32Type>(&mut rows, group, |sequence, values| {
+        let tokens = Lists::of(group, |sequence| sequence.tokens.len());
+        let ids = |sequence: &Sequence, values: &mut Vec<i32>| {
             values.extend(sequence.tokens.iter().map(|&id| id as i32));
-        })?;
-        put::<Int32Type>(&mut rows, group, |sequence, values| {
+        };
+        let positions = |sequence: &Sequence, values: &mut Vec<i32>| {
             values.extend(sequence.positions().map(|position| position as i32));
-        })?;
-        put::<BoolType>(&mut rows, group, |sequence, values| {
+        };
+        tokens.write::<Int32Type>(&mut rows, group, ids)?;
+        tokens.write::<Int32Type>(&mut rows, group, positions)?;
+        tokens.write::<BoolType>(&mut rows, group, |sequence, values| {
             values.extend_from_slice(&sequence.learned);
         })?;
-        put::<ByteArrayType>(&mut rows, group, |sequence, values| {
+        let segments = Lists::of(group, |sequence| sequence.segments.len());
+        segments.write::<ByteArrayType>(&mut rows, group, |sequence, values| {
             values.extend(sequence.segments.iter().map(|segment| segment.item.as_str().into()));
         })?;
         for field in [
@@ -91,7 +97,7 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
             |segment: &Segment| segment.offset,
             |segment: &Segment| segment.length,
         ] {
-            put::<Int32Type>(&mut rows, group, |sequence, values| {
+            segments.write::<Int32Type>(&mut rows, group, |sequence, values| {
                 values.extend(sequence.segments.iter().map(|segment| field(segment) as i32));
             })?;
         }
@@ -100,28 +106,42 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
     file.into_inner()
 }
 
-/// Writes the next column: a list of values for each sequence.
-fn put<T: DataType>(
-    rows: &mut SerializedRowGroupWriter<'_, Vec<u8>>,
-    sequences: &[Sequence],
-    list: impl Fn(&Sequence, &mut Vec<T::T>),
-) -> std::result::Result<(), ParquetError> {
-    let tokens = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
-    let mut values = Vec::with_capacity(tokens);
-    let (mut defined, mut repeated) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
-    for sequence in sequences {
-        let before = values.len();
-        list(sequence, &mut values);
-        let length = values.len() - before;
-        let entries = length.max(1); // an empty list is one undefined entry
-        defined.resize(defined.len() + entries, i16::from(length > 0));
-        repeated.push(0);
-        repeated.resize(repeated.len() + entries - 1, 1);
+/// Where the lists of a column start and which are empty: the levels of Parquet.
+struct Lists {
+    values: usize,
+    defined: Vec<i16>,
+    repeated: Vec<i16>,
+}
+
+impl Lists {
+    /// Lists of such lengths, one for each sequence.
+    fn of(sequences: &[Sequence], length: impl Fn(&Sequence) -> usize) -> Self {
+        let values = sequences.iter().map(&length).sum();
+        let (mut defined, mut repeated) = (Vec::with_capacity(values), Vec::with_capacity(values));
+        for length in sequences.iter().map(length) {
+            let entries = length.max(1); // an empty list is one undefined entry
+            defined.resize(defined.len() + entries, i16::from(length > 0));
+            repeated.push(0);
+            repeated.resize(repeated.len() + entries - 1, 1);
+        }
+        Lists { values, defined, repeated }
     }
-    let mut column = rows.next_column()?.ok_or_else(|| ParquetError::EOF("no column".into()))?;
-    let writer: &mut ColumnWriterImpl<'_, T> = column.typed();
-    writer.write_batch(&values, Some(&defined), Some(&repeated))?;
-    column.close()
+
+    /// Writes the next column.
+    fn write<T: DataType>(
+        &self,
+        rows: &mut SerializedRowGroupWriter<'_, Vec<u8>>,
+        sequences: &[Sequence],
+        list: impl Fn(&Sequence, &mut Vec<T::T>),
+    ) -> std::result::Result<(), ParquetError> {
+        let mut values = Vec::with_capacity(self.values);
+        sequences.iter().for_each(|sequence| list(sequence, &mut values));
+        let mut column =
+            rows.next_column()?.ok_or_else(|| ParquetError::EOF("no column".into()))?;
+        let writer: &mut ColumnWriterImpl<'_, T> = column.typed();
+        writer.write_batch(&values, Some(&self.defined), Some(&self.repeated))?;
+        column.close()
+    }
 }
 
 fn decode(bytes: Bytes) -> std::result::Result<Vec<Sequence>, ParquetError> {

@@ -13,12 +13,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{Model, NormalizedString, PreTokenizedString, PreTokenizer, Tokenizer};
+use tokenizers::{Model, Tokenizer};
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
-/// Places of a table for short words, 32 bytes each, in pairs: 4 MiB. Frequent words stay in a core's cache.
-const PLACES: usize = 1 << 17;
+/// Pairs of places of a table for short words, 64 bytes each: 4 MiB. Frequent words stay in a core's cache.
+const PAIRS: usize = 1 << 16;
 
 /// Words beside those in places that a table remembers: all it has met, until it starts anew.
 const REST_MAX: usize = 1 << 18;
@@ -36,6 +35,8 @@ const IDS: usize = 3;
 #[derive(Clone)]
 pub(super) struct Words {
     tokenizer: Arc<Tokenizer>,
+    /// The character of each byte.
+    characters: [char; 256],
     /// Bytes of each id.
     bytes: Arc<[u32]>,
     /// Tables nobody uses right now: as many as there ever were callers at a time.
@@ -50,7 +51,7 @@ impl Words {
         for (token, id) in vocabulary {
             bytes[id as usize] = token.chars().count() as u32; // a character stands for a byte
         }
-        Words { tokenizer, bytes: bytes.into(), tables: Arc::default() }
+        Words { tokenizer, characters: characters(), bytes: bytes.into(), tables: Arc::default() }
     }
 
     /// The bytes of `text` that its `ids` start at; where a character has several ids, its own.
@@ -78,7 +79,7 @@ impl Words {
                 count += 1;
             }
             for (word, key) in &batch[..count] {
-                table.encode(text, word, *key, ids, |word| self.merge(word));
+                table.encode(&text[word.clone()], *key, ids, |word| self.merge(word));
             }
             if count < BATCH {
                 break;
@@ -91,23 +92,36 @@ impl Words {
 
     /// The ids of a word by the library.
     fn merge(&self, word: &str) -> Vec<u32> {
-        let mut mapped = PreTokenizedString::from(NormalizedString::from(word));
-        let bytes = ByteLevel::new(false, true, false).pre_tokenize(&mut mapped);
-        let tokenized = bytes.and_then(|()| {
-            mapped.tokenize(|word| self.tokenizer.get_model().tokenize(word.get()))?;
-            mapped.into_encoding(None, 0, tokenizers::OffsetType::Byte)
-        });
-        tokenized.expect("a loaded tokenizer encodes every string").get_ids().to_vec()
+        let mapped: String = word.bytes().map(|byte| self.characters[byte as usize]).collect();
+        let tokens = self.tokenizer.get_model().tokenize(&mapped);
+        let tokens = tokens.expect("a loaded tokenizer encodes every string");
+        tokens.iter().map(|token| token.id).collect()
     }
+}
+
+/// The character that stands for each byte: itself where it can be seen, else one from U+0100 on, as the
+/// byte-level alphabet of GPT-2 has it.
+fn characters() -> [char; 256] {
+    let is_visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..);
+    let mut others = '\u{100}'..;
+    std::array::from_fn(|byte| match byte as u8 {
+        byte if is_visible(byte) => byte.into(),
+        _ => others.next().expect("there are more characters than bytes"),
+    })
 }
 
 /// What is remembered of words.
 struct Table {
-    places: Vec<Place>,
+    pairs: Vec<Pair>,
     /// All words that were met, by the number of their ids.
     rest: HashMap<Box<str>, usize, Xxh3DefaultBuilder>,
     ids: Vec<Box<[u32]>>,
 }
+
+/// The places where a short word may be: a line of a core's cache.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Pair([Place; 2]);
 
 /// A short word and its ids.
 #[derive(Clone, Copy, Default)]
@@ -120,7 +134,7 @@ struct Place {
 
 impl Default for Table {
     fn default() -> Self {
-        Table { places: vec![Place::default(); PLACES], rest: HashMap::default(), ids: Vec::new() }
+        Table { pairs: vec![Pair::default(); PAIRS], rest: HashMap::default(), ids: Vec::new() }
     }
 }
 
@@ -128,33 +142,26 @@ impl Table {
     #[inline]
     fn encode(
         &mut self,
-        text: &str,
-        word: &Range<usize>,
+        word: &str,
         key: u128,
         ids: &mut Vec<u32>,
         merge: impl Fn(&str) -> Vec<u32>,
     ) {
-        if key == 0 {
-            return ids.extend_from_slice(self.recall(&text[word.clone()], merge));
+        let pair = pair(key);
+        let Pair([first, second]) = &self.pairs[pair];
+        let place = if second.word == key { second } else { first };
+        if place.word == key && key != 0 {
+            ids.extend_from_slice(&place.ids);
+            return ids.truncate(ids.len() - IDS + place.count as usize);
         }
-        let first = place(key);
-        for place in &self.places[first..first + 2] {
-            if place.word == key {
-                ids.push(place.ids[0]);
-                if place.count > 1 {
-                    ids.extend_from_slice(&place.ids[1..place.count as usize]);
-                }
-                return;
-            }
-        }
-        let known = self.recall(&text[word.clone()], merge);
+        let known = self.recall(word, merge);
         ids.extend_from_slice(known);
         let count = known.len();
-        if (1..=IDS).contains(&count) {
+        if (1..=IDS).contains(&count) && key != 0 {
             let mut own = [0; IDS];
             own[..count].copy_from_slice(known);
-            self.places[first + 1] = self.places[first];
-            self.places[first] = Place { word: key, ids: own, count: count as u32 };
+            let Pair([first, second]) = &mut self.pairs[pair];
+            *second = std::mem::replace(first, Place { word: key, ids: own, count: count as u32 });
         }
     }
 
@@ -196,12 +203,12 @@ fn short(text: &[u8], word: &Range<usize>) -> u128 {
     own | (length as u128) << (8 * SHORT)
 }
 
-/// The first of the two places where a word is looked for.
+/// The pair of places where a word is looked for.
 #[inline]
-fn place(key: u128) -> usize {
+fn pair(key: u128) -> usize {
     let folded = (key as u64) ^ ((key >> 64) as u64).rotate_left(32);
     let hash = folded.wrapping_mul(0x9e37_79b9_7f4a_7c15); // 2^64 over the golden ratio
-    (hash >> (u64::BITS - PLACES.ilog2())) as usize & !1
+    (hash >> (u64::BITS - PAIRS.ilog2())) as usize
 }
 
 /// What a character is to the pattern.
@@ -218,6 +225,13 @@ enum Class {
 fn cut(text: &str) -> impl Iterator<Item = Range<usize>> {
     let mut start = 0;
     std::iter::from_fn(move || {
+        let bytes = text.as_bytes();
+        // Most words are ASCII letters, perhaps behind a space.
+        let letters = start + usize::from(bytes.get(start) == Some(&b' '));
+        let end = ascii_letters(bytes, letters);
+        if end > letters && bytes.get(end).is_some_and(u8::is_ascii) {
+            return Some(std::mem::replace(&mut start, end)..end);
+        }
         let (class, length) = class_at(text, start)?;
         let behind = start + length;
         let end = match class {
@@ -239,10 +253,35 @@ fn cut(text: &str) -> impl Iterator<Item = Range<usize>> {
 /// The end of a run of characters of one class.
 #[inline]
 fn run(text: &str, mut at: usize, class: Class) -> usize {
+    if class == Class::Letter {
+        at = ascii_letters(text.as_bytes(), at);
+    }
     while let Some((own, length)) = class_at(text, at)
         && own == class
     {
         at += length;
+    }
+    at
+}
+
+/// The end of a run of ASCII letters.
+#[inline]
+fn ascii_letters(text: &[u8], mut at: usize) -> usize {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    while let Some(eight) = text.get(at..at + 8) {
+        let bytes = u64::from_le_bytes(eight.try_into().expect("eight bytes"));
+        let lower = (bytes | (EACH * 0x20)) & (EACH * 0x7f);
+        // The high bit of a byte says: at least an `a`; beyond a `z`; not ASCII.
+        let from_a = lower + EACH * (0x80 - b'a' as u64);
+        let beyond_z = lower + EACH * (0x80 - b'z' as u64 - 1);
+        let others = !(from_a & !beyond_z & !bytes) & (EACH * 0x80);
+        if others != 0 {
+            return at + others.trailing_zeros() as usize / 8;
+        }
+        at += 8;
+    }
+    while text.get(at).is_some_and(u8::is_ascii_alphabetic) {
+        at += 1;
     }
     at
 }
