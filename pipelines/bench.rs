@@ -6,10 +6,10 @@
 //!
 //! The text path runs in one thread, through the same functions as a pipeline, without a model. What a
 //! synthesizer would have written is made of each text itself: questions and answers in its wire format.
+//! Standard output gets one line of JSON, standard error a table.
 
 use crate::shell::args::RunArgs;
 use crate::shell::parts::admission;
-use crate::shell::plan::{bytes, count};
 use crate::shell::settings::{Preset, Settings};
 use crate::shell::wrong_use;
 use anyhow::{Result, ensure};
@@ -18,6 +18,7 @@ use headwater::augment::{Augmenter, ChainOutput};
 use headwater::block::{Block, Blocks, Converted};
 use headwater::chain::{Chain, Generation, Prompt, chains};
 use headwater::format::documents::Documents;
+use headwater::format::input::{Counter, open_counted};
 use headwater::gate::PairGates;
 use headwater::lane::{Lane, Mixed, Need};
 use headwater::manifest::{EpochOutput, LaneState, Manifest};
@@ -27,7 +28,9 @@ use headwater::run::RunFolder;
 use headwater::side::SideRecord;
 use headwater_operators::mix::MixedLane;
 use headwater_operators::pack::{Packing, pack_lane};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -81,40 +84,30 @@ pub fn run(args: Bench) -> Result<ExitCode> {
 }
 
 fn measure_text(args: Text) -> Result<ExitCode> {
-    let json = args.run.machine.json;
+    let quiet = args.run.machine.progress == "none";
     let settings = Settings::new(PRESET, args.run).map_err(wrong_use)?;
     let is_new = !settings.out.join("manifest.jsonl").exists();
     ensure!(is_new, "--out {:?} holds a run: measuring wants a new folder", settings.out);
+    let decompressing = decompress(&settings.inputs)?;
     let folder = RunFolder::open(&settings.out, &settings.configuration(None)?)?;
     let mut path = TextPath::new(&settings, folder, args.pairs)?;
     let start = Instant::now();
     let manifest = path.run(&settings)?;
     let spent = start.elapsed().as_secs_f64();
-    let ledger = manifest.account(0, 0);
-    let rate = path.text_bytes as f64 / 1e6 / spent;
-    let (tokens, unknown) = (ledger.get("pack/tokens"), ledger.unknown());
-    let filled = tokens as f64 / ledger.get("pack/room").max(1) as f64;
-    if json {
-        let stages: Vec<_> = path.clock.shares().map(|(name, s)| json!([name, s])).collect();
-        let figures = json!({
-            "text_bytes": path.text_bytes, "seconds": spent, "mb_per_s": rate, "tokens": tokens,
-            "utilisation": filled, "unknown": unknown, "stage_seconds": stages,
-        });
-        println!("{figures:#}");
-        return Ok(ExitCode::SUCCESS);
+    if !quiet {
+        eprint!("{}", path.table(spent));
     }
-    println!(
-        "{} of text, {} tokens in {:.2} s: {rate:.1} MB/s in one thread; sequences {:.2} % full; unknown {unknown}",
-        bytes(path.text_bytes),
-        count(tokens),
-        spent,
-        100.0 * filled
-    );
-    for (name, seconds) in path.clock.shares() {
-        let rate = path.text_bytes as f64 / 1e6 / seconds;
-        println!("  {name:<22} {:5.1} %  {rate:7.0} MB/s", 100.0 * seconds / spent);
-    }
+    println!("{}", path.figures(&manifest, spent, decompressing));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Seconds it takes to read the files and do nothing with them: no pipeline can be faster.
+fn decompress(files: &[PathBuf]) -> Result<f64> {
+    let start = Instant::now();
+    for file in files {
+        std::io::copy(&mut open_counted(file, Counter::default())?, &mut std::io::sink())?;
+    }
+    Ok(start.elapsed().as_secs_f64())
 }
 
 /// Seconds of each stage.
@@ -181,6 +174,42 @@ impl TextPath {
             pairs,
             text_bytes: 0,
             clock: Clock::default(),
+        })
+    }
+
+    /// The share and the rate of each stage, for people.
+    fn table(&self, spent: f64) -> String {
+        let row = |name: &str, seconds: f64| {
+            let rate = self.text_bytes as f64 / 1e6 / seconds;
+            format!("{name:<22} {:5.1} %  {rate:7.1} MB of text/s\n", 100.0 * seconds / spent)
+        };
+        let stages = self.clock.shares().map(|(name, seconds)| row(name, seconds));
+        stages.chain([row("all, in one thread", spent)]).collect()
+    }
+
+    /// What was measured, as one line of JSON.
+    fn figures(&self, manifest: &Manifest, spent: f64, decompressing: f64) -> Value {
+        let ledger = manifest.account(0, 0);
+        let (bytes, tokens) = (self.text_bytes as f64, ledger.get("pack/tokens"));
+        let stages: BTreeMap<_, _> = self.clock.shares().collect();
+        json!({
+            "bench": "text",
+            "device": "cpu",
+            "threads": 1,
+            "documents": ledger.get("read/documents"),
+            "documents_per_s": ledger.get("read/documents") as f64 / spent,
+            "text_bytes": self.text_bytes,
+            "bytes_per_s": bytes / spent,
+            "tokens_per_s": tokens as f64 / spent,
+            "seconds": spent,
+            "stage_seconds": stages,
+            "utilisation": tokens as f64 / ledger.get("pack/room").max(1) as f64,
+            "unknown": ledger.unknown(),
+            "ceiling": {
+                "what": "reading and decompressing the input alone",
+                "bytes_per_s": bytes / decompressing,
+                "share": decompressing / spent,
+            },
         })
     }
 

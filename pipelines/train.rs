@@ -82,7 +82,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let expected = Expected {
         texts: 0,
         sequences: sequences.saturating_sub(seen),
-        synthesized: false,
+        synthesized: None,
         trained: true,
     };
     let how = &args.machine.progress;

@@ -321,7 +321,7 @@ impl Class {
         let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
         let sequences = self.training.schedule.total_steps * args.batch() as u64;
         let sequences = sequences.saturating_sub(done as u64);
-        let expected = Expected { texts: 0, sequences, synthesized: false, trained: true };
+        let expected = Expected { texts: 0, sequences, synthesized: None, trained: true };
         let how = &args.machine.progress;
         let _progress = Progress::start(how, meters.clone(), meter.clone(), expected);
         let mut seen = 0;

@@ -136,7 +136,8 @@ impl Augmenter {
 
 /// A text as an item: between the opening and closing ids of the trained model.
 pub fn item(id: &str, source: u32, text: &str, tokenizer: &Tokenizer) -> Item {
-    let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let mut tokens = Vec::with_capacity(text.len() / 3);
+    tokens.extend(tokenizer.bos());
     tokenizer.encode_onto(text, &mut tokens);
     tokens.extend(tokenizer.eos());
     Item { id: id.to_owned(), source, tokens, learned: Vec::new() }

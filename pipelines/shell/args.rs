@@ -39,17 +39,18 @@ pub struct RunArgs {
 
 /// What is read, and where everything goes.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Input and output")]
 pub struct InputArgs {
-    /// Files or directories to read: .xml, .jsonl, .txt, also with .gz or .zst behind
+    /// Files or directories to read: .xml, .sgm, .jsonl, .csv, .tsv, .txt, also with .gz or .zst behind
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     pub input: Vec<PathBuf>,
     /// The run folder; an existing one is continued
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// JSON fields that make up the text [default: text, else title and abstract, else content]
+    /// JSON fields or columns that make up the text [default: text, else title and abstract, else content]
     #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
     pub text_field: Vec<String>,
-    /// JSON field that holds the id
+    /// JSON field or column that holds the id
     #[arg(long, default_value = "id", value_name = "NAME")]
     pub id_field: String,
     /// Read at most so many records
@@ -147,11 +148,12 @@ pub struct MixArgs {
 
 /// What is made of it.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Augmenting")]
 pub struct AugmentArgs {
     /// The synthesizer: a Hugging Face directory of the Llama and Mistral family, or "bundled"
     #[arg(long, default_value = BUNDLED, value_name = "DIR")]
     pub synthesizer: String,
-    /// Texts that may see each other: one a round [default: 3]
+    /// Texts that may see each other: one a round [default: 2 for scratch, else 3]
     #[arg(long, value_name = "M")]
     pub rounds: Option<usize>,
     /// Tokens to generate for each text at most
@@ -180,6 +182,7 @@ pub struct AugmentArgs {
 
 /// What is trained on it.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Training")]
 pub struct TrainArgs {
     /// A published set-up: its model, sequences, steps and rates are taken where no flag says otherwise
     #[arg(long, value_name = "NAME")]
@@ -215,6 +218,7 @@ pub struct TrainArgs {
 
 /// How texts are synthesized. None of this changes the output, but for the type of the weights.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Synthesis engine")]
 pub struct EngineArgs {
     /// Threads of the dataflow
     #[arg(long, default_value_t = 1, value_name = "N")]
@@ -235,6 +239,7 @@ pub struct EngineArgs {
 
 /// How a command is run.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Running")]
 pub struct MachineArgs {
     /// Where models compute: cpu or cuda:0
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]

@@ -41,8 +41,8 @@ pub struct Expected {
     pub texts: u64,
     /// Sequences.
     pub sequences: u64,
-    /// Whether texts are synthesized and packed.
-    pub synthesized: bool,
+    /// Texts that are synthesized; none where nothing is read.
+    pub synthesized: Option<u64>,
     /// Whether sequences are trained on.
     pub trained: bool,
 }
@@ -120,9 +120,9 @@ impl Watch {
         let pairs = format!("{} pairs", count(meters.pairs.get()));
         let tokens = format!("{} tokens mixed", count(meters.mixed_tokens.get()));
         let mut stages = Vec::new();
-        if synthesized {
+        if let Some(asked) = synthesized {
             stages.push(stage("read", meters.texts.get(), texts, String::new()));
-            stages.push(stage("synthesize", meters.generations.get(), texts, pairs));
+            stages.push(stage("synthesize", meters.generations.get(), asked, pairs));
             stages.push(stage("pack", meters.sequences.get(), sequences, tokens));
         }
         if trained {

@@ -10,6 +10,7 @@ use super::training::{Drive, Ended, TrainingFolder, train_on};
 use anyhow::{Context, Result, anyhow};
 use candle_core::DType;
 use crossbeam_channel::Receiver;
+use headwater::block::Converted;
 use headwater::record::Sequence;
 use headwater::train::feed::Feed;
 use headwater::train::{StepReport, TrainSettings, Trainer};
@@ -83,11 +84,13 @@ pub fn run(
 
 /// What progress is measured against: what is expected, less what was done before.
 fn expected(settings: &Settings, plan: &Plan, parts: &Parts) -> Expected {
-    let before = parts.manifest.ledger().get("admit/texts");
+    let before = parts.manifest.ledger();
+    let texts = plan.census.documents.saturating_sub(before.get("admit/texts")).max(1);
+    let Converted { part, of } = settings.preset.converted;
     Expected {
-        texts: plan.census.documents.saturating_sub(before).max(1),
+        texts,
         sequences: plan.sequences.saturating_sub(parts.manifest.sequences()).max(1),
-        synthesized: true,
+        synthesized: Some((texts * part / of).max(1)),
         trained: settings.train.is_some(),
     }
 }
