@@ -11,7 +11,7 @@
 use super::words;
 use crate::seed;
 use std::collections::HashMap;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 /// Hash functions of a signature: an estimate of the similarity deviates by 0.044 at most (one sigma).
 const FUNCTIONS: usize = 128;
@@ -29,8 +29,10 @@ pub struct NearDuplicates {
     rows: usize,
     multipliers: Vec<(u64, u64)>,
     signatures: Vec<Signature>,
-    /// The texts with a given content of a band.
-    bands: HashMap<(u32, u64), Vec<u32>>,
+    /// The newest text with a given content of a band.
+    newest: HashMap<u64, u32>,
+    /// For each band of each text, the text before it that has the same there.
+    earlier: Vec<Option<u32>>,
 }
 
 impl NearDuplicates {
@@ -47,7 +49,8 @@ impl NearDuplicates {
             rows: rows(f64::from(percent) / 100.0),
             multipliers: multipliers.collect(),
             signatures: Vec::new(),
-            bands: HashMap::new(),
+            newest: HashMap::new(),
+            earlier: Vec::new(),
         }
     }
 
@@ -56,26 +59,25 @@ impl NearDuplicates {
         let Some(signature) = self.signature(text) else {
             return false; // without a single word there is nothing to compare
         };
-        let bands: Vec<(u32, u64)> = signature
-            .chunks(self.rows)
-            .enumerate()
-            .map(|(band, rows)| (band as u32, digest(rows)))
-            .collect();
-        let alike = |&other: &u32| {
-            let other = &self.signatures[other as usize];
-            let equal = signature.iter().zip(other).filter(|(a, b)| a == b).count();
-            equal * 100 >= self.percent as usize * FUNCTIONS
+        let bands: Vec<u64> = signature.chunks(self.rows).zip(0..).map(digest).collect();
+        let is_found = |(band, key): (usize, &u64)| {
+            let before = |&other: &u32| self.earlier[other as usize * bands.len() + band];
+            std::iter::successors(self.newest.get(key).copied(), before)
+                .any(|other| self.is_alike(&signature, other))
         };
-        let candidates = bands.iter().filter_map(|band| self.bands.get(band)).flatten();
-        if candidates.into_iter().any(alike) {
+        if bands.iter().enumerate().any(is_found) {
             return true;
         }
         let index = self.signatures.len() as u32;
         self.signatures.push(signature);
-        for band in bands {
-            self.bands.entry(band).or_default().push(index);
-        }
+        self.earlier.extend(bands.into_iter().map(|key| self.newest.insert(key, index)));
         false
+    }
+
+    fn is_alike(&self, signature: &Signature, other: u32) -> bool {
+        let other = &self.signatures[other as usize];
+        let equal = signature.iter().zip(other).filter(|(a, b)| a == b).count();
+        equal * 100 >= self.percent as usize * FUNCTIONS
     }
 
     /// The signature of a text; none if it has no words.
@@ -103,9 +105,10 @@ fn rows(similarity: f64) -> usize {
     (1..=32).rev().find(|&rows| found(rows) >= 0.95).unwrap_or(1)
 }
 
-fn digest(rows: &[u32]) -> u64 {
+/// A digest of a band and what it holds.
+fn digest((rows, band): (&[u32], u64)) -> u64 {
     let bytes: Vec<u8> = rows.iter().flat_map(|row| row.to_le_bytes()).collect();
-    xxh3_64(&bytes)
+    xxh3_64_with_seed(&bytes, band)
 }
 
 #[cfg(test)]

@@ -22,6 +22,9 @@ const PAIRS: usize = 1 << 16;
 /// Words beside those in places that a table remembers: all it has met, until it starts anew.
 const REST_MAX: usize = 1 << 18;
 
+/// Bytes of a word that is remembered at most: blobs do not come again.
+const REMEMBERED: usize = 64;
+
 /// Bytes of a short word at most.
 const SHORT: usize = 15;
 
@@ -116,6 +119,8 @@ struct Table {
     /// All words that were met, by the number of their ids.
     rest: HashMap<Box<str>, usize, Xxh3DefaultBuilder>,
     ids: Vec<Box<[u32]>>,
+    /// The ids of the last word that was too long to be remembered.
+    long: Vec<u32>,
 }
 
 /// The places where a short word may be: a line of a core's cache.
@@ -134,7 +139,12 @@ struct Place {
 
 impl Default for Table {
     fn default() -> Self {
-        Table { pairs: vec![Pair::default(); PAIRS], rest: HashMap::default(), ids: Vec::new() }
+        Table {
+            pairs: vec![Pair::default(); PAIRS],
+            rest: HashMap::default(),
+            ids: Vec::new(),
+            long: Vec::new(),
+        }
     }
 }
 
@@ -168,6 +178,10 @@ impl Table {
     /// The ids of a word that has no place.
     #[cold]
     fn recall(&mut self, word: &str, merge: impl Fn(&str) -> Vec<u32>) -> &[u32] {
+        if word.len() > REMEMBERED {
+            self.long = merge(word);
+            return &self.long;
+        }
         let index = match self.rest.get(word) {
             Some(&index) => index,
             None => {
@@ -404,6 +418,15 @@ mod tests {
         let expected =
             tokenizer.inner.encode_fast(text.as_str(), false).unwrap().get_ids().to_vec();
         assert!(tokenizer.encode(&text) == expected && tokenizer.encode(&text) == expected);
+    }
+
+    #[test]
+    fn blobs_are_not_remembered() {
+        let mut table = Table::default();
+        let blob = "x".repeat(REMEMBERED + 1);
+        assert_eq!(table.recall(&blob, |word| vec![word.len() as u32]), [REMEMBERED as u32 + 1]);
+        assert!(table.rest.is_empty() && table.ids.is_empty());
+        check(&format!("{blob} {} {blob}", "y".repeat(5000)));
     }
 
     fn letters(number: u32) -> String {
