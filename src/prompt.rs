@@ -178,16 +178,6 @@ impl PromptWriter {
         [vec![self.bos], self.tokenizer.encode(&opening(text))].concat()
     }
 
-    /// How many ids [`Self::question`] has for a text, and at which bytes of the text they start.
-    pub fn measure(&self, text: &str) -> (usize, Vec<usize>) {
-        let opening = opening(text);
-        let (ids, mut starts) = self.tokenizer.encode_with_starts(&opening);
-        let before = format!(" {CONTEXT} ").len();
-        starts.retain(|start| (before..before + text.len()).contains(start));
-        starts.iter_mut().for_each(|start| *start -= before);
-        (1 + ids.len(), starts)
-    }
-
     /// The ids of a text and a question whose answer is asked for: what accuracy is measured with.
     pub fn answer(&self, text: &str, question: &str) -> Vec<u32> {
         let body = format!("{}{QUESTION} {question} {ANSWER}", opening(text));

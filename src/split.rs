@@ -46,16 +46,13 @@ fn pieces(
         // A token has one byte at least, and a frame is merged with few of them.
         text.len() + 2 * frame <= tokens_max
     };
-    if few(text) {
+    let fits = move |text: &str| few(text) || writer.question(text).len() <= tokens_max;
+    if fits(text) {
         return None;
     }
-    let (tokens, mut starts) = writer.measure(text);
-    if tokens <= tokens_max {
-        return None;
-    }
+    let (_, mut starts) = writer.tokenizer().encode_with_starts(text);
     starts.retain(|&start| text.is_char_boundary(start));
     starts.dedup();
-    let fits = move |piece: &str| few(piece) || writer.question(piece).len() <= tokens_max;
     let most = tokens_max.saturating_sub(frame).max(1);
     let (mut from, mut room) = (0, most);
     Some(std::iter::from_fn(move || {

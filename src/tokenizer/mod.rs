@@ -3,9 +3,11 @@
 //! Text is data: nothing inside it can become a special token. The ids that open and end a text are
 //! placed by us alone.
 
+mod pipeline;
 mod words;
 
 use crate::error::{Error, Result};
+use pipeline::Pipeline;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
@@ -31,8 +33,10 @@ const PATTERN: &str = r"\n| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[^\S\n]+";
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
-    /// The fast path; none for tokenizers that were not made here.
+    /// The fast path of tokenizers that were made here.
     words: Option<Words>,
+    /// That of others.
+    pipeline: Option<Pipeline>,
     bos: Option<u32>,
     eos: Option<u32>,
     files: TokenizerFiles,
@@ -74,6 +78,8 @@ impl Tokenizer {
         let mut inner = tokenizers::Tokenizer::from_bytes(&files.tokenizer)
             .map_err(|error| error.to_string())?;
         inner.set_encode_special_tokens(true); // as text, that is: never as the token
+        inner.with_truncation(None).map_err(|error| error.to_string())?;
+        inner.with_padding(None);
         let config: Value =
             serde_json::from_str(&files.config).map_err(|error| error.to_string())?;
         let id = |key: &str| {
@@ -84,7 +90,11 @@ impl Tokenizer {
         let (bos, eos) = (id("bos_token"), id("eos_token"));
         let inner = Arc::new(inner);
         let words = is_ours(&files.tokenizer).then(|| Words::new(inner.clone()));
-        Ok(Tokenizer { inner, words, bos, eos, files })
+        let pipeline = match words {
+            Some(_) => None,
+            None => Pipeline::of(&files.tokenizer, &inner),
+        };
+        Ok(Tokenizer { inner, words, pipeline, bos, eos, files })
     }
 
     /// Trains a byte-level BPE tokenizer (Sennrich et al., 2016; arXiv 1508.07909) of `vocabulary` tokens.
@@ -147,6 +157,9 @@ impl Tokenizer {
     pub fn encode_onto(&self, text: &str, ids: &mut Vec<u32>) {
         if let Some(words) = &self.words {
             return words.encode(text, ids);
+        }
+        if let Some(pipeline) = &self.pipeline {
+            return ids.extend(pipeline.encode(text));
         }
         let encoding = self.inner.encode_fast(text, false);
         ids.extend_from_slice(encoding.expect("a loaded tokenizer encodes every string").get_ids());
