@@ -9,6 +9,7 @@ use crate::template::choice::Choices;
 use crate::template::render::{Rendered, render};
 use crate::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use std::sync::Arc;
 
 /// Index of the augmented documents among the sources of a mix.
@@ -48,6 +49,53 @@ pub struct AugmentedEntry {
     pub text: String,
     /// The pairs that were read out of the generation.
     pub pairs: Vec<Pair>,
+}
+
+/// A document as its line is written. A text that goes out as it is stands in its record twice; it is
+/// escaped once.
+#[derive(Serialize)]
+pub(crate) struct Line<'a> {
+    id: &'a str,
+    source_ids: &'a [String],
+    rounds: &'a [u32],
+    entries: Vec<LineEntry<'a>>,
+    choices: &'a Option<Choices>,
+    text: &'a RawValue,
+    tokens: u64,
+    synthesizer: &'a str,
+    seed: u64,
+}
+
+#[derive(Serialize)]
+struct LineEntry<'a> {
+    id: &'a str,
+    place: &'a str,
+    text: Text<'a>,
+    pairs: &'a [Pair],
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Text<'a> {
+    Own(&'a str),
+    OfDocument(&'a RawValue),
+}
+
+impl Augmented {
+    /// Hands the line of this document to `write`.
+    pub(crate) fn with_line<T>(&self, write: impl FnOnce(&Line<'_>) -> T) -> T {
+        let Augmented { id, source_ids, rounds, entries, choices, text, tokens, synthesizer, seed } =
+            self;
+        let escaped = serde_json::value::to_raw_value(text).expect("every text has a form in JSON");
+        let entries = entries.iter().map(|AugmentedEntry { id, place, text: own, pairs }| {
+            let text = if own == text { Text::OfDocument(&escaped) } else { Text::Own(own) };
+            LineEntry { id, place, text, pairs }
+        });
+        let entries = entries.collect();
+        let (tokens, seed) = (*tokens, *seed);
+        let text = &*escaped;
+        write(&Line { id, source_ids, rounds, entries, choices, text, tokens, synthesizer, seed })
+    }
 }
 
 /// What a chain became.

@@ -4,13 +4,15 @@
 //! the balances below then say whether anything is unaccounted for.
 
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 /// Counts by name. A name is a path: `read/rejected/invalid_utf8`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ledger {
-    counts: BTreeMap<String, u64>,
+    counts: BTreeMap<Cow<'static, str>, u64>,
 }
 
 /// What must equal what: the count on the left is the sum of all counts that start with one of the
@@ -47,7 +49,7 @@ pub struct Balance {
 
 impl Ledger {
     /// Counts `amount` more of `name`.
-    pub fn add(&mut self, name: impl Into<String>, amount: u64) {
+    pub fn add(&mut self, name: impl Into<Cow<'static, str>>, amount: u64) {
         if amount > 0 {
             *self.counts.entry(name.into()).or_default() += amount;
         }
@@ -56,7 +58,10 @@ impl Ledger {
     /// Adds all counts of another ledger.
     pub fn merge(&mut self, other: &Ledger) {
         for (name, amount) in &other.counts {
-            self.add(name.as_str(), *amount);
+            match self.counts.get_mut(name) {
+                Some(count) => *count += amount,
+                None => self.add(name.clone(), *amount),
+            }
         }
     }
 
@@ -67,7 +72,7 @@ impl Ledger {
 
     /// Counts whose names start with `prefix`, by the rest of their names.
     pub fn under<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = (&'a str, u64)> {
-        let from = self.counts.range(prefix.to_owned()..);
+        let from = self.counts.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
         let own = from.take_while(move |(name, _)| name.starts_with(prefix));
         own.map(move |(name, amount)| (&name[prefix.len()..], *amount))
     }
@@ -79,7 +84,7 @@ impl Ledger {
 
     /// All counts.
     pub fn iter(&self) -> impl Iterator<Item = (&str, u64)> {
-        self.counts.iter().map(|(name, amount)| (name.as_str(), *amount))
+        self.counts.iter().map(|(name, amount)| (name.as_ref(), *amount))
     }
 
     /// All balances that this ledger has anything to say to.
@@ -114,7 +119,7 @@ mod tests {
     fn ledger(counts: &[(&str, u64)]) -> Ledger {
         let mut ledger = Ledger::default();
         for &(name, amount) in counts {
-            ledger.add(name, amount);
+            ledger.add(name.to_owned(), amount);
         }
         ledger
     }

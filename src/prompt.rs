@@ -178,6 +178,11 @@ impl PromptWriter {
         [vec![self.bos], self.tokenizer.encode(&opening(text))].concat()
     }
 
+    /// Whether [`Self::question`] has so many ids at most for a text.
+    pub fn question_fits(&self, text: &str, tokens_max: usize) -> bool {
+        tokens_max > 0 && self.tokenizer.has_at_most(&opening(text), tokens_max - 1)
+    }
+
     /// The ids of a text and a question whose answer is asked for: what accuracy is measured with.
     pub fn answer(&self, text: &str, question: &str) -> Vec<u32> {
         let body = format!("{}{QUESTION} {question} {ANSWER}", opening(text));

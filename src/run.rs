@@ -178,7 +178,9 @@ impl RunFolder {
                 writes.push(scope.spawn(move || self.write(name, &bytes)));
             };
             if !output.augmented.is_empty() {
-                let bytes = compressed::write(&output.augmented);
+                let bytes = compressed::write_lines(&output.augmented, |document, lines| {
+                    document.with_line(|line| compressed::to_line(line, lines));
+                });
                 put(format!("augmented/epoch-{epoch:06}.jsonl.zst"), bytes);
             }
             for (lane, (_, sequences)) in output.lanes.iter().enumerate() {

@@ -46,7 +46,7 @@ fn pieces(
         // A token has one byte at least, and a frame is merged with few of them.
         text.len() + 2 * frame <= tokens_max
     };
-    let fits = move |text: &str| few(text) || writer.question(text).len() <= tokens_max;
+    let fits = move |text: &str| few(text) || writer.question_fits(text, tokens_max);
     if fits(text) {
         return None;
     }

@@ -18,6 +18,19 @@ const KEPT: usize = 32 << 20;
 /// # Panics
 /// If a record is not representable in JSON.
 pub fn write<T: Serialize>(records: &[T]) -> Vec<u8> {
+    write_lines(records, |record, lines| to_line(record, lines))
+}
+
+/// A record as JSON at the end of `lines`.
+///
+/// # Panics
+/// If it is not representable in JSON.
+pub(crate) fn to_line<T: Serialize>(record: &T, lines: &mut Vec<u8>) {
+    serde_json::to_writer(lines, record).expect("records are plain values");
+}
+
+/// [`write`], by a function that writes a record at the end of the lines so far.
+pub(crate) fn write_lines<T>(records: &[T], line: impl Fn(&T, &mut Vec<u8>)) -> Vec<u8> {
     thread_local! {
         /// Kept, since fresh memory costs as much as what is written to it.
         static LINES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -25,7 +38,7 @@ pub fn write<T: Serialize>(records: &[T]) -> Vec<u8> {
     LINES.with_borrow_mut(|lines| {
         lines.clear();
         for record in records {
-            serde_json::to_writer(&mut *lines, record).expect("records are plain values");
+            line(record, lines);
             lines.push(b'\n');
         }
         // In one piece: a stream would be copied, and searched in two parts.

@@ -11,6 +11,7 @@ pub mod jsonl;
 pub mod lines;
 pub mod newswire;
 pub mod packed;
+mod pages;
 pub mod passes;
 pub mod pubmed;
 pub mod table;

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! Written and read column by column: the Arrow half of the format library is not needed for this, and is
-//! most of its weight.
+//! most of its weight. The three columns of tokens are encoded by [`super::pages`].
 
+use super::pages::{Levels, differences, truths};
 use crate::error::{Error, Result};
 use crate::record::{Segment, Sequence};
 use bytes::Bytes;
@@ -22,7 +23,6 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
-use parquet::schema::types::ColumnPath;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -60,34 +60,37 @@ pub fn read(path: &Path, bytes: Vec<u8>) -> Result<Vec<Sequence>> {
 
 fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> {
     let schema = Arc::new(parse_message_type(SCHEMA)?);
-    let column = |name: &str| ColumnPath::new(vec![name.into(), "list".into(), "element".into()]);
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_statistics_enabled(EnabledStatistics::None)
-        // Positions rise by one: as differences they are nothing. Ids are as good without a dictionary.
-        .set_column_dictionary_enabled(column("input_ids"), false)
-        .set_column_dictionary_enabled(column("position_ids"), false)
-        // Packed to the bits they need, ids are hardly compressed any further.
-        .set_column_compression(column("input_ids"), Compression::UNCOMPRESSED)
-        .set_column_encoding(column("input_ids"), Encoding::DELTA_BINARY_PACKED)
-        .set_column_encoding(column("position_ids"), Encoding::DELTA_BINARY_PACKED)
         .set_created_by(concat!("headwater ", env!("CARGO_PKG_VERSION")).into())
         .build();
-    let mut file = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties))?;
+    let tokens = sequences.iter().map(|sequence| sequence.tokens.len()).sum::<usize>();
+    let sink = Vec::with_capacity(3 * tokens); // fewer than three bytes a token
+    let mut file = SerializedFileWriter::new(sink, schema, Arc::new(properties))?;
+    let columns = file.schema_descr().columns().to_vec();
     for group in sequences.chunks(ROWS_PER_GROUP) {
         let mut rows = file.next_row_group()?;
-        let tokens = Lists::of(group, |sequence| sequence.tokens.len());
-        let ids = |sequence: &Sequence, values: &mut Vec<i32>| {
-            values.extend(sequence.tokens.iter().map(|&id| id as i32));
-        };
-        let positions = |sequence: &Sequence, values: &mut Vec<i32>| {
-            values.extend(sequence.positions().map(|position| position as i32));
-        };
-        tokens.write::<Int32Type>(&mut rows, group, ids)?;
-        tokens.write::<Int32Type>(&mut rows, group, positions)?;
-        tokens.write::<BoolType>(&mut rows, group, |sequence, values| {
-            values.extend_from_slice(&sequence.learned);
-        })?;
+        let levels = Levels::of_tokens(group);
+        let count = group.iter().map(|sequence| sequence.tokens.len()).sum();
+        let mut numbers: Vec<i32> = Vec::with_capacity(count);
+        for sequence in group {
+            numbers.extend(sequence.tokens.iter().map(|&id| id as i32));
+        }
+        // Packed to the bits they need, ids are hardly compressed any further.
+        let page = levels.page(3 * count, |page| differences(&numbers, page));
+        let packed = Encoding::DELTA_BINARY_PACKED;
+        levels.append(&mut rows, columns[0].clone(), packed, false, page)?;
+        numbers.clear();
+        for sequence in group {
+            numbers.extend(sequence.positions().map(|position| position as i32));
+        }
+        // Positions rise by one: as differences they are nothing.
+        let page = levels.page(count / 8, |page| differences(&numbers, page));
+        levels.append(&mut rows, columns[1].clone(), packed, true, page)?;
+        let learned = group.iter().flat_map(|sequence| sequence.learned.iter().copied());
+        let page = levels.page(count / 8 + 1, |page| truths(learned, page));
+        levels.append(&mut rows, columns[2].clone(), Encoding::PLAIN, true, page)?;
         let segments = Lists::of(group, |sequence| sequence.segments.len());
         segments.write::<ByteArrayType>(&mut rows, group, |sequence, values| {
             values.extend(sequence.segments.iter().map(|segment| segment.item.as_str().into()));
@@ -239,5 +242,21 @@ mod tests {
         check(&[]);
         check(&[sequence(&[3, 1, 200]), sequence(&[]), sequence(&[1])]);
         check(&vec![sequence(&[10, 20]); 2500]);
+        for length in [1, 2, 32, 33, 127, 128, 129, 130, 161, 257] {
+            check(&[sequence(&[length])]);
+        }
+    }
+
+    #[test]
+    fn ids_of_any_size_are_read_back() {
+        let mut stream = crate::seed::stream(1, "packed", "test");
+        for bits in 0..=32 {
+            let id = |_| (stream.index(1 << 32) >> (32 - bits)) as u32;
+            let tokens: Vec<u32> = (0..500).map(id).collect();
+            let learned = tokens.iter().map(|id| id % 3 > 0).collect();
+            let item = String::from("item");
+            let segments = vec![Segment { item, source: 0, offset: 0, length: 500 }];
+            check(&[Sequence { tokens, learned, segments }]);
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! Text is data: nothing inside it can become a special token. The ids that open and end a text are
 //! placed by us alone.
 
+mod cut;
 mod pipeline;
 mod words;
 
@@ -163,6 +164,14 @@ impl Tokenizer {
         }
         let encoding = self.inner.encode_fast(text, false);
         ids.extend_from_slice(encoding.expect("a loaded tokenizer encodes every string").get_ids());
+    }
+
+    /// Whether `text` has so many ids at most; cheaper than counting them all.
+    pub fn has_at_most(&self, text: &str, most: usize) -> bool {
+        match &self.words {
+            Some(words) => words.has_at_most(text, most),
+            None => self.encode(text).len() <= most,
+        }
     }
 
     /// The ids of `text`, each with the byte it starts at.

@@ -10,9 +10,10 @@
 //! expression, and the table ten times as fast as merging. That both give what the library gives is a law
 //! under test.
 
+use super::cut::Cut;
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use tokenizers::{Model, Tokenizer};
 use xxhash_rust::xxh3::Xxh3DefaultBuilder;
 
@@ -32,7 +33,7 @@ const SHORT: usize = 15;
 const BATCH: usize = 64;
 
 /// Ids of a word that a place holds.
-const IDS: usize = 3;
+const IDS: usize = 7;
 
 /// Encodes by words.
 #[derive(Clone)]
@@ -70,9 +71,27 @@ impl Words {
 
     /// Appends the ids of `text`.
     pub(super) fn encode(&self, text: &str, ids: &mut Vec<u32>) {
+        self.encode_while(text, ids, |_, _| true);
+    }
+
+    /// Whether `text` has so many ids at most. What is left has no more ids than bytes, so that most texts
+    /// need not be read to their end.
+    pub(super) fn has_at_most(&self, text: &str, most: usize) -> bool {
+        let mut ids = Vec::with_capacity(most.min(text.len()) + BATCH * REMEMBERED);
+        let is_open = |count: usize, left: usize| count <= most && count + left > most;
+        self.encode_while(text, &mut ids, is_open) <= most
+    }
+
+    /// Appends the ids of `text` for as long as `goes_on(ids so far, bytes left)`; returns how many they are.
+    fn encode_while(
+        &self,
+        text: &str,
+        ids: &mut Vec<u32>,
+        goes_on: impl Fn(usize, usize) -> bool,
+    ) -> usize {
         let idle = self.tables.lock().ok().and_then(|mut tables| tables.pop());
         let mut table = idle.unwrap_or_default();
-        let mut words = cut(text);
+        let mut words = Cut::new(text);
         let mut batch: [(Range<usize>, u128); BATCH] = [const { (0..0, 0) }; BATCH];
         loop {
             let mut count = 0;
@@ -84,13 +103,15 @@ impl Words {
             for (word, key) in &batch[..count] {
                 table.encode(&text[word.clone()], *key, ids, |word| self.merge(word));
             }
-            if count < BATCH {
+            let read = batch[..count].last().map_or(text.len(), |(word, _)| word.end);
+            if count < BATCH || !goes_on(ids.len(), text.len() - read) {
                 break;
             }
         }
         if let Ok(mut tables) = self.tables.lock() {
             tables.push(table);
         }
+        ids.len()
     }
 
     /// The ids of a word by the library.
@@ -133,8 +154,9 @@ struct Pair([Place; 2]);
 struct Place {
     /// Its bytes, zeros, and their number; zero if there is none.
     word: u128,
-    ids: [u32; IDS],
-    count: u32,
+    /// Ids of a vocabulary below 65,536; other words have no place.
+    ids: [u16; IDS],
+    count: u16,
 }
 
 impl Default for Table {
@@ -161,17 +183,18 @@ impl Table {
         let Pair([first, second]) = &self.pairs[pair];
         let place = if second.word == key { second } else { first };
         if place.word == key && key != 0 {
-            ids.extend_from_slice(&place.ids);
-            return ids.truncate(ids.len() - IDS + place.count as usize);
+            ids.extend_from_slice(&place.ids.map(u32::from));
+            return ids.truncate(ids.len() - IDS + usize::from(place.count));
         }
         let known = self.recall(word, merge);
         ids.extend_from_slice(known);
         let count = known.len();
-        if (1..=IDS).contains(&count) && key != 0 {
+        let has_place = (1..=IDS).contains(&count) && known.iter().all(|&id| id <= u16::MAX.into());
+        if has_place && key != 0 {
             let mut own = [0; IDS];
-            own[..count].copy_from_slice(known);
+            own.iter_mut().zip(known).for_each(|(own, &id)| *own = id as u16);
             let Pair([first, second]) = &mut self.pairs[pair];
-            *second = std::mem::replace(first, Place { word: key, ids: own, count: count as u32 });
+            *second = std::mem::replace(first, Place { word: key, ids: own, count: count as u16 });
         }
     }
 
@@ -225,137 +248,6 @@ fn pair(key: u128) -> usize {
     (hash >> (u64::BITS - PAIRS.ilog2())) as usize
 }
 
-/// What a character is to the pattern.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Class {
-    LineFeed,
-    Space,
-    Letter,
-    Number,
-    Other,
-}
-
-/// The words of a text.
-fn cut(text: &str) -> impl Iterator<Item = Range<usize>> {
-    let mut start = 0;
-    std::iter::from_fn(move || {
-        let bytes = text.as_bytes();
-        // Most words are ASCII letters, perhaps behind a space.
-        let letters = start + usize::from(bytes.get(start) == Some(&b' '));
-        let end = ascii_letters(bytes, letters);
-        if end > letters && bytes.get(end).is_some_and(u8::is_ascii) {
-            return Some(std::mem::replace(&mut start, end)..end);
-        }
-        let (class, length) = class_at(text, start)?;
-        let behind = start + length;
-        let end = match class {
-            Class::LineFeed | Class::Number => behind,
-            Class::Letter | Class::Other => run(text, behind, class),
-            Class::Space => match class_at(text, behind) {
-                Some((next @ (Class::Letter | Class::Other), length))
-                    if text.as_bytes()[start] == b' ' =>
-                {
-                    run(text, behind + length, next)
-                }
-                _ => run(text, behind, class),
-            },
-        };
-        Some(std::mem::replace(&mut start, end)..end)
-    })
-}
-
-/// The end of a run of characters of one class.
-#[inline]
-fn run(text: &str, mut at: usize, class: Class) -> usize {
-    if class == Class::Letter {
-        at = ascii_letters(text.as_bytes(), at);
-    }
-    while let Some((own, length)) = class_at(text, at)
-        && own == class
-    {
-        at += length;
-    }
-    at
-}
-
-/// The end of a run of ASCII letters.
-#[inline]
-fn ascii_letters(text: &[u8], mut at: usize) -> usize {
-    const EACH: u64 = 0x0101_0101_0101_0101;
-    while let Some(eight) = text.get(at..at + 8) {
-        let bytes = u64::from_le_bytes(eight.try_into().expect("eight bytes"));
-        let lower = (bytes | (EACH * 0x20)) & (EACH * 0x7f);
-        // The high bit of a byte says: at least an `a`; beyond a `z`; not ASCII.
-        let from_a = lower + EACH * (0x80 - b'a' as u64);
-        let beyond_z = lower + EACH * (0x80 - b'z' as u64 - 1);
-        let others = !(from_a & !beyond_z & !bytes) & (EACH * 0x80);
-        if others != 0 {
-            return at + others.trailing_zeros() as usize / 8;
-        }
-        at += 8;
-    }
-    while text.get(at).is_some_and(u8::is_ascii_alphabetic) {
-        at += 1;
-    }
-    at
-}
-
-/// The class of the character at a byte, and its length.
-#[inline]
-fn class_at(text: &str, at: usize) -> Option<(Class, usize)> {
-    let byte = *text.as_bytes().get(at)?;
-    if byte < 0x80 {
-        return Some((ASCII[byte as usize], 1));
-    }
-    let character = text[at..].chars().next()?;
-    Some((class(character), character.len_utf8()))
-}
-
-const ASCII: [Class; 128] = {
-    let mut classes = [Class::Other; 128];
-    let mut byte = 0;
-    while byte < 128 {
-        classes[byte] = match byte as u8 {
-            b'\n' => Class::LineFeed,
-            b' ' | b'\t' | 0x0b | 0x0c | b'\r' => Class::Space,
-            b'a'..=b'z' | b'A'..=b'Z' => Class::Letter,
-            b'0'..=b'9' => Class::Number,
-            _ => Class::Other,
-        };
-        byte += 1;
-    }
-    classes
-};
-
-/// Characters whose classes are looked up together.
-const BLOCK: usize = 256;
-
-/// The class of any character, as the library's regular expressions see it.
-fn class(character: char) -> Class {
-    static BLOCKS: [OnceLock<[Class; BLOCK]>; 0x11_0000 / BLOCK] =
-        [const { OnceLock::new() }; 0x11_0000 / BLOCK];
-    let (block, index) = (character as usize / BLOCK, character as usize % BLOCK);
-    BLOCKS[block].get_or_init(|| classes(block))[index]
-}
-
-fn classes(block: usize) -> [Class; BLOCK] {
-    let expression = |class| onig::Regex::new(class).expect("a class of the pattern");
-    let [letter, number, space] = [r"\p{L}", r"\p{N}", r"\s"].map(expression);
-    std::array::from_fn(|index| {
-        let Some(character) = char::from_u32((block * BLOCK + index) as u32) else {
-            return Class::Other; // a surrogate, which no text holds
-        };
-        let text = character.to_string();
-        match () {
-            () if character == '\n' => Class::LineFeed,
-            () if letter.is_match(&text) => Class::Letter,
-            () if number.is_match(&text) => Class::Number,
-            () if space.is_match(&text) => Class::Space,
-            () => Class::Other,
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -370,22 +262,11 @@ mod tests {
         assert_eq!(tokenizer.encode(text), expected, "{text:?}, remembered");
         let encoding = tokenizer.inner.encode(text, false).unwrap();
         let starts: Vec<usize> = encoding.get_offsets().iter().map(|&(start, _)| start).collect();
+        for most in [expected.len().saturating_sub(1), expected.len(), expected.len() + 1] {
+            let fits = tokenizer.has_at_most(text, most);
+            assert_eq!(fits, expected.len() <= most, "{text:?} in {most}");
+        }
         assert_eq!(tokenizer.encode_with_starts(text), (expected, starts), "{text:?}");
-    }
-
-    #[test]
-    fn words_are_cut_where_the_pattern_cuts() {
-        let text = "  The rates,\n\n to 75%\t x\u{a0}é!? 漢字½";
-        let words: Vec<&str> = cut(text).map(|word| &text[word]).collect();
-        let expected = ["  ", "The", " rates", ",", "\n", "\n", " to", " ", "7", "5", "%", "\t "];
-        assert_eq!(words[..12], expected);
-        assert_eq!(words[12..], ["x", "\u{a0}", "é", "!?", " 漢字", "½"]);
-    }
-
-    #[test]
-    fn every_ascii_character_has_its_class() {
-        let found = classes(0);
-        assert!((0..128).all(|byte| found[byte] == ASCII[byte]));
     }
 
     proptest! {
