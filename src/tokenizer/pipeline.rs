@@ -62,3 +62,101 @@ impl Pipeline {
         Some(ids.into_iter().map(|token| token.id()).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Tokenizer, TokenizerFiles};
+    use serde_json::{Value, json};
+    use tokenizers::models::bpe::{BPE, BpeTrainer};
+    use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper};
+    use tokenizers::{PreTokenizerWrapper, TokenizerBuilder};
+
+    /// The pattern of Llama 3, as its `tokenizer.json` has it.
+    const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+    fn texts() -> Vec<String> {
+        let samples = ["assets/samples/biomedicine.xml", "assets/samples/instructions.jsonl"];
+        let start = |sample: &&str| {
+            let mut text = std::fs::read_to_string(sample).unwrap();
+            text.truncate(text.floor_char_boundary(40_000)); // merging a text in one piece takes long
+            text
+        };
+        samples.iter().map(start).collect()
+    }
+
+    /// Trains a tokenizer that prepares text in some way.
+    fn trained(normalizer: Value, cutter: Value, model: BPE, decoder: Value) -> Tokenizer {
+        let normalizer: Option<NormalizerWrapper> = serde_json::from_value(normalizer).unwrap();
+        let cutter: Option<PreTokenizerWrapper> = serde_json::from_value(cutter).unwrap();
+        let decoder: Option<DecoderWrapper> = serde_json::from_value(decoder).unwrap();
+        let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+        let special = ["<unk>", "<s>", "</s>"].map(|token| AddedToken::from(token, true));
+        let mut bytes: Vec<AddedToken> = special.to_vec();
+        if model.byte_fallback {
+            bytes.extend((0..=255).map(|byte| AddedToken::from(format!("<0x{byte:02X}>"), false)));
+        }
+        let mut trainer = BpeTrainer::builder()
+            .vocab_size(2000)
+            .show_progress(false)
+            .initial_alphabet(alphabet.into_iter().collect())
+            .special_tokens(bytes)
+            .build();
+        let mut tokenizer =
+            TokenizerBuilder::<BPE, _, _, PostProcessorWrapper, DecoderWrapper>::new()
+                .with_model(model)
+                .with_normalizer(normalizer)
+                .with_pre_tokenizer(cutter)
+                .with_decoder(decoder)
+                .build()
+                .unwrap();
+        tokenizer.train(&mut trainer, texts().into_iter()).unwrap();
+        let mut file: Value = serde_json::from_str(&tokenizer.to_string(false).unwrap()).unwrap();
+        let added = file["added_tokens"].as_array_mut().unwrap();
+        added.retain(|token| token["special"] == true); // bytes are tokens like any other
+        let config = json!({"bos_token": "<s>", "eos_token": "</s>"});
+        let files = TokenizerFiles { tokenizer: file.to_string(), config: config.to_string() };
+        Tokenizer::from_files(files).unwrap()
+    }
+
+    fn check(tokenizer: &Tokenizer) {
+        assert!(tokenizer.words.is_none());
+        assert!(tokenizer.pipeline.is_some(), "the fast path is not taken");
+        let mut texts = texts();
+        texts.extend(super::PROBES.map(str::to_owned));
+        texts.push("a <s> struck </s> through".into());
+        for text in texts {
+            let expected = tokenizer.inner.encode_fast(text.as_str(), false).unwrap();
+            let ids = tokenizer.encode(&text);
+            assert!(ids == expected.get_ids(), "{:?}", &text[..text.floor_char_boundary(80)]);
+            assert!(!ids.contains(&1) && !ids.contains(&2), "text became a special token");
+        }
+    }
+
+    #[test]
+    fn ids_of_a_tokenizer_like_that_of_gpt_2_are_those_of_the_library() {
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        check(&trained(Value::Null, bytes.clone(), BPE::default(), bytes));
+    }
+
+    #[test]
+    fn ids_of_a_tokenizer_like_that_of_llama_3_are_those_of_the_library() {
+        let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let split = json!({"type": "Split", "pattern": {"Regex": LLAMA_3}, "behavior": "Isolated", "invert": false});
+        let cutter = json!({"type": "Sequence", "pretokenizers": [split, bytes]});
+        check(&trained(Value::Null, cutter, BPE::default(), bytes));
+    }
+
+    #[test]
+    fn ids_of_a_tokenizer_like_that_of_mistral_are_those_of_the_library() {
+        let normalizer = json!({"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+        let model = BPE::builder()
+            .byte_fallback(true)
+            .fuse_unk(true)
+            .unk_token("<unk>".into())
+            .build()
+            .unwrap();
+        check(&trained(normalizer, Value::Null, model, Value::Null));
+    }
+}
