@@ -4,7 +4,9 @@ use super::packed::WeightType;
 use super::quads::{self, Group};
 use super::real::simd;
 use super::share::each;
+use super::storage::elements;
 use super::{ROWS_PER_TASK, pairs};
+use candle_core::{Result, Tensor};
 use pulp::bytemuck::cast_slice;
 
 /// Rows in words. Its memory is used again for the next ones.
@@ -24,9 +26,18 @@ pub(crate) struct RowMut<'a> {
     kind: WeightType,
     words: &'a mut [u32],
     groups: &'a mut [Group],
+    buffer: &'a mut [f32],
 }
 
 impl RowMut<'_> {
+    /// Writes the row that `compute` computes.
+    #[inline(always)]
+    pub(crate) fn set_with(self, compute: impl FnOnce(&mut [f32])) {
+        let RowMut { kind, words, groups, buffer } = self;
+        compute(buffer);
+        RowMut { kind, words, groups, buffer: &mut [] }.set(buffer);
+    }
+
     /// Writes the row. To be inlined into a vectorised loop.
     #[inline(always)]
     pub(crate) fn set(self, x: &[f32]) {
@@ -45,6 +56,13 @@ impl Rows {
         self.fill(kind, count, inputs, |index, row| row.set(&x[index * inputs..][..inputs]));
     }
 
+    /// Takes the rows of a tensor `(rows, inputs)`.
+    pub(crate) fn set_tensor(&mut self, kind: WeightType, x: &Tensor) -> Result<()> {
+        let (count, inputs) = x.dims2()?;
+        self.set(kind, &elements(x)?, count, inputs);
+        Ok(())
+    }
+
     /// Has each of `count` rows written, in a vectorised loop.
     pub(crate) fn fill(
         &mut self,
@@ -60,17 +78,19 @@ impl Rows {
         let tasks =
             words.chunks_mut(*stride * task).zip(groups.chain(std::iter::repeat_with(|| None)));
         each(tasks.enumerate(), |(index, (words, groups))| {
+            let mut buffer = vec![0.0; inputs];
             simd(
                 #[inline(always)]
                 || {
-                    let groups = groups.unwrap_or_default();
-                    let mut groups = groups.chunks_mut((*group_stride).max(1));
+                    let mut groups = groups.unwrap_or_default().chunks_mut((*group_stride).max(1));
                     for (row, words) in words.chunks_mut(*stride).enumerate() {
-                        let groups = groups.next().unwrap_or_default();
-                        write(
-                            index * task + row,
-                            RowMut { kind, words: &mut words[..*depth], groups },
-                        );
+                        let row_mut = RowMut {
+                            kind,
+                            words: &mut words[..*depth],
+                            groups: groups.next().unwrap_or_default(),
+                            buffer: &mut buffer,
+                        };
+                        write(index * task + row, row_mut);
                     }
                 },
             );
