@@ -41,6 +41,28 @@ impl WeightType {
             WeightType::Int8 => quads::words(inputs),
         }
     }
+
+    /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
+    ///
+    /// # Panics
+    /// With 8 bits, which need scales.
+    pub(crate) fn tile(
+        self,
+        rows: &[u32],
+        stride: usize,
+        panel: &[u32],
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        match self {
+            WeightType::F32 => {
+                let (x, panel) = (cast_slice(rows), cast_slice(panel));
+                pulp::Arch::new().dispatch(PanelTile { x, stride, panel, out });
+            }
+            WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
+            WeightType::Int8 => unreachable!("8 bits have scales"),
+        }
+    }
 }
 
 /// A weight `(out, in)` in panels.
@@ -133,6 +155,11 @@ impl PackedWeight {
         self.outputs.div_ceil(PANEL)
     }
 
+    /// Outputs of a panel.
+    pub(crate) fn width(&self, panel: usize) -> usize {
+        (self.outputs - panel * PANEL).min(PANEL)
+    }
+
     /// The words of a panel; of none beyond the last.
     fn panel(&self, panel: usize) -> &[u32] {
         let length = self.kind.words(self.inputs) * PANEL;
@@ -152,11 +179,9 @@ impl PackedWeight {
         let (words, stride) = (rows.words_from(first), rows.stride());
         let weights = self.panel(panel);
         match self.kind {
-            WeightType::F32 => {
-                let (x, panel) = (cast_slice(words), cast_slice(weights));
-                pulp::Arch::new().dispatch(PanelTile { x, stride, panel, out });
+            WeightType::F32 | WeightType::Bf16 => {
+                self.kind.tile(words, stride, weights, ahead, out);
             }
-            WeightType::Bf16 => pairs::tile(words, stride, weights, ahead, out),
             WeightType::Int8 => {
                 let length = rows.group_stride() * PANEL;
                 let scales = &self.scales[panel * length..][..length];

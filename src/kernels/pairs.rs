@@ -148,6 +148,7 @@ mod avx512 {
             // their slices, as asserted above. A prefetch may name any address.
             unsafe {
                 _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(word * step).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(word * step + step / 2).cast());
                 let left = _mm512_loadu_ps(panel.add(word * PANEL).cast());
                 let right = _mm512_loadu_ps(panel.add(word * PANEL + 16).cast());
                 let (left, right) = (halves(left), halves(right));

@@ -11,9 +11,8 @@
 use super::packed::PackedWeight;
 use super::real::{Real, simd};
 use super::rows::Rows;
-use super::share::each;
+use super::share::{Target, each};
 use super::tiles::{PANEL, ROWS};
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Bytes of a block of rows: half of a second-level cache.
@@ -62,7 +61,7 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
                 );
                 for (row, values) in rows.zip(&gates) {
                     // SAFETY: `share` hands out each row and panel once.
-                    let out = unsafe { target.columns(row, panel) };
+                    let out = unsafe { target.columns(row, panel * PANEL, gate.width(panel)) };
                     out.copy_from_slice(&values[..out.len()]);
                 }
             });
@@ -92,7 +91,8 @@ fn run<const COUNT: usize>(
                     weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
                     for (row, values) in rows.zip(&out) {
                         // SAFETY: `share` hands out each row and panel once.
-                        let out = unsafe { target.columns(row, panel) };
+                        let out =
+                            unsafe { target.columns(row, panel * PANEL, weight.width(panel)) };
                         put(out, &values[..out.len()]);
                     }
                 });
@@ -118,36 +118,5 @@ fn tiles(rows: &Range<usize>, mut work: impl FnMut(usize, usize, Range<usize>)) 
     for index in 0..pieces {
         let cut = |index: usize| rows.start + index * count / pieces;
         work(index, pieces, cut(index)..cut(index + 1));
-    }
-}
-
-/// An output that several threads write to.
-struct Target<'a> {
-    start: *mut f32,
-    rows: usize,
-    width: usize,
-    output: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: it is a mutable borrow of numbers; who writes where is up to `columns`.
-unsafe impl Sync for Target<'_> {}
-
-impl<'a> Target<'a> {
-    fn new(out: &'a mut [f32], width: usize, rows: usize) -> Self {
-        assert_eq!(out.len(), width * rows, "the output has another size");
-        Target { start: out.as_mut_ptr(), rows, width, output: PhantomData }
-    }
-
-    /// The columns of a panel in one row.
-    ///
-    /// # Safety
-    /// No other borrow of the same columns may be alive.
-    #[expect(clippy::mut_from_ref, reason = "the caller promises that borrows do not overlap")]
-    unsafe fn columns(&self, row: usize, panel: usize) -> &mut [f32] {
-        let at = panel * PANEL;
-        assert!(row < self.rows && at < self.width);
-        let length = (self.width - at).min(PANEL);
-        // SAFETY: within the output, as asserted; not borrowed elsewhere, as promised.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.width + at), length) }
     }
 }

@@ -215,6 +215,7 @@ mod avx512 {
                 unsafe {
                     let next = ahead.words.as_ptr().wrapping_add(word * ahead.step);
                     _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(ahead.step / 2).cast());
                     let left = _mm512_loadu_si512(words.add(word * PANEL).cast());
                     let right = _mm512_loadu_si512(words.add(word * PANEL + 16).cast());
                     for row in 0..ROWS {
