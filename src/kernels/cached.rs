@@ -227,6 +227,11 @@ impl Task<'_> {
             queries.push(Query { position, first_visible, top: f32::NEG_INFINITY, total: 0.0 });
         }
         let mut sums = vec![0.0; count * padded];
+        let mut scratch = Scratch {
+            scores: [[[0.0; PANEL]; ROWS]; BLOCK / PANEL],
+            weights: [0; ROWS * BLOCK],
+            out: [[0.0; PANEL]; ROWS],
+        };
         let last = self.run.position + self.first + self.count - 1;
         let from = queries[0].first_visible / BLOCK;
         for block in from..=last / BLOCK {
@@ -247,18 +252,32 @@ impl Task<'_> {
             for first in (0..count).step_by(ROWS) {
                 let rows = first..(first + ROWS).min(count);
                 let sums = &mut sums[rows.start * padded..rows.end * padded];
-                fold.run(&mut queries[rows.clone()], &words[rows.start * stride..], sums);
+                let words = &words[rows.start * stride..];
+                fold.run(&mut queries[rows], words, sums, &mut scratch);
                 (fold.next_keys, fold.next_values) = (&[], &[]); // they are on their way
             }
         }
         for (index, (query, sums)) in queries.iter().zip(sums.chunks_exact_mut(padded)).enumerate()
         {
             let inverse = 1.0 / query.total;
-            sums.iter_mut().for_each(|sum| *sum *= inverse);
+            simd(
+                #[inline(always)]
+                || sums.iter_mut().for_each(|sum| *sum *= inverse),
+            );
             let row = self.run.first_row + self.first + index / group;
             put(row, index % group, &sums[..width]);
         }
     }
+}
+
+/// What folding a block needs on the way.
+struct Scratch {
+    /// `[half][query][position]`
+    scores: [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
+    /// `[query][word of positions]`
+    weights: [u32; ROWS * BLOCK],
+    /// `[query][column of a stripe]`
+    out: [[f32; PANEL]; ROWS],
 }
 
 /// One block about to be folded into some queries.
@@ -273,7 +292,7 @@ struct Fold<'a> {
 
 impl Fold<'_> {
     /// At most 12 queries share the loads of the block; each computes as if alone.
-    fn run(&self, queries: &mut [Query], words: &[u32], sums: &mut [f32]) {
+    fn run(&self, queries: &mut [Query], words: &[u32], sums: &mut [f32], scratch: &mut Scratch) {
         let Layout { kind, .. } = self.layout;
         let seen = |query: &Query| {
             let from = query.first_visible.max(self.start) - self.start;
@@ -285,15 +304,14 @@ impl Fold<'_> {
             return;
         }
         let (count, stride) = (queries.len(), self.layout.key_words());
-        let mut scores = [[[0.0; PANEL]; ROWS]; BLOCK / PANEL];
+        let Scratch { scores, weights, out } = scratch;
         let half = stride * PANEL;
         for (index, (keys, out)) in
-            self.keys.chunks_exact(half).zip(&mut scores).enumerate().take(end.div_ceil(PANEL))
+            self.keys.chunks_exact(half).zip(&mut *scores).enumerate().take(end.div_ceil(PANEL))
         {
             let ahead = ahead(self.next_keys, index * half);
             kind.tile(words, stride, keys, ahead, &mut out[..count]);
         }
-        let mut weights = [0; ROWS * BLOCK];
         let depth = kind.words(end);
         let mut keep = [1.0; ROWS];
         simd(
@@ -323,15 +341,20 @@ impl Fold<'_> {
         let stripe = kind.words(BLOCK) * PANEL;
         let padded = self.layout.padded();
         for (index, values) in self.values.chunks_exact(stripe).enumerate() {
-            let mut out = [[0.0; PANEL]; ROWS];
             let ahead = ahead(self.next_values, index * stripe);
-            kind.tile(&weights, BLOCK, &values[..depth * PANEL], ahead, &mut out[..count]);
-            for ((sums, out), keep) in sums.chunks_exact_mut(padded).zip(&out).zip(keep) {
-                let sums = &mut sums[index * PANEL..][..PANEL];
-                for lane in 0..PANEL {
-                    sums[lane] = sums[lane].mul_add(keep, out[lane]);
-                }
-            }
+            kind.tile(&*weights, BLOCK, &values[..depth * PANEL], ahead, &mut out[..count]);
+            simd(
+                #[inline(always)]
+                || {
+                    let rows = sums.chunks_exact_mut(padded).zip(&*out);
+                    for ((sums, out), keep) in rows.zip(keep) {
+                        let sums = &mut sums[index * PANEL..][..PANEL];
+                        for lane in 0..PANEL {
+                            sums[lane] = sums[lane].mul_add(keep, out[lane]);
+                        }
+                    }
+                },
+            );
         }
     }
 }
