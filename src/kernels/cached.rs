@@ -1,27 +1,36 @@
-//! Attention over a cache of keys and values, kept in blocks of 64 positions.
+//! Attention over a cache of keys and values, kept in blocks of 64 positions, in f32 or bf16.
 //!
 //! ```text
-//! keys    [block][head][column][64 positions]          a query meets 64 positions in one sweep
-//! values  [block][head][stripe][64 positions][32 columns]
+//! for each head  keys    [block][half][word of columns][32 positions]
+//!                values  [block][stripe][word of positions][32 columns]
 //! ```
+//!
+//! Both are panels as [`super::packed`] has them, so queries meet keys, and weights meet values, in the
+//! same tiles that rows meet weights in; in bf16, queries and weights are rounded too.
 //!
 //! A query walks through its blocks in order and folds each into a running maximum, sum and weighted value
 //! (Milakov and Gimelshein, 2018; arXiv 1805.02867). What it computes does not depend on which other
 //! queries are there, nor on whether it came in one step with its neighbours or alone: prompts may be cut
 //! into chunks anywhere without changing a bit.
 
+// Reason: threads write different columns of the same rows, which slices cannot express.
+#![expect(unsafe_code, reason = "rows of one output are written by several threads")]
+
 use super::attention::Heads;
+use super::packed::WeightType;
+use super::pairs;
 use super::real::{LANES, Real, max, simd, sum};
+use super::share::{Target, each};
 use super::storage::{elements, tensor};
-use super::tiles::{PANEL, PARTIAL, ScoreTile, ValueTile};
-use candle_core::{Result, Tensor, bail};
-use rayon::prelude::*;
+use super::tiles::{Ahead, PANEL, ROWS};
+use candle_core::{DType, Result, Tensor, bail};
+use pulp::bytemuck::cast_slice;
 
 /// Positions of one block.
 pub const BLOCK: usize = LANES;
 
 /// Query rows of one task.
-const ROWS_PER_TASK: usize = 16;
+const ROWS_PER_TASK: usize = 24;
 
 /// Rows of one sequence in a step: they stand at consecutive positions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,20 +48,55 @@ pub struct Run {
 /// Keys and values of one layer.
 #[derive(Debug)]
 pub struct LayerCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    pages: Vec<Pages>,
+    layout: Layout,
+}
+
+/// Keys and values of one head.
+#[derive(Debug)]
+struct Pages {
+    keys: Vec<u32>,
+    values: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    kind: WeightType,
     heads: Heads,
 }
 
+impl Layout {
+    /// Words of the columns of a key, or a query.
+    fn key_words(self) -> usize {
+        self.kind.words(self.heads.width)
+    }
+
+    /// Words of a block of keys.
+    fn key_page(self) -> usize {
+        self.key_words() * BLOCK
+    }
+
+    /// Columns of a value, padded to whole stripes.
+    fn padded(self) -> usize {
+        self.heads.width.div_ceil(PANEL) * PANEL
+    }
+
+    /// Words of a block of values.
+    fn value_page(self) -> usize {
+        self.kind.words(BLOCK) * self.padded()
+    }
+}
+
 impl LayerCache {
-    /// Room for `blocks` blocks.
-    pub fn new(blocks: usize, heads: Heads) -> Self {
-        let pages = blocks * heads.key_value;
-        LayerCache {
-            keys: vec![0.0; pages * heads.width * BLOCK],
-            values: vec![0.0; pages * heads.width.div_ceil(PANEL) * PANEL * BLOCK],
-            heads,
-        }
+    /// Room for `blocks` blocks of keys and values in `dtype`: bf16 or else f32.
+    pub fn new(blocks: usize, heads: Heads, dtype: DType) -> Self {
+        let kind = if dtype == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
+        let layout = Layout { kind, heads };
+        let pages = |_| Pages {
+            keys: vec![0; blocks * layout.key_page()],
+            values: vec![0; blocks * layout.value_page()],
+        };
+        LayerCache { pages: (0..heads.key_value).map(pages).collect(), layout }
     }
 
     /// Stores the rows' keys and values, then attends: `(rows, query heads * width)`.
@@ -64,81 +108,89 @@ impl LayerCache {
     /// If a run's table is too short or names a block that does not exist.
     pub fn step(&mut self, [q, k, v]: &[Tensor; 3], runs: &[Run]) -> Result<Tensor> {
         let rows = q.dim(0)?;
-        if runs.iter().any(|run| run.first_row + run.rows > rows) {
-            bail!("a run reaches beyond the {rows} rows of the step")
+        let mut end = 0;
+        for run in runs {
+            if run.first_row < end || run.first_row + run.rows > rows {
+                bail!("runs overlap or reach beyond the {rows} rows of the step")
+            }
+            end = run.first_row + run.rows;
         }
-        self.store(&elements(k)?, &elements(v)?, runs);
-        let width = self.heads.query * self.heads.width;
-        let out = self.attend(&elements(q)?, rows, runs);
+        let (k, v) = (elements(k)?, elements(v)?);
+        let (k, v, layout) = (&*k, &*v, self.layout);
+        each(self.pages.iter_mut().enumerate(), |(head, pages)| {
+            for run in runs {
+                for row in 0..run.rows {
+                    let from = (run.first_row + row) * layout.heads.key_value + head;
+                    let columns = from * layout.heads.width..(from + 1) * layout.heads.width;
+                    let position = run.position + row;
+                    let at = (run.table[position / BLOCK] as usize, position % BLOCK);
+                    pages.store(layout, at, &k[columns.clone()], &v[columns]);
+                }
+            }
+        });
+        let width = layout.heads.query * layout.heads.width;
+        let mut out = vec![0.0; rows * width];
+        self.attend(&elements(q)?, Target::new(&mut out, width, rows), runs);
         tensor(out, (rows, width))
     }
 
-    /// The keys `[column][position]` of a block and head.
-    fn keys(&mut self, block: usize, head: usize) -> &mut [f32] {
-        let page = self.heads.width * BLOCK;
-        let at = (block * self.heads.key_value + head) * page;
-        &mut self.keys[at..at + page]
+    fn attend(&self, q: &[f32], out: Target<'_>, runs: &[Run]) {
+        let Heads { key_value, width, .. } = self.layout.heads;
+        let columns = self.layout.heads.group() * width;
+        let tasks = runs.iter().flat_map(|run| {
+            let firsts = (0..run.rows).step_by(ROWS_PER_TASK);
+            firsts.flat_map(move |first| {
+                let count = ROWS_PER_TASK.min(run.rows - first);
+                (0..key_value).map(move |head| Task { run, first, count, head })
+            })
+        });
+        each(tasks, |task| {
+            task.attend(self, q, |row, query, values| {
+                let at = task.head * columns + query * width;
+                // SAFETY: runs do not overlap, and each of their rows and heads is in one task.
+                unsafe { out.columns(row, at, width) }.copy_from_slice(values);
+            });
+        });
     }
+}
 
-    /// The values `[stripe][position][column in stripe]` of a block and head.
-    fn values(&mut self, block: usize, head: usize) -> &mut [f32] {
-        let page = self.heads.width.div_ceil(PANEL) * PANEL * BLOCK;
-        let at = (block * self.heads.key_value + head) * page;
-        &mut self.values[at..at + page]
-    }
-
-    fn store(&mut self, k: &[f32], v: &[f32], runs: &[Run]) {
-        let Heads { key_value, width, .. } = self.heads;
-        for run in runs {
-            for row in 0..run.rows {
-                let position = run.position + row;
-                let (block, lane) = (run.table[position / BLOCK] as usize, position % BLOCK);
-                for head in 0..key_value {
-                    let from = ((run.first_row + row) * key_value + head) * width;
-                    let keys = self.keys(block, head);
-                    if lane == 0 {
-                        keys.fill(0.0); // nothing is left of whoever had the block before
-                    }
-                    for (column, &key) in k[from..from + width].iter().enumerate() {
-                        keys[column * BLOCK + lane] = key;
-                    }
-                    let values = self.values(block, head);
-                    if lane == 0 {
-                        values.fill(0.0);
-                    }
-                    for (stripe, value) in v[from..from + width].chunks(PANEL).enumerate() {
-                        let at = (stripe * BLOCK + lane) * PANEL;
-                        values[at..at + value.len()].copy_from_slice(value);
+impl Pages {
+    fn store(&mut self, layout: Layout, (block, lane): (usize, usize), k: &[f32], v: &[f32]) {
+        let Pages { keys, values } = self;
+        let keys = &mut keys[block * layout.key_page()..][..layout.key_page()];
+        let values = &mut values[block * layout.value_page()..][..layout.value_page()];
+        if lane == 0 {
+            // Nothing is left of whoever had the block before.
+            keys.fill(0);
+            values.fill(0);
+        }
+        let half = &mut keys[lane / PANEL * PANEL * layout.key_words()..];
+        let words = half.iter_mut().skip(lane % PANEL).step_by(PANEL);
+        let stripes =
+            values.chunks_exact_mut(layout.kind.words(BLOCK) * PANEL).zip(v.chunks(PANEL));
+        match layout.kind {
+            WeightType::F32 => {
+                words.zip(k).for_each(|(word, key)| *word = key.to_bits());
+                for (stripe, v) in stripes {
+                    stripe[lane * PANEL..][..v.len()].copy_from_slice(cast_slice(v));
+                }
+            }
+            _ => {
+                let key = |k: &[f32]| pairs::pair(k[0], k.get(1).copied().unwrap_or(0.0));
+                words.zip(k.chunks(2)).for_each(|(word, k)| *word = key(k));
+                let shift = 16 * (lane % 2);
+                for (stripe, v) in stripes {
+                    for (word, &v) in stripe[lane / 2 * PANEL..].iter_mut().zip(v) {
+                        *word = *word & !(0xffff << shift) | pairs::round(v) << shift;
                     }
                 }
             }
         }
     }
-
-    fn attend(&self, q: &[f32], rows: usize, runs: &[Run]) -> Vec<f32> {
-        let Heads { query, key_value, width, .. } = self.heads;
-        let mut tasks = Vec::new();
-        for run in runs {
-            for first in (0..run.rows).step_by(ROWS_PER_TASK) {
-                let count = ROWS_PER_TASK.min(run.rows - first);
-                tasks.extend((0..key_value).map(|head| Task { run, first, count, head }));
-            }
-        }
-        let parts: Vec<Vec<f32>> = tasks.par_iter().map(|task| task.attend(self, q)).collect();
-        let mut out = vec![0.0; rows * query * width];
-        let group = self.heads.group();
-        for (task, part) in tasks.iter().zip(parts) {
-            for (row, part) in part.chunks_exact(group * width).enumerate() {
-                let row = task.run.first_row + task.first + row;
-                let at = (row * query + task.head * group) * width;
-                out[at..at + group * width].copy_from_slice(part);
-            }
-        }
-        out
-    }
 }
 
 /// Some rows of a run and the query heads of one key-value head.
+#[derive(Clone, Copy)]
 struct Task<'a> {
     run: &'a Run,
     first: usize,
@@ -147,8 +199,7 @@ struct Task<'a> {
 }
 
 /// One query on its way through the blocks.
-struct Query<'a> {
-    columns: &'a [f32],
+struct Query {
     position: usize,
     first_visible: usize,
     top: f32,
@@ -156,124 +207,167 @@ struct Query<'a> {
 }
 
 impl Task<'_> {
-    /// `[row][head in group][width]`
-    fn attend(&self, cache: &LayerCache, q: &[f32]) -> Vec<f32> {
-        let heads = &cache.heads;
-        let (width, group) = (heads.width, heads.group());
-        let padded = width.div_ceil(PANEL) * PANEL;
-        let mut queries: Vec<Query<'_>> = (0..self.count * group)
-            .map(|index| {
-                let (row, member) = (self.first + index / group, index % group);
-                let head = self.head * group + member;
-                let at = ((self.run.first_row + row) * heads.query + head) * width;
-                let position = self.run.position + row;
-                Query {
-                    columns: &q[at..at + width],
-                    position,
-                    first_visible: heads.first_visible(position),
-                    top: f32::NEG_INFINITY,
-                    total: 0.0,
-                }
-            })
-            .collect();
-        let mut sums = vec![0.0; queries.len() * padded];
-        let mut weights = [0.0; 4 * BLOCK];
+    /// Calls `put(row, query of the group, values)` for each result.
+    fn attend(&self, cache: &LayerCache, q: &[f32], put: impl Fn(usize, usize, &[f32])) {
+        let layout = cache.layout;
+        let (heads, stride) = (layout.heads, layout.key_words());
+        let (width, group, padded) = (heads.width, heads.group(), layout.padded());
+        let count = self.count * group;
+        let (mut queries, mut words) = (Vec::with_capacity(count), vec![0; count * stride]);
+        for (index, words) in words.chunks_exact_mut(stride).enumerate() {
+            let (row, member) = (self.first + index / group, index % group);
+            let at = (self.run.first_row + row) * heads.query + self.head * group + member;
+            let columns = &q[at * width..][..width];
+            match layout.kind {
+                WeightType::F32 => words.copy_from_slice(cast_slice(columns)),
+                _ => pairs::round_row(columns, words),
+            }
+            let position = self.run.position + row;
+            let first_visible = heads.first_visible(position);
+            queries.push(Query { position, first_visible, top: f32::NEG_INFINITY, total: 0.0 });
+        }
+        let mut sums = vec![0.0; count * padded];
+        let mut scratch = Scratch {
+            scores: [[[0.0; PANEL]; ROWS]; BLOCK / PANEL],
+            weights: [0; ROWS * BLOCK],
+            out: [[0.0; PANEL]; ROWS],
+        };
         let last = self.run.position + self.first + self.count - 1;
         let from = queries[0].first_visible / BLOCK;
         for block in from..=last / BLOCK {
-            let page = self.run.table[block] as usize * heads.key_value + self.head;
-            let fold = Fold {
-                keys: &cache.keys[page * width * BLOCK..(page + 1) * width * BLOCK],
-                values: &cache.values[page * padded * BLOCK..(page + 1) * padded * BLOCK],
-                start: block * BLOCK,
-                padded,
-                scale: heads.scale() as f32,
+            let pages = &cache.pages[self.head];
+            let page = |block: usize, all: &'_ [u32], length: usize| {
+                let at = self.run.table.get(block).map_or(0, |&block| block as usize * length);
+                at..at + length.min(all.len())
             };
-            let (mut queries, mut sums) = (queries.as_mut_slice(), sums.as_mut_slice());
-            while !queries.is_empty() {
-                let taken = match queries.len() {
-                    4.. => 4,
-                    2.. => 2,
-                    _ => 1,
-                };
-                let (own, more) = queries.split_at_mut(taken);
-                let (own_sums, more_sums) = sums.split_at_mut(taken * padded);
-                match taken {
-                    4 => fold.run::<4>(own, own_sums, &mut weights),
-                    2 => fold.run::<2>(own, own_sums, &mut weights),
-                    _ => fold.run::<1>(own, own_sums, &mut weights),
-                }
-                (queries, sums) = (more, more_sums);
+            let (key, value) = (layout.key_page(), layout.value_page());
+            let mut fold = Fold {
+                layout,
+                keys: &pages.keys[page(block, &pages.keys, key)],
+                values: &pages.values[page(block, &pages.values, value)],
+                next_keys: &pages.keys[page(block + 1, &pages.keys, key)],
+                next_values: &pages.values[page(block + 1, &pages.values, value)],
+                start: block * BLOCK,
+            };
+            for first in (0..count).step_by(ROWS) {
+                let rows = first..(first + ROWS).min(count);
+                let sums = &mut sums[rows.start * padded..rows.end * padded];
+                let words = &words[rows.start * stride..];
+                fold.run(&mut queries[rows], words, sums, &mut scratch);
+                (fold.next_keys, fold.next_values) = (&[], &[]); // they are on their way
             }
         }
-        let mut out = Vec::with_capacity(queries.len() * width);
-        for (query, sums) in queries.iter().zip(sums.chunks_exact(padded)) {
+        for (index, (query, sums)) in queries.iter().zip(sums.chunks_exact_mut(padded)).enumerate()
+        {
             let inverse = 1.0 / query.total;
-            out.extend(sums[..width].iter().map(|sum| sum * inverse));
+            simd(
+                #[inline(always)]
+                || sums.iter_mut().for_each(|sum| *sum *= inverse),
+            );
+            let row = self.run.first_row + self.first + index / group;
+            put(row, index % group, &sums[..width]);
         }
-        out
     }
+}
+
+/// What folding a block needs on the way.
+struct Scratch {
+    /// `[half][query][position]`
+    scores: [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
+    /// `[query][word of positions]`
+    weights: [u32; ROWS * BLOCK],
+    /// `[query][column of a stripe]`
+    out: [[f32; PANEL]; ROWS],
 }
 
 /// One block about to be folded into some queries.
 struct Fold<'a> {
-    keys: &'a [f32],
-    values: &'a [f32],
+    layout: Layout,
+    keys: &'a [u32],
+    values: &'a [u32],
+    next_keys: &'a [u32],
+    next_values: &'a [u32],
     start: usize,
-    padded: usize,
-    scale: f32,
 }
 
 impl Fold<'_> {
-    /// `COUNT` queries share the loads of the block; each computes as if alone.
-    fn run<const COUNT: usize>(
-        &self,
-        queries: &mut [Query<'_>],
-        sums: &mut [f32],
-        weights: &mut [f32],
-    ) {
-        let arch = pulp::Arch::new();
-        let weights = &mut weights[..COUNT * BLOCK];
-        let columns = std::array::from_fn(|index| queries[index].columns);
-        arch.dispatch(ScoreTile::<COUNT> { queries: columns, keys: self.keys, out: weights });
-        let (mut keep, mut end) = ([1.0; COUNT], 0);
-        let (rows, _) = weights.as_chunks_mut::<BLOCK>();
-        for ((query, weights), keep) in queries.iter_mut().zip(rows).zip(&mut keep) {
+    /// At most 12 queries share the loads of the block; each computes as if alone.
+    fn run(&self, queries: &mut [Query], words: &[u32], sums: &mut [f32], scratch: &mut Scratch) {
+        let Layout { kind, .. } = self.layout;
+        let seen = |query: &Query| {
             let from = query.first_visible.max(self.start) - self.start;
             let to = (query.position + 1).min(self.start + BLOCK).saturating_sub(self.start);
-            if from < to {
-                *keep = simd(
-                    #[inline(always)]
-                    || weigh(query, weights, from, to, self.scale),
-                );
-                end = end.max(to);
-            } else {
-                weights.fill(0.0);
-            }
+            if from < to { from..to } else { 0..0 }
+        };
+        let end = queries.iter().map(|query| seen(query).end).max().unwrap_or(0);
+        if queries.iter().all(|query| seen(query).is_empty()) {
+            return;
         }
+        let (count, stride) = (queries.len(), self.layout.key_words());
+        let Scratch { scores, weights, out } = scratch;
+        let half = stride * PANEL;
+        for (index, (keys, out)) in
+            self.keys.chunks_exact(half).zip(&mut *scores).enumerate().take(end.div_ceil(PANEL))
+        {
+            let ahead = ahead(self.next_keys, index * half);
+            kind.tile(words, stride, keys, ahead, &mut out[..count]);
+        }
+        let depth = kind.words(end);
+        let mut keep = [1.0; ROWS];
+        simd(
+            #[inline(always)]
+            || {
+                for (row, query) in queries.iter_mut().enumerate() {
+                    let mut own = [0.0; BLOCK];
+                    let (left, right) = own.split_at_mut(PANEL);
+                    left.copy_from_slice(&scores[0][row]);
+                    right.copy_from_slice(&scores[1][row]);
+                    let seen = seen(query);
+                    if !seen.is_empty() {
+                        let scale = self.layout.heads.scale() as f32;
+                        keep[row] = weigh(query, &mut own, seen.start, seen.end, scale);
+                    } else {
+                        own.fill(0.0);
+                    }
+                    let weights = &mut weights[row * BLOCK..][..BLOCK];
+                    match kind {
+                        WeightType::F32 => weights.copy_from_slice(cast_slice(&own)),
+                        _ => pairs::round_row(&own, weights),
+                    }
+                }
+            },
+        );
         // Behind the last visible position weights are zero, and values those of nobody.
-        let end = end.div_ceil(PARTIAL) * PARTIAL * PANEL;
-        for (stripe, values) in self.values.chunks_exact(BLOCK * PANEL).enumerate() {
-            let mut own = sums.chunks_exact_mut(self.padded);
-            let sums = std::array::from_fn(|_| {
-                let own = own.next().expect("one for each query");
-                &mut own[stripe * PANEL..(stripe + 1) * PANEL]
-            });
-            arch.dispatch(ValueTile::<COUNT> { weights, values: &values[..end], keep, sums });
+        let stripe = kind.words(BLOCK) * PANEL;
+        let padded = self.layout.padded();
+        for (index, values) in self.values.chunks_exact(stripe).enumerate() {
+            let ahead = ahead(self.next_values, index * stripe);
+            kind.tile(&*weights, BLOCK, &values[..depth * PANEL], ahead, &mut out[..count]);
+            simd(
+                #[inline(always)]
+                || {
+                    let rows = sums.chunks_exact_mut(padded).zip(&*out);
+                    for ((sums, out), keep) in rows.zip(keep) {
+                        let sums = &mut sums[index * PANEL..][..PANEL];
+                        for lane in 0..PANEL {
+                            sums[lane] = sums[lane].mul_add(keep, out[lane]);
+                        }
+                    }
+                },
+            );
         }
     }
+}
+
+/// The words of the next block from `at`, to be fetched on the way.
+fn ahead(next: &[u32], at: usize) -> Ahead<'_> {
+    next.get(at..).map_or(Ahead::NOTHING, |words| Ahead { words, step: PANEL })
 }
 
 /// Turns scores of positions `from..to` into weights, the others into zeros; returns what earlier blocks
 /// are to be multiplied with.
 #[inline(always)]
-fn weigh(
-    query: &mut Query<'_>,
-    weights: &mut [f32; BLOCK],
-    from: usize,
-    to: usize,
-    scale: f32,
-) -> f32 {
+fn weigh(query: &mut Query, weights: &mut [f32; BLOCK], from: usize, to: usize, scale: f32) -> f32 {
     for lane in 0..BLOCK {
         weights[lane] *= scale;
     }
@@ -317,8 +411,13 @@ mod tests {
         }
         let [q, k, v] = &qkv;
         let packed = attention(q, k, v, &spans, &heads).unwrap().output;
-        let mut cache = LayerCache::new(block as usize, heads);
+        let mut cache = LayerCache::new(block as usize, heads, DType::F32);
         close(&cache.step(&qkv, &runs).unwrap(), &packed, "output");
+
+        let mut cache = LayerCache::new(block as usize, heads, DType::BF16);
+        let rounded = cache.step(&qkv, &runs).unwrap();
+        let worst = (rounded - packed).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(worst.to_scalar::<f32>().unwrap() < 0.05, "off by {worst}");
     }
 
     #[test]
@@ -334,17 +433,23 @@ mod tests {
 
     #[test]
     fn a_sequence_computes_the_same_bits_in_any_chunks_and_any_company() {
-        let heads = Heads { window: Some(90), ..HEADS };
+        for dtype in [DType::F32, DType::BF16] {
+            check_chunks(Heads { window: Some(90), ..HEADS }, dtype);
+            check_chunks(Heads { query: 2, width: 70, ..HEADS }, dtype);
+        }
+    }
+
+    fn check_chunks(heads: Heads, dtype: DType) {
         let (wide, narrow) = (heads.query * heads.width, heads.key_value * heads.width);
         let qkv = [wide, narrow, narrow].map(|width| random(&[180, width], DType::F32));
         let part = |from, rows| qkv.clone().map(|t| t.narrow(0, from, rows).unwrap());
         let bits = |t: &Tensor| t.to_vec2::<f32>().unwrap();
 
-        let mut cache = LayerCache::new(3, heads);
+        let mut cache = LayerCache::new(3, heads, dtype);
         let whole = Run { first_row: 0, rows: 180, position: 0, table: vec![0, 1, 2] };
         let whole = bits(&cache.step(&qkv, &[whole]).unwrap());
 
-        let mut cache = LayerCache::new(6, heads);
+        let mut cache = LayerCache::new(6, heads, dtype);
         let mut position = 0;
         for rows in [1, 2, 61, 1, 70, 16, 29] {
             // Beside it, a sequence that takes the same tokens from their end.

@@ -1,176 +1,215 @@
 //! Products with a weight that was laid out once for the CPU.
 //!
 //! ```text
-//! weight (out, in)   ─▶  panels of 32 outputs:  [panel][in][32]
-//! y[row][o] = sum over i, in order, of x[row][i] * weight[o][i]
+//! weight (out, in)   ─▶  panels of 32 outputs:  [panel][word][32]
+//! word               =   1 input in f32, 2 in bf16, 4 in 8 bits
 //! ```
 //!
-//! Each output is one chain of fused multiply-adds over the inputs in their order. It depends on its own
-//! row and nothing else: not on how many rows there are, how they are cut into tiles, or how many threads
-//! share the work. This is what makes generation independent of its batch.
+//! Rows are brought to the type of the weight when they come. Each output is one chain over its inputs in
+//! their order. It depends on its own row and nothing else: not on how many rows there are, how they are
+//! cut into tiles, or how many threads share the work. This is what makes generation independent of its
+//! batch.
 
-use super::real::simd;
+use super::quads::{self, QuadPanel, QuadRows};
+use super::rows::Rows;
 use super::storage::{elements, tensor};
-use super::tiles::{PANEL, PanelTile};
-use candle_core::{CpuStorage, DType, Result, Storage, Tensor, bail};
-use rayon::prelude::*;
-use std::cell::RefCell;
+use super::tiles::{Ahead, PANEL, PanelTile, ROWS};
+use super::{pairs, product};
+use candle_core::{DType, Result, Tensor, bail};
+use pulp::bytemuck::cast_slice;
 use std::sync::Arc;
 
-/// Rows of one task where there are many rows: threads share the rows.
-const ROWS_PER_TASK: usize = 48;
-/// Panels of one task where there are few rows: threads share the panels.
-const PANELS_PER_TASK: usize = 4;
+/// What a packed weight is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightType {
+    /// As it is; products in f32.
+    #[default]
+    F32,
+    /// bf16, and rows are rounded to bf16; sums in f32.
+    Bf16,
+    /// 8 bits with a scale for each output and 128 inputs, and rows likewise; sums within a group are
+    /// exact, between groups in f32.
+    Int8,
+}
 
-/// A weight `(out, in)` in panels; f32, or bf16 widened as it is read.
+impl WeightType {
+    /// Words of a row of `inputs` elements.
+    pub(crate) fn words(self, inputs: usize) -> usize {
+        match self {
+            WeightType::F32 => inputs,
+            WeightType::Bf16 => pairs::words(inputs),
+            WeightType::Int8 => quads::words(inputs),
+        }
+    }
+
+    /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
+    ///
+    /// # Panics
+    /// With 8 bits, which need scales.
+    pub(crate) fn tile(
+        self,
+        rows: &[u32],
+        stride: usize,
+        panel: &[u32],
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        match self {
+            WeightType::F32 => {
+                let (x, panel) = (cast_slice(rows), cast_slice(panel));
+                pulp::Arch::new().dispatch(PanelTile { x, stride, panel, out });
+            }
+            WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
+            WeightType::Int8 => unreachable!("8 bits have scales"),
+        }
+    }
+}
+
+/// A weight `(out, in)` in panels.
 #[derive(Clone, Debug)]
 pub struct PackedWeight {
-    panels: Panels,
+    kind: WeightType,
+    words: Arc<[u32]>,
+    /// `[panel][group][32]`, for 8 bits.
+    scales: Arc<[f32]>,
     outputs: usize,
     inputs: usize,
 }
 
-#[derive(Clone, Debug)]
-enum Panels {
-    F32(Arc<[f32]>),
-    Bf16(Arc<[Bf16]>),
-}
-
-/// The upper half of an f32.
-#[derive(Clone, Copy, Debug, Default)]
-struct Bf16(u16);
-
-/// What a panel is made of.
-trait Element: Copy + Default + Send + Sync {
-    /// Hands the panel out in f32.
-    fn with_wide(panel: &[Self], work: impl FnOnce(&[f32]));
-}
-
-impl Element for f32 {
-    fn with_wide(panel: &[f32], work: impl FnOnce(&[f32])) {
-        work(panel);
-    }
-}
-
-impl Element for Bf16 {
-    fn with_wide(panel: &[Bf16], work: impl FnOnce(&[f32])) {
-        thread_local! {
-            static WIDE: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-        }
-        WIDE.with_borrow_mut(|wide| {
-            wide.resize(panel.len(), 0.0);
-            simd(
-                #[inline(always)]
-                || {
-                    for (wide, narrow) in wide.iter_mut().zip(panel) {
-                        *wide = f32::from_bits(u32::from(narrow.0) << 16);
-                    }
-                },
-            );
-            work(wide);
-        });
-    }
-}
-
 impl PackedWeight {
-    /// Lays out `weight (out, in)`, a CPU tensor of f32, f16 (widened to f32) or bf16 (kept).
+    /// Lays out `weight (out, in)`, a CPU tensor: bf16 is kept, all else becomes f32.
     pub fn new(weight: &Tensor) -> Result<Self> {
+        match weight.dtype() {
+            DType::BF16 => Self::of_type(weight, WeightType::Bf16),
+            _ => Self::of_type(weight, WeightType::F32),
+        }
+    }
+
+    /// Lays out `weight (out, in)`, a CPU tensor, in the given type.
+    pub fn of_type(weight: &Tensor, kind: WeightType) -> Result<Self> {
         let (outputs, inputs) = weight.dims2()?;
-        let weight = match weight.dtype() {
-            DType::BF16 => weight.contiguous()?,
-            _ => weight.to_dtype(DType::F32)?.contiguous()?,
+        if !weight.device().is_cpu() {
+            bail!("weights are packed on the CPU")
+        }
+        let weight = weight.to_dtype(DType::F32)?.contiguous()?;
+        let weight = elements::<f32>(&weight)?;
+        let (panels, depth) = (outputs.div_ceil(PANEL), kind.words(inputs));
+        let groups = match kind {
+            WeightType::Int8 => depth.div_ceil(quads::GROUP),
+            _ => 0,
         };
-        let (storage, layout) = weight.storage_and_layout();
-        let (start, end) = layout.contiguous_offsets().expect("made contiguous above");
-        let panels = match &*storage {
-            Storage::Cpu(CpuStorage::F32(all)) => {
-                Panels::F32(panels(inputs, outputs, |i| all[start..end][i]))
+        let mut words = vec![0; panels * depth * PANEL];
+        let mut scales = vec![0.0; panels * groups * PANEL];
+        let mut own = vec![0; depth];
+        let mut own_scales = vec![0.0; groups];
+        for (output, weight) in weight.chunks_exact(inputs.max(1)).enumerate() {
+            match kind {
+                WeightType::F32 => own.copy_from_slice(cast_slice(weight)),
+                WeightType::Bf16 => pairs::round_row(weight, &mut own),
+                WeightType::Int8 => {
+                    let put = |word: usize, bytes| own[word] = bytes;
+                    quads::quantise_weight(weight, put, &mut own_scales);
+                }
             }
-            Storage::Cpu(CpuStorage::BF16(all)) => {
-                Panels::Bf16(panels(inputs, outputs, |i| Bf16(all[start..end][i].to_bits())))
+            let (panel, lane) = (output / PANEL, output % PANEL);
+            for (word, &own) in own.iter().enumerate() {
+                words[(panel * depth + word) * PANEL + lane] = own;
             }
-            _ => bail!("weights are packed on the CPU"),
-        };
-        Ok(PackedWeight { panels, outputs, inputs })
+            for (group, &own) in own_scales.iter().enumerate() {
+                scales[(panel * groups + group) * PANEL + lane] = own;
+            }
+        }
+        Ok(PackedWeight { kind, words: words.into(), scales: scales.into(), outputs, inputs })
+    }
+
+    /// What the weight is made of.
+    pub fn kind(&self) -> WeightType {
+        self.kind
     }
 
     /// `x (rows, in)` in f32 to `(rows, out)` in f32.
     pub fn multiply(&self, x: &Tensor) -> Result<Tensor> {
-        let (rows, inputs) = x.dims2()?;
+        let (count, inputs) = x.dims2()?;
         if inputs != self.inputs {
             bail!("rows of {inputs} elements cannot meet a weight of {} inputs", self.inputs)
         }
-        let x = elements::<f32>(x)?;
-        let out = match &self.panels {
-            Panels::F32(panels) => self.product(panels, &x, rows),
-            Panels::Bf16(panels) => self.product(panels, &x, rows),
-        };
-        tensor(out, (rows, self.outputs))
+        let mut rows = Rows::default();
+        rows.set(self.kind, &elements::<f32>(x)?, count, inputs);
+        let mut out = vec![0.0; count * self.outputs];
+        product::set([(self, &mut out)], &rows);
+        tensor(out, (count, self.outputs))
     }
 
-    fn product<E: Element>(&self, panels: &[E], x: &[f32], rows: usize) -> Vec<f32> {
-        let mut out = vec![0.0; rows * self.outputs];
-        let panel_len = PANEL * self.inputs;
-        if rows >= 2 * ROWS_PER_TASK {
-            out.par_chunks_mut(ROWS_PER_TASK * self.outputs)
-                .zip(x.par_chunks(ROWS_PER_TASK * self.inputs))
-                .for_each(|(out, x)| {
-                    let mut column = [[0.0; PANEL]; ROWS_PER_TASK];
-                    let column = &mut column[..out.len() / self.outputs];
-                    for (index, panel) in panels.chunks_exact(panel_len).enumerate() {
-                        fill_column(column, x, panel);
-                        for (out, values) in out.chunks_exact_mut(self.outputs).zip(&*column) {
-                            let out = &mut out[index * PANEL..];
-                            let width = out.len().min(PANEL);
-                            out[..width].copy_from_slice(&values[..width]);
-                        }
-                    }
-                });
-            return out;
-        }
-        let columns: Vec<Vec<[f32; PANEL]>> = panels
-            .par_chunks(panel_len)
-            .with_min_len(PANELS_PER_TASK)
-            .map(|panel| {
-                let mut column = vec![[0.0; PANEL]; rows];
-                fill_column(&mut column, x, panel);
-                column
-            })
-            .collect();
-        for (row, out) in out.chunks_exact_mut(self.outputs).enumerate() {
-            for (out, column) in out.chunks_mut(PANEL).zip(&columns) {
-                out.copy_from_slice(&column[row][..out.len()]);
+    /// Number of inputs.
+    pub(crate) fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Number of outputs.
+    pub(crate) fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Number of panels.
+    pub(crate) fn panels(&self) -> usize {
+        self.outputs.div_ceil(PANEL)
+    }
+
+    /// Outputs of a panel.
+    pub(crate) fn width(&self, panel: usize) -> usize {
+        (self.outputs - panel * PANEL).min(PANEL)
+    }
+
+    /// The words of a panel; of none beyond the last.
+    fn panel(&self, panel: usize) -> &[u32] {
+        let length = self.kind.words(self.inputs) * PANEL;
+        self.words.get(panel * length..(panel + 1) * length).unwrap_or(&[])
+    }
+
+    /// The outputs of one panel for the rows from `first`, at most 12; `ahead` is fetched on the way.
+    pub(crate) fn tile(
+        &self,
+        panel: usize,
+        rows: &Rows,
+        first: usize,
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        debug_assert!(out.len() <= ROWS && self.kind == rows.kind());
+        let (words, stride) = (rows.words_from(first), rows.stride());
+        let weights = self.panel(panel);
+        match self.kind {
+            WeightType::F32 | WeightType::Bf16 => {
+                self.kind.tile(words, stride, weights, ahead, out);
+            }
+            WeightType::Int8 => {
+                let length = rows.group_stride() * PANEL;
+                let scales = &self.scales[panel * length..][..length];
+                let rows = QuadRows {
+                    words,
+                    stride,
+                    groups: rows.groups_from(first),
+                    group_stride: rows.group_stride(),
+                };
+                quads::tile(rows, QuadPanel { words: weights, scales }, ahead, out);
             }
         }
-        out
     }
-}
 
-fn panels<E: Element>(inputs: usize, outputs: usize, weight: impl Fn(usize) -> E) -> Arc<[E]> {
-    let mut all = Vec::with_capacity(outputs.div_ceil(PANEL) * PANEL * inputs);
-    for first in (0..outputs).step_by(PANEL) {
-        for input in 0..inputs {
-            all.extend((first..first + PANEL).map(|output| match output < outputs {
-                true => weight(output * inputs + input),
-                false => E::default(),
-            }));
-        }
+    /// A share of the panel after `panel` for each of `tiles` tiles to fetch.
+    pub(crate) fn ahead(&self, panel: usize, tile: usize, tiles: usize) -> Ahead<'_> {
+        let next = self.panel(panel + 1);
+        let part = next.len().div_ceil(tiles);
+        Ahead { words: next.get(tile * part..).unwrap_or(&[]), step: PANEL.div_ceil(tiles) }
     }
-    all.into()
-}
-
-/// Computes the 32 outputs of one panel for each row of `x`. bf16 panels are widened first, once for all
-/// rows.
-fn fill_column<E: Element>(column: &mut [[f32; PANEL]], x: &[f32], panel: &[E]) {
-    E::with_wide(panel, |panel| {
-        pulp::Arch::new().dispatch(PanelTile { x, panel, out: column });
-    });
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::twin::{close, random};
     use super::*;
+
+    const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::Bf16, WeightType::Int8];
 
     fn check(rows: usize, outputs: usize, inputs: usize) {
         let (x, weight) =
@@ -180,8 +219,8 @@ mod tests {
 
         let weight = weight.to_dtype(DType::BF16).unwrap();
         let ours = PackedWeight::new(&weight).unwrap().multiply(&x).unwrap();
-        let wide = weight.to_dtype(DType::F32).unwrap();
-        close(&ours, &x.matmul(&wide.t().unwrap()).unwrap(), "product with bf16 weights");
+        let wide = |t: &Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+        close(&ours, &wide(&x).matmul(&wide(&weight).t().unwrap()).unwrap(), "product in bf16");
     }
 
     #[test]
@@ -195,13 +234,26 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_in_every_batch() {
-        let (x, weight) = (random(&[150, 70], DType::F32), random(&[90, 70], DType::F32));
-        let weight = PackedWeight::new(&weight).unwrap();
-        let all: Vec<Vec<f32>> = weight.multiply(&x).unwrap().to_vec2().unwrap();
-        for (first, rows) in [(0, 1), (3, 2), (10, 13), (40, 63), (1, 64), (50, 100)] {
-            let part = x.narrow(0, first, rows).unwrap();
-            let part: Vec<Vec<f32>> = weight.multiply(&part).unwrap().to_vec2().unwrap();
-            assert_eq!(part, all[first..first + rows], "rows {first}..{}", first + rows);
+        let (x, weight) = (random(&[150, 270], DType::F32), random(&[90, 270], DType::F32));
+        for kind in KINDS {
+            let weight = PackedWeight::of_type(&weight, kind).unwrap();
+            let all: Vec<Vec<f32>> = weight.multiply(&x).unwrap().to_vec2().unwrap();
+            for (first, rows) in [(0, 1), (3, 2), (10, 13), (40, 63), (1, 64), (50, 100)] {
+                let part = x.narrow(0, first, rows).unwrap();
+                let part: Vec<Vec<f32>> = weight.multiply(&part).unwrap().to_vec2().unwrap();
+                let what = format!("{kind:?}, rows {first}..{}", first + rows);
+                assert_eq!(part, all[first..first + rows], "{what}");
+            }
         }
+    }
+
+    #[test]
+    fn eight_bits_are_near_a_plain_product() {
+        let (x, weight) = (random(&[40, 768], DType::F32), random(&[96, 768], DType::F32));
+        let ours = PackedWeight::of_type(&weight, WeightType::Int8).unwrap().multiply(&x).unwrap();
+        let exact = x.matmul(&weight.t().unwrap()).unwrap();
+        let mean = |t: Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
+        let noise = mean((ours - &exact).unwrap()) / mean(exact);
+        assert!(noise < 2e-4, "noise is {noise} of the signal");
     }
 }

@@ -4,7 +4,9 @@
 
 use super::{
     ROWS_PER_TASK, dispatch,
+    packed::WeightType,
     real::{Real, dot, simd},
+    rows::Rows,
     storage::{elements, tensor},
 };
 use candle_core::{D, DType, Result, Tensor};
@@ -48,6 +50,35 @@ fn forward<T: Real>(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor>
         );
     });
     tensor(out, x.shape())
+}
+
+/// Normalises the rows of `x` as [`rms_norm`] does, for a product with a weight of type `kind`.
+pub(crate) fn normalise_rows(
+    x: &[f32],
+    weight: &[f32],
+    epsilon: f64,
+    kind: WeightType,
+    out: &mut Rows,
+) {
+    let width = weight.len();
+    out.fill(
+        kind,
+        x.len() / width,
+        width,
+        #[inline(always)]
+        |row, out| {
+            let x = &x[row * width..][..width];
+            let scale = inverse_rms(x, epsilon);
+            out.set_with(
+                #[inline(always)]
+                |out| {
+                    for i in 0..width {
+                        out[i] = x[i] * scale * weight[i];
+                    }
+                },
+            );
+        },
+    );
 }
 
 fn backward<T: Real>(

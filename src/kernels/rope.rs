@@ -6,6 +6,7 @@
 use super::{
     ROWS_PER_TASK, dispatch,
     real::{Real, simd},
+    share::each,
     storage::{elements, tensor},
 };
 use candle_core::{D, DType, Device, Result, Tensor};
@@ -96,6 +97,49 @@ fn kernel<T: Real>(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn)
             );
         });
     tensor(out, x.shape())
+}
+
+/// Turns rows of queries and of keys forward, in place.
+///
+/// # Panics
+/// If a position lies beyond the table.
+pub(crate) fn turn_rows(
+    parts: [&mut [f32]; 2],
+    table: &RopeTable,
+    positions: &[u32],
+) -> Result<()> {
+    let (cosines, sines) = (elements::<f32>(&table.cosines)?, elements::<f32>(&table.sines)?);
+    let (cosines, sines) = (&*cosines, &*sines);
+    let half = table.cosines.dim(1)?;
+    let tasks = parts.into_iter().flat_map(|part| {
+        let width = part.len() / positions.len();
+        part.chunks_mut(ROWS_PER_TASK * width).zip(positions.chunks(ROWS_PER_TASK))
+    });
+    let turn = |(rows, positions): (&mut [f32], &[u32])| {
+        let width = rows.len() / positions.len();
+        simd(
+            #[inline(always)]
+            || {
+                for (row, &position) in rows.chunks_exact_mut(width).zip(positions) {
+                    let at = position as usize * half;
+                    let (cos, sin) = (&cosines[at..at + half], &sines[at..at + half]);
+                    for head in row.chunks_exact_mut(2 * half) {
+                        let (left, right) = head.split_at_mut(half);
+                        for i in 0..half {
+                            let (x, y) = (left[i], right[i]);
+                            left[i] = x * cos[i] - y * sin[i];
+                            right[i] = y * cos[i] + x * sin[i];
+                        }
+                    }
+                }
+            },
+        );
+    };
+    match positions.len() > ROWS_PER_TASK {
+        true => each(tasks, turn),
+        false => tasks.for_each(turn),
+    }
+    Ok(())
 }
 
 #[inline(always)]

@@ -6,13 +6,51 @@
 
 use pulp::{Simd, WithSimd};
 
-/// Outputs of a panel of weights, and positions of a stripe of values, that lie side by side.
+/// Outputs of a panel that lie side by side.
 pub(crate) const PANEL: usize = 32;
+
+/// Rows that a tile takes at a time: 12 by two vectors fill the 32 registers of a 512-bit unit.
+pub(crate) const ROWS: usize = 12;
+
+/// Words that a tile fetches into the cache on its way, for whoever comes next: one in `step` for each of
+/// its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a> {
+    pub(crate) words: &'a [u32],
+    pub(crate) step: usize,
+}
+
+impl Ahead<'_> {
+    pub(crate) const NOTHING: Ahead<'static> = Ahead { words: &[], step: 0 };
+}
+
+/// Cuts `$count` rows into pieces of at most 12 and runs the body for each, with their number as a
+/// constant.
+macro_rules! by_rows {
+    ($count:expr, $first:ident, $Rows:ident => $body:expr) => {{
+        let mut left = $count;
+        let mut $first = 0;
+        while left > 0 {
+            let rows = left.min($crate::kernels::tiles::ROWS);
+            $crate::kernels::tiles::by_rows!(@ rows, $Rows, $body; 1 2 3 4 5 6 7 8 9 10 11 12);
+            $first += rows;
+            left -= rows;
+        }
+    }};
+    (@ $rows:ident, $Rows:ident, $body:expr; $($count:literal)*) => {
+        match $rows {
+            $($count => { const $Rows: usize = $count; $body })*
+            _ => unreachable!("at most 12 rows"),
+        }
+    };
+}
+pub(crate) use by_rows;
 
 /// Rows against a panel of weights.
 pub(crate) struct PanelTile<'a> {
-    /// Rows of `inputs` elements, one after another.
+    /// Rows, `stride` elements apart.
     pub(crate) x: &'a [f32],
+    pub(crate) stride: usize,
     /// `[input][32]`
     pub(crate) panel: &'a [f32],
     /// `[row][32]`
@@ -24,17 +62,17 @@ impl WithSimd for PanelTile<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let inputs = self.panel.len() / PANEL;
+        let PanelTile { x, stride, panel, out } = self;
         let mut row = 0;
-        while row < self.out.len() {
-            let (x, out) = (&self.x[row * inputs..], &mut self.out[row..]);
+        while row < out.len() {
+            let (x, out) = (&x[row * stride..], &mut out[row..]);
             // 12 rows by two vectors fill the 32 registers of a 512-bit unit, 6 the 16 of others.
             row += match out.len() {
-                12.. if S::F32_LANES >= 16 => panel_rows::<12, S>(simd, x, self.panel, out),
-                6.. => panel_rows::<6, S>(simd, x, self.panel, out),
-                4.. => panel_rows::<4, S>(simd, x, self.panel, out),
-                2.. => panel_rows::<2, S>(simd, x, self.panel, out),
-                _ => panel_rows::<1, S>(simd, x, self.panel, out),
+                12.. if S::F32_LANES >= 16 => panel_rows::<12, S>(simd, x, stride, panel, out),
+                6.. => panel_rows::<6, S>(simd, x, stride, panel, out),
+                4.. => panel_rows::<4, S>(simd, x, stride, panel, out),
+                2.. => panel_rows::<2, S>(simd, x, stride, panel, out),
+                _ => panel_rows::<1, S>(simd, x, stride, panel, out),
             };
         }
     }
@@ -45,11 +83,12 @@ impl WithSimd for PanelTile<'_> {
 fn panel_rows<const ROWS: usize, S: Simd>(
     simd: S,
     x: &[f32],
+    stride: usize,
     panel: &[f32],
     out: &mut [[f32; PANEL]],
 ) -> usize {
     let inputs = panel.len() / PANEL;
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * inputs..(row + 1) * inputs]);
+    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * stride..][..inputs]);
     let (panel, _) = S::as_simd_f32s(panel);
     let vectors = PANEL / S::F32_LANES;
     for vector in (0..vectors).step_by(2) {
@@ -69,88 +108,4 @@ fn panel_rows<const ROWS: usize, S: Simd>(
         }
     }
     ROWS
-}
-
-/// Queries against the keys of a block: `out[query][position]`.
-pub(crate) struct ScoreTile<'a, const COUNT: usize> {
-    /// The columns of each query.
-    pub(crate) queries: [&'a [f32]; COUNT],
-    /// `[column][position]`
-    pub(crate) keys: &'a [f32],
-    /// `[query][position]`
-    pub(crate) out: &'a mut [f32],
-}
-
-impl<const COUNT: usize> WithSimd for ScoreTile<'_, COUNT> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let positions = self.out.len() / COUNT;
-        let vectors = positions / S::F32_LANES;
-        let (keys, _) = S::as_simd_f32s(self.keys);
-        let (out, _) = S::as_mut_simd_f32s(self.out);
-        for vector in (0..vectors).step_by(2) {
-            let mut sums = [[simd.splat_f32s(0.0); 2]; COUNT];
-            for (column, keys) in keys.chunks_exact(vectors).enumerate() {
-                let (left, right) = (keys[vector], keys[vector + 1]);
-                for query in 0..COUNT {
-                    let x = simd.splat_f32s(self.queries[query][column]);
-                    sums[query][0] = simd.mul_add_f32s(x, left, sums[query][0]);
-                    sums[query][1] = simd.mul_add_f32s(x, right, sums[query][1]);
-                }
-            }
-            for query in 0..COUNT {
-                out[query * vectors + vector] = sums[query][0];
-                out[query * vectors + vector + 1] = sums[query][1];
-            }
-        }
-    }
-}
-
-/// Partial sums over positions: enough to keep the adders busy.
-pub(crate) const PARTIAL: usize = 4;
-
-/// Values weighed and added to what each query has so far: `sums = keep * sums + weights x values`.
-pub(crate) struct ValueTile<'a, const COUNT: usize> {
-    /// `[query][position]`
-    pub(crate) weights: &'a [f32],
-    /// `[position][32]`; a multiple of [`PARTIAL`] positions.
-    pub(crate) values: &'a [f32],
-    /// Factor on each query's sums.
-    pub(crate) keep: [f32; COUNT],
-    /// The 32 sums of each query.
-    pub(crate) sums: [&'a mut [f32]; COUNT],
-}
-
-impl<const COUNT: usize> WithSimd for ValueTile<'_, COUNT> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let (values, _) = S::as_simd_f32s(self.values);
-        let vectors = PANEL / S::F32_LANES;
-        let stride = self.weights.len() / COUNT;
-        for vector in 0..vectors {
-            let mut sums = [[simd.splat_f32s(0.0); PARTIAL]; COUNT];
-            for (group, values) in values.chunks_exact(PARTIAL * vectors).enumerate() {
-                for partial in 0..PARTIAL {
-                    let value = values[partial * vectors + vector];
-                    for query in 0..COUNT {
-                        let weight = self.weights[query * stride + group * PARTIAL + partial];
-                        let weight = simd.splat_f32s(weight);
-                        sums[query][partial] =
-                            simd.mul_add_f32s(weight, value, sums[query][partial]);
-                    }
-                }
-            }
-            for query in 0..COUNT {
-                let [a, b, c, d] = sums[query];
-                let added = simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d));
-                let (own, _) = S::as_mut_simd_f32s(self.sums[query]);
-                let keep = simd.splat_f32s(self.keep[query]);
-                own[vector] = simd.mul_add_f32s(keep, own[vector], added);
-            }
-        }
-    }
 }

@@ -5,14 +5,14 @@
 //! [`Keep::Inputs`], a block's forward pass is run again instead of being saved.
 
 use super::Llama;
-use super::layers::{Block, Linear, Trace};
+use super::layers::{Block, Trace};
 use crate::kernels::attention::{Attended, Heads, attention, attention_backward};
 use crate::kernels::cross_entropy::{self, cross_entropy};
 use crate::kernels::embedding::{embed, embed_backward};
 use crate::kernels::rms_norm::{rms_norm, rms_norm_backward};
 use crate::kernels::rope::{RopeTable, Turn, rope};
 use crate::kernels::swiglu::{swiglu, swiglu_backward};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -88,7 +88,7 @@ impl Llama {
             Ok(attention(q, k, v, &batch.spans, &heads)?.output)
         })?;
         let (_, hidden) = self.predicting_rows(&x, batch)?;
-        let head = plain(&self.lm_head)?;
+        let head = &self.plain()?.head;
         let loss = cross_entropy(&hidden, head, &batch.targets, cross_entropy::Gradients::Skip)?;
         Ok(loss.losses)
     }
@@ -103,8 +103,9 @@ impl Llama {
     ) -> Result<Vec<f64>> {
         let pass = Pass { batch, heads: self.config.heads(), table: &self.table };
         let mut x = embed(&self.embed_tokens, &batch.ids)?;
-        let mut saved = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
+        let blocks = &self.plain()?.blocks;
+        let mut saved = Vec::with_capacity(blocks.len());
+        for block in blocks {
             let (y, trace) = pass.forward(block, x)?;
             saved.push(match keep {
                 Keep::Everything => Saved::Trace(Box::new(trace)),
@@ -114,7 +115,7 @@ impl Llama {
         }
         let (losses, mut gradient) = self.learn_head(&x, batch, scale, gradients)?;
         drop(x);
-        for block in self.blocks.iter().rev() {
+        for block in blocks.iter().rev() {
             let trace = match saved.pop().expect("one for each block") {
                 Saved::Trace(trace) => *trace,
                 Saved::Input(x) => pass.forward(block, x)?.1,
@@ -130,7 +131,7 @@ impl Llama {
     fn predicting_rows(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let index = Tensor::new(batch.rows.as_slice(), x.device())?;
         let rows = x.index_select(&index, 0)?;
-        let hidden = rms_norm(&rows, &self.norm, self.config.rms_norm_eps)?;
+        let hidden = rms_norm(&rows, &self.plain()?.norm, self.config.rms_norm_eps)?;
         Ok((rows, hidden))
     }
 
@@ -144,7 +145,7 @@ impl Llama {
     ) -> Result<(Vec<f64>, Tensor)> {
         let (rows, hidden) = self.predicting_rows(x, batch)?;
         let scaled = cross_entropy::Gradients::Scaled(scale);
-        let loss = cross_entropy(&hidden, plain(&self.lm_head)?, &batch.targets, scaled)?;
+        let loss = cross_entropy(&hidden, &self.plain()?.head, &batch.targets, scaled)?;
         let (of_hidden, of_head) = loss.gradients.expect("asked for");
         let head = match self.config.tie_word_embeddings {
             true => "model.embed_tokens.weight",
@@ -152,7 +153,8 @@ impl Llama {
         };
         gradients.add(head, of_head)?;
         let epsilon = self.config.rms_norm_eps;
-        let (of_rows, of_norm) = rms_norm_backward(&rows, &self.norm, epsilon, &of_hidden)?;
+        let (of_rows, of_norm) =
+            rms_norm_backward(&rows, &self.plain()?.norm, epsilon, &of_hidden)?;
         gradients.add("model.norm.weight", of_norm)?;
         let index = Tensor::new(batch.rows.as_slice(), x.device())?;
         Ok((loss.losses, x.zeros_like()?.index_add(&index, &of_rows, 0)?))
@@ -249,23 +251,15 @@ struct Part<'a> {
     block: &'a Block,
     gradients: &'a mut Gradients,
     name: &'a str,
-    weight: &'a Linear,
+    weight: &'a Tensor,
 }
 
 impl Part<'_> {
     /// Notes the gradient of the weight and returns that of the input `x`.
     fn backward(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-        let weight = plain(self.weight)?;
         let of_weight = gradient.t()?.matmul(x)?;
         self.gradients.add(&format!("{}.{}.weight", self.block.name, self.name), of_weight)?;
-        gradient.matmul(weight)
-    }
-}
-
-fn plain(linear: &Linear) -> Result<&Tensor> {
-    match linear {
-        Linear::Plain(weight) => Ok(weight),
-        Linear::Packed(_) => bail!("a model that was packed for generation cannot be trained"),
+        gradient.matmul(self.weight)
     }
 }
 

@@ -30,7 +30,7 @@ impl Cache {
         let rows = (blocks * BLOCK, heads.key_value * heads.width);
         let layer = |_| {
             Ok(match device.is_cpu() {
-                true => Layer::Kernel(LayerCache::new(blocks, heads)),
+                true => Layer::Kernel(LayerCache::new(blocks, heads, dtype)),
                 false => Layer::Rows {
                     keys: Tensor::zeros(rows, dtype, device)?,
                     values: Tensor::zeros(rows, dtype, device)?,

@@ -1,4 +1,4 @@
-//! One block of the decoder, written once for training and generation.
+//! One block of the decoder in tensors, for training, and for generation wherever it is not packed.
 //!
 //! ```text
 //! x ─┬─ norm ─ q,k,v ─ rope ─ attend ─ o ─(+)─┬─ norm ─ gate,up ─ swiglu ─ down ─(+)─ y
@@ -9,30 +9,10 @@
 //! rows see each other is the caller's business: within packed items when training, through a cache when
 //! generating.
 
-use crate::kernels::packed::PackedWeight;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{RopeTable, Turn, rope};
 use crate::kernels::swiglu::swiglu;
 use candle_core::{Result, Tensor};
-
-/// A projection without bias: `y = x W^T`.
-#[derive(Clone, Debug)]
-pub enum Linear {
-    /// The weight as it is, `(out, in)`; the only form that can be trained.
-    Plain(Tensor),
-    /// Laid out for the CPU, so that a row's result does not depend on the other rows.
-    Packed(PackedWeight),
-}
-
-impl Linear {
-    /// `(rows, in)` to `(rows, out)`.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Linear::Plain(weight) => x.matmul(&weight.t()?),
-            Linear::Packed(weight) => weight.multiply(x),
-        }
-    }
-}
 
 /// The parameters of one block, under the names of the checkpoint.
 #[derive(Clone, Debug)]
@@ -42,21 +22,21 @@ pub struct Block {
     /// `(hidden)`
     pub input_layernorm: Tensor,
     /// `(query heads * width, hidden)`
-    pub q_proj: Linear,
+    pub q_proj: Tensor,
     /// `(key-value heads * width, hidden)`
-    pub k_proj: Linear,
+    pub k_proj: Tensor,
     /// `(key-value heads * width, hidden)`
-    pub v_proj: Linear,
+    pub v_proj: Tensor,
     /// `(hidden, query heads * width)`
-    pub o_proj: Linear,
+    pub o_proj: Tensor,
     /// `(hidden)`
     pub post_attention_layernorm: Tensor,
     /// `(middle, hidden)`
-    pub gate_proj: Linear,
+    pub gate_proj: Tensor,
     /// `(middle, hidden)`
-    pub up_proj: Linear,
+    pub up_proj: Tensor,
     /// `(hidden, middle)`
-    pub down_proj: Linear,
+    pub down_proj: Tensor,
     /// Added to the mean square in normalisation.
     pub epsilon: f64,
 }
@@ -92,15 +72,20 @@ impl Block {
     ) -> Result<(Tensor, Trace<A>)> {
         let normed = rms_norm(&x, &self.input_layernorm, self.epsilon)?;
         let qkv = [
-            rope(&self.q_proj.forward(&normed)?, table, positions, Turn::Forward)?,
-            rope(&self.k_proj.forward(&normed)?, table, positions, Turn::Forward)?,
-            self.v_proj.forward(&normed)?,
+            rope(&project(&normed, &self.q_proj)?, table, positions, Turn::Forward)?,
+            rope(&project(&normed, &self.k_proj)?, table, positions, Turn::Forward)?,
+            project(&normed, &self.v_proj)?,
         ];
         let (output, attended) = attend(&qkv)?;
-        let middle = (&x + self.o_proj.forward(&output)?)?;
+        let middle = (&x + project(&output, &self.o_proj)?)?;
         let normed = rms_norm(&middle, &self.post_attention_layernorm, self.epsilon)?;
-        let (gate, up) = (self.gate_proj.forward(&normed)?, self.up_proj.forward(&normed)?);
-        let y = (&middle + self.down_proj.forward(&swiglu(&gate, &up)?)?)?;
+        let (gate, up) = (project(&normed, &self.gate_proj)?, project(&normed, &self.up_proj)?);
+        let y = (&middle + project(&swiglu(&gate, &up)?, &self.down_proj)?)?;
         Ok((y, Trace { x, qkv, attended, middle, gate, up }))
     }
+}
+
+/// A projection without bias: `y = x W^T`.
+pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    x.matmul(&weight.t()?)
 }

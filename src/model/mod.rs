@@ -9,17 +9,19 @@ pub mod cache;
 pub mod config;
 pub mod device;
 pub mod layers;
+mod packed;
 pub mod shape;
 pub mod weights;
 
 use crate::error::Result as LoadResult;
 use crate::kernels::embedding::embed;
-use crate::kernels::packed::PackedWeight;
+use crate::kernels::packed::{PackedWeight, WeightType};
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::RopeTable;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
-use layers::{Block, Linear};
+use layers::{Block, project};
+use packed::{PackedBlock, PackedLayers};
 use weights::Weights;
 
 /// A decoder with its parameters.
@@ -28,10 +30,21 @@ pub struct Llama {
     /// The shape.
     pub config: ModelConfig,
     embed_tokens: Tensor, // (vocabulary, hidden)
+    layers: Layers,
+    table: RopeTable,
+}
+
+#[derive(Clone, Debug)]
+enum Layers {
+    Plain(PlainLayers),
+    Packed(PackedLayers),
+}
+
+#[derive(Clone, Debug)]
+struct PlainLayers {
     blocks: Vec<Block>,
     norm: Tensor, // (hidden)
-    lm_head: Linear,
-    table: RopeTable,
+    head: Tensor, // (vocabulary, hidden)
 }
 
 /// What projections are made of.
@@ -39,8 +52,10 @@ pub struct Llama {
 pub enum Form {
     /// Plain tensors: for training, and for devices other than the CPU.
     Plain,
-    /// Packed for the CPU.
+    /// Packed for the CPU, each in the type it comes in: bf16, or else f32.
     Packed,
+    /// Packed for the CPU in this type.
+    PackedAs(WeightType),
 }
 
 impl Llama {
@@ -58,6 +73,21 @@ impl Llama {
         Self::build(config, form, device, |name, shape| weights.get(name, shape, dtype, device))
     }
 
+    /// Loads a checkpoint for generation on the CPU with weights of type `kind`.
+    ///
+    /// # Errors
+    /// If a parameter is missing or has another shape than `config` says.
+    pub fn load_packed(
+        config: &ModelConfig,
+        weights: &Weights,
+        kind: WeightType,
+    ) -> LoadResult<Self> {
+        let dtype = if kind == WeightType::Bf16 { DType::BF16 } else { DType::F32 };
+        Self::build(config, Form::PackedAs(kind), &Device::Cpu, |name, shape| {
+            weights.get(name, shape, dtype, &Device::Cpu)
+        })
+    }
+
     /// Builds the model from parameters by name and shape.
     ///
     /// # Errors
@@ -73,59 +103,38 @@ impl Llama {
             let shape = shapes.get(name).expect("every name below is a parameter of the config");
             parameter(name, shape)
         };
-        let linear = |weight: Tensor| -> LoadResult<Linear> {
-            Ok(match form {
-                Form::Plain => Linear::Plain(weight),
-                Form::Packed => Linear::Packed(PackedWeight::new(&weight)?),
-            })
-        };
         let embed_tokens = get("model.embed_tokens.weight")?;
-        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-        for layer in 0..config.num_hidden_layers {
-            let name = format!("model.layers.{layer}");
-            let mut part = |part: &str| get(&format!("{name}.{part}.weight"));
-            blocks.push(Block {
-                input_layernorm: part("input_layernorm")?,
-                q_proj: linear(part("self_attn.q_proj")?)?,
-                k_proj: linear(part("self_attn.k_proj")?)?,
-                v_proj: linear(part("self_attn.v_proj")?)?,
-                o_proj: linear(part("self_attn.o_proj")?)?,
-                post_attention_layernorm: part("post_attention_layernorm")?,
-                gate_proj: linear(part("mlp.gate_proj")?)?,
-                up_proj: linear(part("mlp.up_proj")?)?,
-                down_proj: linear(part("mlp.down_proj")?)?,
-                epsilon: config.rms_norm_eps,
-                name,
-            });
-        }
-        let norm = get("model.norm.weight")?;
-        let lm_head = match config.tie_word_embeddings {
-            true => linear(embed_tokens.clone())?,
-            false => linear(get("lm_head.weight")?)?,
+        let kind = match form {
+            Form::PackedAs(kind) => kind,
+            _ if embed_tokens.dtype() == DType::BF16 => WeightType::Bf16,
+            _ => WeightType::F32,
         };
-        let wide = match embed_tokens.dtype() {
-            _ if form == Form::Packed => DType::F32,
-            dtype => dtype,
+        let layers = match form {
+            Form::Plain => Layers::Plain(plain(config, &embed_tokens, get)?),
+            Form::Packed | Form::PackedAs(_) => {
+                Layers::Packed(pack(config, kind, &embed_tokens, get)?)
+            }
+        };
+        let wide = match form {
+            Form::Plain => embed_tokens.dtype(),
+            Form::Packed | Form::PackedAs(_) => DType::F32,
         };
         let context = config.max_position_embeddings;
         let table = RopeTable::new(&config.rope_frequencies(), context, wide, device)?;
-        let small = |tensor: &Tensor| tensor.to_dtype(wide);
-        for block in &mut blocks {
-            block.input_layernorm = small(&block.input_layernorm)?;
-            block.post_attention_layernorm = small(&block.post_attention_layernorm)?;
-        }
-        let norm = small(&norm)?;
-        Ok(Llama { config: config.clone(), embed_tokens, blocks, norm, lm_head, table })
+        Ok(Llama { config: config.clone(), embed_tokens, layers, table })
     }
 
     /// The device the parameters are on.
     pub fn device(&self) -> &Device {
-        self.norm.device()
+        self.embed_tokens.device()
     }
 
-    /// The type of the stream between blocks.
+    /// The type of the keys and values of a [`cache::Cache`] for this model.
     pub fn dtype(&self) -> DType {
-        self.norm.dtype()
+        match &self.layers {
+            Layers::Plain(layers) => layers.norm.dtype(),
+            Layers::Packed(layers) => layers.cache_type(),
+        }
     }
 
     /// Runs all blocks over rows of tokens: `(rows, hidden)`, before the last normalisation.
@@ -135,18 +144,108 @@ impl Llama {
         &self,
         ids: &[u32],
         positions: &[u32],
-        mut attend: impl FnMut(usize, &[Tensor; 3]) -> Result<Tensor>,
+        mut attend: impl FnMut(usize, &[Tensor; 3]) -> Result<Tensor> + Send,
     ) -> Result<Tensor> {
-        let mut x = embed(&self.embed_tokens, ids)?.to_dtype(self.dtype())?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            (x, _) =
-                block.forward(x, &self.table, positions, |qkv| Ok((attend(layer, qkv)?, ())))?;
+        let mut x = embed(&self.embed_tokens, ids)?;
+        match &self.layers {
+            Layers::Plain(layers) => {
+                for (layer, block) in layers.blocks.iter().enumerate() {
+                    let attend = |qkv: &[Tensor; 3]| Ok((attend(layer, qkv)?, ()));
+                    (x, _) = block.forward(x, &self.table, positions, attend)?;
+                }
+                Ok(x)
+            }
+            Layers::Packed(layers) => {
+                let shape = x.shape().clone();
+                let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+                layers.forward(&mut x, &self.table, positions, attend)?;
+                Tensor::from_vec(x, shape, &Device::Cpu)
+            }
         }
-        Ok(x)
     }
 
     /// The logits of rows that [`Llama::forward`] returned: `(rows, vocabulary)`.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        self.lm_head.forward(&rms_norm(x, &self.norm, self.config.rms_norm_eps)?)
+        match &self.layers {
+            Layers::Plain(layers) => {
+                project(&rms_norm(x, &layers.norm, self.config.rms_norm_eps)?, &layers.head)
+            }
+            Layers::Packed(layers) => {
+                let rows = x.dim(0)?;
+                let logits = layers.logits(&x.flatten_all()?.to_vec1()?);
+                Tensor::from_vec(logits, (rows, self.config.vocab_size), &Device::Cpu)
+            }
+        }
     }
+
+    /// The layers of a model that can be trained.
+    fn plain(&self) -> Result<&PlainLayers> {
+        match &self.layers {
+            Layers::Plain(layers) => Ok(layers),
+            Layers::Packed(_) => bail!("a model that was packed for generation cannot be trained"),
+        }
+    }
+}
+
+fn plain(
+    config: &ModelConfig,
+    embed_tokens: &Tensor,
+    mut get: impl FnMut(&str) -> LoadResult<Tensor>,
+) -> LoadResult<PlainLayers> {
+    let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+    for layer in 0..config.num_hidden_layers {
+        let name = format!("model.layers.{layer}");
+        let mut part = |part: &str| get(&format!("{name}.{part}.weight"));
+        blocks.push(Block {
+            input_layernorm: part("input_layernorm")?,
+            q_proj: part("self_attn.q_proj")?,
+            k_proj: part("self_attn.k_proj")?,
+            v_proj: part("self_attn.v_proj")?,
+            o_proj: part("self_attn.o_proj")?,
+            post_attention_layernorm: part("post_attention_layernorm")?,
+            gate_proj: part("mlp.gate_proj")?,
+            up_proj: part("mlp.up_proj")?,
+            down_proj: part("mlp.down_proj")?,
+            epsilon: config.rms_norm_eps,
+            name,
+        });
+    }
+    let norm = get("model.norm.weight")?;
+    let head = match config.tie_word_embeddings {
+        true => embed_tokens.clone(),
+        false => get("lm_head.weight")?,
+    };
+    Ok(PlainLayers { blocks, norm, head })
+}
+
+fn pack(
+    config: &ModelConfig,
+    kind: WeightType,
+    embed_tokens: &Tensor,
+    mut get: impl FnMut(&str) -> LoadResult<Tensor>,
+) -> LoadResult<PackedLayers> {
+    let wide = |tensor: Tensor| tensor.to_dtype(DType::F32)?.to_vec1();
+    let packed = |tensor: Tensor| PackedWeight::of_type(&tensor, kind);
+    let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+    for layer in 0..config.num_hidden_layers {
+        let mut part = |part: &str| get(&format!("model.layers.{layer}.{part}.weight"));
+        blocks.push(PackedBlock {
+            input_layernorm: wide(part("input_layernorm")?)?,
+            q_proj: packed(part("self_attn.q_proj")?)?,
+            k_proj: packed(part("self_attn.k_proj")?)?,
+            v_proj: packed(part("self_attn.v_proj")?)?,
+            o_proj: packed(part("self_attn.o_proj")?)?,
+            post_attention_layernorm: wide(part("post_attention_layernorm")?)?,
+            gate_proj: packed(part("mlp.gate_proj")?)?,
+            up_proj: packed(part("mlp.up_proj")?)?,
+            down_proj: packed(part("mlp.down_proj")?)?,
+            epsilon: config.rms_norm_eps,
+        });
+    }
+    let norm = wide(get("model.norm.weight")?)?;
+    let head = match config.tie_word_embeddings {
+        true => packed(embed_tokens.clone())?,
+        false => packed(get("lm_head.weight")?)?,
+    };
+    Ok(PackedLayers { kind, blocks, norm, head, epsilon: config.rms_norm_eps })
 }

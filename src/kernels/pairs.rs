@@ -1,0 +1,228 @@
+//! Products in bf16: two neighbouring inputs in one word, multiplied and added in f32.
+//!
+//! ```text
+//! row    [word]        word = bf16 of input 2i (low half), bf16 of input 2i + 1 (high half)
+//! panel  [word][32 outputs]
+//! ```
+//!
+//! `vdpbf16ps` takes both products of a word at once, one after the other, in one chain for each output.
+//! Where the CPU has no such instruction both sides are widened to f32: the same function up to rounding.
+
+// Reason: loads and broadcasts of `std::arch` take raw pointers, and functions compiled for an instruction
+// set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
+#![expect(unsafe_code, reason = "vector loads take raw pointers; bounds are asserted before them")]
+
+use super::real::simd;
+use super::tiles::{Ahead, PANEL, PanelTile};
+use std::cell::RefCell;
+
+/// Words of a row of `inputs` elements.
+pub(crate) fn words(inputs: usize) -> usize {
+    inputs.div_ceil(2)
+}
+
+/// A word of two elements, each rounded to the nearest bf16, ties to even.
+#[inline(always)]
+pub(crate) fn pair(low: f32, high: f32) -> u32 {
+    round(low) | round(high) << 16
+}
+
+/// The bits of the nearest bf16, ties to even.
+#[inline(always)]
+pub(crate) fn round(x: f32) -> u32 {
+    let bits = x.to_bits();
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16
+}
+
+/// Rounds a row into words.
+#[inline(always)]
+pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
+    let (whole, rest) = x.as_chunks::<2>();
+    for (word, x) in words.iter_mut().zip(whole) {
+        *word = pair(x[0], x[1]);
+    }
+    if let [last] = rest {
+        words[whole.len()] = round(*last);
+    }
+}
+
+/// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
+pub(crate) fn tile(
+    rows: &[u32],
+    stride: usize,
+    panel: &[u32],
+    ahead: Ahead<'_>,
+    out: &mut [[f32; PANEL]],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if avx512::is_there() {
+        return avx512::tile(rows, stride, panel, ahead, out);
+    }
+    let _ = ahead;
+    portable(rows, stride, panel, out);
+}
+
+/// The same in plain f32.
+fn portable(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
+    thread_local! {
+        static WIDE: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    }
+    let depth = panel.len() / PANEL;
+    WIDE.with_borrow_mut(|(x, wide)| {
+        x.resize(out.len() * 2 * depth, 0.0);
+        wide.resize(2 * panel.len(), 0.0);
+        simd(
+            #[inline(always)]
+            || {
+                for (row, x) in x.chunks_exact_mut(2 * depth).enumerate() {
+                    for (x, &word) in x.as_chunks_mut::<2>().0.iter_mut().zip(&rows[row * stride..])
+                    {
+                        *x = [low(word), high(word)];
+                    }
+                }
+                for (wide, words) in wide.chunks_exact_mut(2 * PANEL).zip(panel.chunks_exact(PANEL))
+                {
+                    for lane in 0..PANEL {
+                        wide[lane] = low(words[lane]);
+                        wide[PANEL + lane] = high(words[lane]);
+                    }
+                }
+            },
+        );
+        pulp::Arch::new().dispatch(PanelTile { x, stride: 2 * depth, panel: wide, out });
+    });
+}
+
+#[inline(always)]
+fn low(word: u32) -> f32 {
+    f32::from_bits(word << 16)
+}
+
+#[inline(always)]
+fn high(word: u32) -> f32 {
+    f32::from_bits(word & 0xffff_0000)
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{Ahead, PANEL};
+    use crate::kernels::tiles::by_rows;
+    use std::arch::x86_64::*;
+
+    /// Whether this CPU multiplies bf16.
+    #[inline(always)]
+    pub(super) fn is_there() -> bool {
+        is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16")
+    }
+
+    pub(super) fn tile(
+        rows: &[u32],
+        stride: usize,
+        panel: &[u32],
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        assert!(is_there());
+        by_rows!(out.len(), first, ROWS => {
+            let (rows, out) = (&rows[first * stride..], &mut out[first..]);
+            // SAFETY: the CPU has the instructions, as asserted above.
+            unsafe { rows_tile::<ROWS>(rows, stride, panel, ahead, out) }
+        });
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn rows_tile<const ROWS: usize>(
+        rows: &[u32],
+        stride: usize,
+        panel: &[u32],
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        let depth = panel.len() / PANEL;
+        assert!(rows.len() >= (ROWS - 1) * stride + depth && out.len() >= ROWS);
+        let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+        let starts: [*const u32; ROWS] = std::array::from_fn(|row| rows[row * stride..].as_ptr());
+        let (panel, ahead, step) = (panel.as_ptr(), ahead.words.as_ptr(), ahead.step);
+        for word in 0..depth {
+            // SAFETY: `word < depth`, so the 32 words of the panel and the word of each row are inside
+            // their slices, as asserted above. A prefetch may name any address.
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(word * step).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(word * step + step / 2).cast());
+                let left = _mm512_loadu_ps(panel.add(word * PANEL).cast());
+                let right = _mm512_loadu_ps(panel.add(word * PANEL + 16).cast());
+                let (left, right) = (halves(left), halves(right));
+                for row in 0..ROWS {
+                    let x = _mm512_set1_ps(f32::from_bits(*starts[row].add(word)));
+                    let x = halves(x);
+                    sums[row][0] = _mm512_dpbf16_ps(sums[row][0], x, left);
+                    sums[row][1] = _mm512_dpbf16_ps(sums[row][1], x, right);
+                }
+            }
+        }
+        for row in 0..ROWS {
+            let (left, right) = out[row].split_at_mut(PANEL / 2);
+            // SAFETY: each half holds 16 numbers.
+            unsafe {
+                _mm512_storeu_ps(left.as_mut_ptr(), sums[row][0]);
+                _mm512_storeu_ps(right.as_mut_ptr(), sums[row][1]);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn halves(words: __m512) -> __m512bh {
+        // SAFETY: both types are 512 bits without invalid values.
+        unsafe { std::mem::transmute(words) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::twin::{close, random};
+    use super::*;
+    use candle_core::{DType, Device, Tensor};
+
+    fn check(rows: usize, inputs: usize) {
+        let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let x = flat(random(&[rows, inputs], DType::F32));
+        let depth = words(inputs);
+        let (stride, mut packed) = (depth + 3, vec![0; rows * (depth + 3)]);
+        for (x, words) in x.chunks(inputs).zip(packed.chunks_mut(stride)) {
+            round_row(x, words);
+        }
+        let weight = flat(random(&[depth * 2 * PANEL], DType::F32));
+        let panel: Vec<u32> = weight.chunks(2).map(|w| pair(w[0], w[1])).collect();
+        let (mut ours, mut twin) = (vec![[0.0; PANEL]; rows], vec![[0.0; PANEL]; rows]);
+        tile(&packed, stride, &panel, Ahead::NOTHING, &mut ours);
+        portable(&packed, stride, &panel, &mut twin);
+        let tensor = |t: Vec<[f32; PANEL]>| {
+            Tensor::from_vec(t.into_flattened(), (rows, PANEL), &Device::Cpu).unwrap()
+        };
+        close(&tensor(ours), &tensor(twin), "a tile");
+    }
+
+    #[test]
+    fn the_kernel_equals_its_portable_twin() {
+        for rows in 1..30 {
+            for inputs in [1, 2, 7, 64, 129] {
+                check(rows, inputs);
+            }
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_and_ties_go_to_even() {
+        use candle_core::DType::{BF16, F32};
+        let x = random(&[4001], F32);
+        let twin: Vec<f32> = x.to_dtype(BF16).unwrap().to_dtype(F32).unwrap().to_vec1().unwrap();
+        let mut words = vec![0; 2001];
+        round_row(&x.to_vec1::<f32>().unwrap(), &mut words);
+        for (index, twin) in twin.iter().enumerate() {
+            let word = words[index / 2];
+            assert_eq!(if index % 2 == 0 { low(word) } else { high(word) }, *twin);
+        }
+        assert_eq!(round(f32::from_bits(0x3f80_8000)), 0x3f80);
+        assert_eq!(round(f32::from_bits(0x3f81_8000)), 0x3f82);
+    }
+}

@@ -1,0 +1,122 @@
+//! Products of rows with packed weights: how they are cut into tiles, and where the results go.
+//!
+//! ```text
+//! few rows:    threads share the panels; a weight is read once, and fetched one panel ahead
+//! many rows:   blocks of rows that stay in the cache, and all panels for each of them
+//! ```
+
+// Reason: threads write different columns of the same rows, which slices cannot express.
+#![expect(unsafe_code, reason = "tiles of one output are written by several threads")]
+
+use super::packed::PackedWeight;
+use super::real::{Real, simd};
+use super::rows::Rows;
+use super::share::{Target, each};
+use super::tiles::{PANEL, ROWS};
+use std::ops::Range;
+
+/// Bytes of a block of rows: half of a second-level cache.
+const BLOCK_BYTES: usize = 512 << 10;
+/// Tasks that the panels of a block are cut into.
+const TASKS: usize = 24;
+
+/// `out = x W^T` for some weights with the same inputs.
+pub(crate) fn set<const COUNT: usize>(parts: [(&PackedWeight, &mut [f32]); COUNT], x: &Rows) {
+    run(parts, x, |out, values| out.copy_from_slice(values));
+}
+
+/// `out += x W^T`.
+pub(crate) fn add(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
+    run([(weight, out)], x, |out, values| {
+        for (out, value) in out.iter_mut().zip(values) {
+            *out += value;
+        }
+    });
+}
+
+/// `out = silu(x G^T) * x U^T`.
+pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut [f32]) {
+    assert_eq!(gate.outputs(), up.outputs(), "a gate for each");
+    let target = Target::new(out, gate.outputs(), x.count());
+    share(gate.panels(), x, |panels, rows| {
+        let last = panels.end - 1;
+        for panel in panels {
+            tiles(&rows, |tile, tiles, rows| {
+                let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
+                for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
+                    let beyond = if panel < last { panel } else { weight.panels() };
+                    let ahead = weight.ahead(beyond, tile, tiles);
+                    weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
+                }
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (gates, ups) in gates.iter_mut().zip(&ups) {
+                            for lane in 0..PANEL {
+                                let open = 1.0 / (1.0 + Real::exp(-gates[lane]));
+                                gates[lane] = gates[lane] * open * ups[lane];
+                            }
+                        }
+                    },
+                );
+                for (row, values) in rows.zip(&gates) {
+                    // SAFETY: `share` hands out each row and panel once.
+                    let out = unsafe { target.columns(row, panel * PANEL, gate.width(panel)) };
+                    out.copy_from_slice(&values[..out.len()]);
+                }
+            });
+        }
+    });
+}
+
+fn run<const COUNT: usize>(
+    parts: [(&PackedWeight, &mut [f32]); COUNT],
+    x: &Rows,
+    put: impl Fn(&mut [f32], &[f32]) + Sync,
+) {
+    let parts = parts.map(|(weight, out)| (weight, Target::new(out, weight.outputs(), x.count())));
+    let panels = parts.iter().map(|(weight, _)| weight.panels()).sum();
+    share(panels, x, |panels, rows| {
+        let mut first = 0;
+        for (weight, target) in &parts {
+            let own = first..first + weight.panels();
+            first = own.end;
+            let own = panels.start.max(own.start) - own.start
+                ..panels.end.min(own.end).max(own.start) - own.start;
+            for panel in own.clone() {
+                let beyond = if panel + 1 < own.end { panel } else { weight.panels() };
+                tiles(&rows, |tile, tiles, rows| {
+                    let mut out = [[0.0; PANEL]; ROWS];
+                    let ahead = weight.ahead(beyond, tile, tiles);
+                    weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
+                    for (row, values) in rows.zip(&out) {
+                        // SAFETY: `share` hands out each row and panel once.
+                        let out =
+                            unsafe { target.columns(row, panel * PANEL, weight.width(panel)) };
+                        put(out, &values[..out.len()]);
+                    }
+                });
+            }
+        }
+    });
+}
+
+/// Calls `work` for every panel and row once, with ranges of both, on the threads of the pool.
+fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Sync) {
+    let block = (BLOCK_BYTES / (4 * x.stride())).max(ROWS) / ROWS * ROWS;
+    let step = panels.div_ceil(TASKS).max(1);
+    for first in (0..x.count()).step_by(block) {
+        let rows = first..(first + block).min(x.count());
+        let tasks = (0..panels).step_by(step).map(|first| first..(first + step).min(panels));
+        each(tasks, |panels| work(panels, rows.clone()));
+    }
+}
+
+/// Cuts rows into pieces of at most 12, as even as can be: `work(index, pieces, rows)`.
+fn tiles(rows: &Range<usize>, mut work: impl FnMut(usize, usize, Range<usize>)) {
+    let (count, pieces) = (rows.len(), rows.len().div_ceil(ROWS));
+    for index in 0..pieces {
+        let cut = |index: usize| rows.start + index * count / pieces;
+        work(index, pieces, cut(index)..cut(index + 1));
+    }
+}

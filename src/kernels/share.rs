@@ -1,0 +1,47 @@
+//! Work shared among the threads of the pool.
+
+// Reason: threads write different columns of the same rows, which slices cannot express.
+#![expect(unsafe_code, reason = "an output of rows is written by several threads")]
+
+use rayon::prelude::*;
+use std::marker::PhantomData;
+
+/// Runs `work` for each of the tasks, which are handed out in their order.
+///
+/// One task, or none, costs nothing.
+pub(crate) fn each<T: Send>(tasks: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
+    let mut tasks: Vec<T> = tasks.collect();
+    match tasks.len() {
+        1 => work(tasks.pop().expect("there is one")),
+        _ => tasks.into_par_iter().with_max_len(1).for_each(|task| work(task)),
+    }
+}
+
+/// An output that several threads write to.
+pub(crate) struct Target<'a> {
+    start: *mut f32,
+    rows: usize,
+    width: usize,
+    output: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is a mutable borrow of numbers; who writes where is up to `columns`.
+unsafe impl Sync for Target<'_> {}
+
+impl<'a> Target<'a> {
+    pub(crate) fn new(out: &'a mut [f32], width: usize, rows: usize) -> Self {
+        assert_eq!(out.len(), width * rows, "the output has another size");
+        Target { start: out.as_mut_ptr(), rows, width, output: PhantomData }
+    }
+
+    /// Some columns of a row.
+    ///
+    /// # Safety
+    /// No other borrow of the same columns may be alive.
+    #[expect(clippy::mut_from_ref, reason = "the caller promises that borrows do not overlap")]
+    pub(crate) unsafe fn columns(&self, row: usize, at: usize, length: usize) -> &mut [f32] {
+        assert!(row < self.rows && at + length <= self.width);
+        // SAFETY: within the output, as asserted; not borrowed elsewhere, as promised.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.width + at), length) }
+    }
+}
