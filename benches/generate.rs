@@ -4,7 +4,9 @@
 use candle_core::{DType, Device};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use crossbeam_channel::unbounded;
-use headwater::engine::{self, EngineCounters, EngineSettings};
+use headwater::engine::metrics::EngineCounters;
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
+use headwater::engine::{self, EngineSettings};
 use headwater::synthesizer::{Request, Synthesizer};
 use headwater_benches::{prompts, synthesizer};
 use std::sync::Arc;
@@ -20,6 +22,8 @@ fn generate(criterion: &mut Criterion) {
             step_tokens_max: 512,
             cache_bytes: 1 << 30,
             queue_max: 2 * batch,
+            // The same prompts again and again: nothing of the last time may be left.
+            means: Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off },
         };
         let counters = Arc::new(EngineCounters::default());
         let (queue, _) = engine::start(model, Vec::new(), settings, counters, |error| {

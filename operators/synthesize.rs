@@ -5,8 +5,9 @@
 //!                  [ capabilities of t until its last completion is back ]
 //! ```
 //!
-//! A full queue leaves turns in the backlog, which the source's window bounds. Answers leave in whatever
-//! order they come.
+//! A full queue leaves turns in the backlog, which the source's window bounds. Chains that are under way go
+//! before chains that begin: what the engine holds of them is still there, and epochs are done sooner.
+//! Answers leave in whatever order they come.
 
 use crate::held::Held;
 use crate::prompt::Turn;
@@ -25,6 +26,9 @@ use timely::progress::Timestamp;
 
 /// How long a turn stays in the backlog before the queue is tried again.
 const RETRY: Duration = Duration::from_millis(1);
+
+/// Turns that may be handed back before the queue counts as full: it may be several, one for each engine.
+const REFUSED_MAX: usize = 16;
 
 /// What is asked of the synthesizer, and how its answers become text.
 #[derive(Clone, Debug)]
@@ -71,7 +75,10 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                     let slot = held.slot(stamp, || capability.retain_stamp(port));
                     for turn in batches.flat_map(|batch| batch.drain(..)) {
                         held.enter(slot);
-                        backlog.push_back((slot, turn));
+                        match turn.chain.entries.is_empty() {
+                            true => backlog.push_back((slot, turn)),
+                            false => backlog.push_front((slot, turn)),
+                        }
                     }
                     held.release_if_idle(slot);
                 });
@@ -87,7 +94,10 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                     output.session(held.capabilities(slot)).give(turn);
                     held.leave(slot);
                 }
-                while let Some((slot, turn)) = backlog.pop_front() {
+                let mut refused = Vec::new();
+                while refused.len() < REFUSED_MAX
+                    && let Some((slot, turn)) = backlog.pop_front()
+                {
                     let key = in_flight.issue();
                     let tokens = turn.prompt.tokens.clone();
                     let new_tokens_max = synthesis.new_tokens_max;
@@ -95,11 +105,13 @@ impl<'scope, T: Timestamp> Synthesize<'scope, T> for StreamVec<'scope, T, Turn> 
                         Ok(()) => drop(submitted.insert(key, (slot, turn))),
                         Err(request) => {
                             in_flight.settle(request.key);
-                            backlog.push_front((slot, turn));
-                            again.activate_after(RETRY);
-                            break;
+                            refused.push((slot, turn));
                         }
                     }
+                }
+                for turn in refused.into_iter().rev() {
+                    backlog.push_front(turn);
+                    again.activate_after(RETRY);
                 }
             }
         })

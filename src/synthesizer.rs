@@ -6,8 +6,9 @@
 //!
 //! A worker never blocks: a full queue hands the request back, and finished requests are fetched when the
 //! waker says so. The answer to a request is a function of its tokens and limits alone, whatever else is
-//! in flight and in whatever order answers come.
+//! in flight, in whatever order answers come, and whichever of several equal engines gives it.
 
+use crate::engine::router::route;
 use crate::record::Finish;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use std::collections::BTreeSet;
@@ -37,7 +38,7 @@ pub struct Completion {
 
 /// Generates text, for one caller.
 pub trait Synthesizer {
-    /// Takes a request, or hands it back if the queue is full.
+    /// Takes a request, or hands it back if there is no room for it now. There may be room for another.
     ///
     /// # Panics
     /// If the engine is gone: the run cannot go on.
@@ -66,29 +67,39 @@ impl Job {
     }
 }
 
-/// The queue in front of an engine: clone it for each caller.
+/// The queue in front of an engine, or of several equal ones: clone it for each caller.
 #[derive(Clone)]
 pub struct Queue {
-    jobs: Sender<Job>,
+    engines: Vec<Sender<Job>>,
 }
 
 impl Queue {
     /// A queue of at most `capacity` waiting requests, and the end that an engine takes them from.
     pub fn new(capacity: usize) -> (Self, Receiver<Job>) {
         let (jobs, receiver) = bounded(capacity);
-        (Queue { jobs }, receiver)
+        (Queue { engines: vec![jobs] }, receiver)
+    }
+
+    /// One queue in front of all the engines of several. The engines must give equal answers.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn over(queues: impl IntoIterator<Item = Queue>) -> Self {
+        let engines: Vec<_> = queues.into_iter().flat_map(|queue| queue.engines).collect();
+        assert!(!engines.is_empty(), "somebody must answer");
+        Queue { engines }
     }
 
     /// A handle for one caller, who is woken by `waker`.
     pub fn open(&self, waker: Waker) -> Handle {
         let (reply, completions) = unbounded(); // holds what was submitted, which is bounded
-        Handle { jobs: self.jobs.clone(), reply, completions, waker }
+        Handle { engines: self.engines.clone(), reply, completions, waker }
     }
 }
 
 /// One caller's end of a [`Queue`].
 pub struct Handle {
-    jobs: Sender<Job>,
+    engines: Vec<Sender<Job>>,
     reply: Sender<Completion>,
     completions: Receiver<Completion>,
     waker: Waker,
@@ -96,8 +107,9 @@ pub struct Handle {
 
 impl Synthesizer for Handle {
     fn submit(&mut self, request: Request) -> Result<(), Request> {
+        let engine = route(&request.tokens, &self.engines);
         let job = Job { request, reply: self.reply.clone(), waker: self.waker.clone() };
-        match self.jobs.try_send(job) {
+        match self.engines[engine].try_send(job) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(job)) => Err(job.request),
             Err(TrySendError::Disconnected(_)) => panic!("the synthesis engine is gone"),

@@ -235,6 +235,15 @@ pub struct EngineArgs {
     /// Memory for keys and values, in MiB
     #[arg(long, default_value_t = 2048, value_name = "MIB")]
     pub cache_mib: usize,
+    /// Devices of the synthesizer, one engine each: cpu, or cuda:0,cuda:1,… [default: that of --device]
+    #[arg(long, value_delimiter = ',', value_name = "DEVICE,…")]
+    pub synthesizer_device: Vec<String>,
+    /// Use again what the cache holds of earlier prompts: on or off
+    #[arg(long, default_value = "on", value_name = "HOW")]
+    pub prefix_reuse: String,
+    /// Guess tokens that are copied, where that is faster: auto, always or off
+    #[arg(long, default_value = "auto", value_name = "HOW")]
+    pub speculation: String,
 }
 
 /// How a command is run.

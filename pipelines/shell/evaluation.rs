@@ -4,7 +4,9 @@ use super::stop;
 use anyhow::{Context, Result, anyhow};
 use candle_core::{DType, Device};
 use crossbeam_channel::unbounded;
-use headwater::engine::{self, EngineCounters, EngineSettings};
+use headwater::engine::metrics::EngineCounters;
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
+use headwater::engine::{self, EngineSettings};
 use headwater::eval::{Exam, Scores};
 use headwater::model::Llama;
 use headwater::model::config::ModelConfig;
@@ -15,8 +17,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-const SETTINGS: EngineSettings =
-    EngineSettings { sequences_max: 32, step_tokens_max: 512, cache_bytes: 2 << 30, queue_max: 64 };
+const SETTINGS: EngineSettings = EngineSettings {
+    sequences_max: 32,
+    step_tokens_max: 512,
+    cache_bytes: 2 << 30,
+    queue_max: 64,
+    means: Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Auto },
+};
 
 /// Tokens of a question with its answer at most: the context of the published synthesizer (recipe (b)).
 pub const CONTEXT_MAX: usize = 4096;

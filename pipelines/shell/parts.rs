@@ -7,7 +7,8 @@ use anyhow::Result;
 use headwater::augment::Augmenter;
 use headwater::block::{Admission, Blocks};
 use headwater::commit::Committer;
-use headwater::engine::{self, EngineCounters};
+use headwater::engine;
+use headwater::engine::metrics::EngineCounters;
 use headwater::format::documents::Documents;
 use headwater::gate::agreement::ANSWER_TOKENS_MAX;
 use headwater::gate::{Agreement, DocumentGates, PairGates};
@@ -53,6 +54,8 @@ pub struct Parts {
     pub packing: Packing,
     rounds: usize,
     window: u64,
+    /// What the synthesis engines have done.
+    pub engine: Arc<EngineCounters>,
     queue: Queue,
     judge: Queue,
     blocks: Mutex<Option<Blocks>>,
@@ -67,12 +70,14 @@ impl Parts {
     /// If the folder holds another run, or a model cannot be loaded.
     pub fn open(settings: &Settings, plan: &Plan, feed: Option<Feed>) -> Result<Self> {
         let folder = open_folder(settings, plan)?;
-        let queue = start_engine(settings, &settings.synthesizer)?;
+        let counters = Arc::new(EngineCounters::default());
+        let queue = start_engines(settings, &settings.synthesizer, &counters)?;
         let judge = match &settings.judge {
-            Some(judge) => start_engine(settings, judge)?,
+            Some(judge) => start_engines(settings, judge, &Arc::default())?,
             None => queue.clone(),
         };
-        Self::wire(settings, folder, (queue, judge), feed)
+        let parts = Self::wire(settings, folder, (queue, judge), feed)?;
+        Ok(Parts { engine: counters, ..parts })
     }
 
     /// The parts around any synthesizer that takes its jobs from `queue`.
@@ -127,6 +132,7 @@ impl Parts {
             meters,
             writer,
             prompt_tokens_max,
+            engine: Arc::default(),
             queue,
         })
     }
@@ -213,14 +219,23 @@ fn open_folder(settings: &Settings, plan: &Plan) -> Result<RunFolder> {
     Ok(RunFolder::open(&settings.out, &settings.configuration(training)?)?)
 }
 
-fn start_engine(settings: &Settings, model: &Model) -> Result<Queue> {
-    let counters = Arc::new(EngineCounters::default());
-    let ends = model.config.eos_token_ids.clone();
-    let loaded = model.load(settings.dtype, &settings.device)?;
-    let (queue, _) = engine::start(loaded, ends, settings.engine_settings(), counters, |error| {
-        fail(&format!("the synthesis engine failed: {error}"));
-    })?;
-    Ok(queue)
+/// An engine on each device of the synthesizer.
+fn start_engines(
+    settings: &Settings,
+    model: &Model,
+    counters: &Arc<EngineCounters>,
+) -> Result<Queue> {
+    let start = |device| -> Result<Queue> {
+        let ends = model.config.eos_token_ids.clone();
+        let loaded = model.load(settings.dtype, device)?;
+        let engine_settings = settings.engine_settings();
+        let (queue, _) = engine::start(loaded, ends, engine_settings, counters.clone(), |error| {
+            fail(&format!("the synthesis engine failed: {error}"));
+        })?;
+        Ok(queue)
+    };
+    let queues = settings.synthesizer_devices.iter().map(start).collect::<Result<Vec<_>>>()?;
+    Ok(Queue::over(queues))
 }
 
 fn agreement(settings: &Settings) -> Result<Option<Agreement>> {

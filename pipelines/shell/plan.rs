@@ -5,6 +5,7 @@ use super::settings::Settings;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use headwater::block::Converted;
+use headwater::engine::blocks_wanted;
 use headwater::format::census::{Census, census};
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
@@ -174,14 +175,15 @@ impl Plan {
     fn memory(&self, settings: &Settings) -> u64 {
         let synthesizer = &settings.synthesizer.config;
         let element = settings.dtype.size_in_bytes() as u64;
-        let blocks = settings.engine.sequences
-            * synthesizer.max_position_embeddings.div_ceil(headwater::kernels::cached::BLOCK);
+        let context = synthesizer.max_position_embeddings;
+        let blocks = blocks_wanted(&settings.engine_settings(), context);
         let cache = blocks * Cache::block_bytes(synthesizer, DType::F32);
         let cache = cache.min(settings.engine.cache_mib << 20) as u64;
+        let engines = settings.synthesizer_devices.len() as u64;
         let training = self.training.as_ref().map_or(0, |training| {
             training_bytes(&settings.model.config, training.micro_batch_tokens)
         });
-        synthesizer.parameter_count() * element + cache + training
+        engines * (synthesizer.parameter_count() * element + cache) + training
     }
 }
 

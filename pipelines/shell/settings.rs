@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use headwater::block::{Converted, LongTexts};
 use headwater::engine::EngineSettings;
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
 use headwater::format::documents::{Kind, files};
 use headwater::format::input;
 use headwater::format::jsonl::Fields;
@@ -95,6 +96,10 @@ pub struct Settings {
     pub model: Model,
     /// Where models compute.
     pub device: Device,
+    /// Where the synthesizer computes: on each a copy of it.
+    pub synthesizer_devices: Vec<Device>,
+    /// What makes synthesis faster.
+    pub means: Means,
     /// Type of the synthesizer's weights.
     pub dtype: DType,
 }
@@ -119,7 +124,8 @@ impl Settings {
         ensure!(length >= 16, "--length must be 16 at least");
         ensure!((1..=99).contains(&mix.lanes), "--lanes takes 1 to 99");
         let device = device::device(&machine.device)?;
-        let dtype = device::dtype(&engine.dtype, &device)?;
+        let synthesizer_devices = synthesizer_devices(&engine, &device)?;
+        let dtype = device::dtype(&engine.dtype, &synthesizer_devices[0])?;
         let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let context = synthesizer.config.max_position_embeddings.min(augment.context);
         synthesizer.config.max_position_embeddings = context;
@@ -150,6 +156,7 @@ impl Settings {
             limit: input.limit,
             out: input.out,
             train: (!no_train).then_some(train),
+            means: means(&engine)?,
             templates: Arc::new(templates),
             preset,
             published,
@@ -164,6 +171,7 @@ impl Settings {
             judge,
             model,
             device,
+            synthesizer_devices,
             dtype,
         })
     }
@@ -185,6 +193,7 @@ impl Settings {
             step_tokens_max: self.engine.step_tokens,
             cache_bytes: self.engine.cache_mib << 20,
             queue_max: 2 * self.engine.sequences,
+            means: self.means,
         }
     }
 
@@ -203,7 +212,7 @@ impl Settings {
     /// If a file cannot be read.
     pub fn configuration(&self, training: Option<Value>) -> Result<Value> {
         let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
-        let kind = if self.device.is_cpu() { "cpu" } else { "cuda" };
+        let kind = if self.synthesizer_devices[0].is_cpu() { "cpu" } else { "cuda" };
         let judge = self.judge.as_ref().map(|judge| -> Result<Value> {
             Ok(json!({ "name": judge.name, "weights": judge.digest()? }))
         });
@@ -254,6 +263,37 @@ fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
     ensure!(engine.sequences > 0, "--sequences must be 1 at least");
     ensure!(engine.step_tokens > 0, "--step-tokens must be 1 at least");
     Ok(())
+}
+
+/// Where the synthesizer computes. Devices of one kind compute the same, so that no answer depends on which
+/// of them gave it.
+fn synthesizer_devices(engine: &EngineArgs, common: &Device) -> Result<Vec<Device>> {
+    if engine.synthesizer_device.is_empty() {
+        return Ok(vec![common.clone()]);
+    }
+    let names = engine.synthesizer_device.iter();
+    let devices = names.map(|name| device::device(name)).collect::<Result<Vec<_>, _>>();
+    let devices = devices.context("--synthesizer-device")?;
+    ensure!(
+        devices.iter().all(|device| device.is_cpu() == devices[0].is_cpu()),
+        "--synthesizer-device takes devices of one kind: they must give the same answers"
+    );
+    Ok(devices)
+}
+
+fn means(engine: &EngineArgs) -> Result<Means> {
+    let prefix_reuse = match engine.prefix_reuse.as_str() {
+        "on" => PrefixReuse::On,
+        "off" => PrefixReuse::Off,
+        other => bail!("--prefix-reuse takes on or off, not {other:?}"),
+    };
+    let speculation = match engine.speculation.as_str() {
+        "auto" => Speculation::Auto,
+        "always" => Speculation::Always,
+        "off" => Speculation::Off,
+        other => bail!("--speculation takes auto, always or off, not {other:?}"),
+    };
+    Ok(Means { prefix_reuse, speculation })
 }
 
 /// Texts of an epoch: a multiple of the rounds.

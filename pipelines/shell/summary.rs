@@ -12,6 +12,7 @@ use headwater::mix::Mixer;
 use headwater::run::RunFolder;
 use headwater::train::StepReport;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -22,6 +23,7 @@ pub struct Summary {
     training: Option<(StepReport, StepReport)>,
     seconds: f64,
     generated: u64,
+    engine: BTreeMap<&'static str, u64>,
     out: PathBuf,
     strict: bool,
 }
@@ -48,6 +50,7 @@ impl Summary {
             training,
             seconds,
             generated: parts.meters.generations.get(),
+            engine: parts.engine.figures().into(),
             out: settings.out.clone(),
             strict: settings.machine.strict,
         })
@@ -79,6 +82,7 @@ impl Summary {
             "ledger": self.ledger_json(),
             "seconds": self.seconds,
             "documents_per_s": self.generated as f64 / self.seconds,
+            "engine": self.engine,
             "utilisation": self.utilisation(),
             "mix_error_tokens": self.mix_errors(),
             "peak_memory_bytes": peak_memory(),
@@ -100,6 +104,7 @@ impl Summary {
             self.generated as f64 / self.seconds,
             bytes(peak_memory()),
         );
+        lines.push(("engine", self.describe_engine()));
         lines.push(("run", run));
         let mut text = String::new();
         for (name, value) in lines {
@@ -196,6 +201,22 @@ impl Summary {
             get("pack/cuts"),
         );
         vec![("mix", mix), ("pack", pack)]
+    }
+
+    /// What the synthesis engines did in this run, as far as it went here.
+    fn describe_engine(&self) -> String {
+        let get = |name: &str| self.engine[name];
+        let prompts = get("prompt_tokens") + get("cached_tokens");
+        format!(
+            "{} steps of {:.1} sequences; {:.1} % of prompts were in the cache; {} of {} guessed tokens held; \
+             {} sequences computed again",
+            count(get("steps")),
+            get("sequences") as f64 / get("steps").max(1) as f64,
+            100.0 * get("cached_tokens") as f64 / prompts.max(1) as f64,
+            count(get("accepted_tokens")),
+            count(get("drafted_tokens")),
+            get("preemptions"),
+        )
     }
 
     /// Where everything lies.

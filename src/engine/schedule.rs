@@ -1,14 +1,20 @@
 //! Which tokens of which sequences a step computes: a plain data structure without tensors.
 //!
 //! ```text
-//! waiting ─▶ admitted when its blocks are free ─▶ prompt in chunks ─▶ one token a step ─▶ finished
+//! waiting ─▶ running: prompt in chunks ─▶ one token a step, with guesses behind it ─▶ finished
+//!    ▲          │ a block is wanted and none is there: the youngest goes back
+//!    └──────────┘ its tokens are kept, its blocks are not
 //! ```
 //!
-//! Everything is bounded: sequences that run, tokens of a step, blocks of the cache. A sequence reserves
-//! all blocks it can come to need when it is admitted, so that none is ever stopped half-way. Sequences
-//! that have their prompt behind them go first; the rest of a step is prompt, oldest sequence first, so
-//! none starves.
+//! Everything is bounded: sequences that run, tokens of a step, blocks of the cache. A sequence is admitted
+//! when there are blocks for its tokens so far, and takes more as it grows. Sequences run and wait in the
+//! order they came in. The oldest has a row in every step, and takes blocks from the youngest, so it comes
+//! to its end, and so does the next.
 
+use super::blocks::Blocks;
+use super::draft::{DRAFT_MAX, Lookup};
+use super::metrics::StepMetrics;
+use super::odds::{Measured, Odds};
 use crate::kernels::cached::{BLOCK, Run};
 use std::collections::VecDeque;
 
@@ -23,6 +29,35 @@ pub struct Bounds {
     pub blocks: usize,
 }
 
+/// Whether blocks of earlier sequences are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PrefixReuse {
+    /// A sequence computes all its tokens.
+    Off,
+    /// A sequence computes what is not in the cache.
+    On,
+}
+
+/// Whether tokens are guessed ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speculation {
+    /// Never.
+    Off,
+    /// Where it is estimated to be faster.
+    Auto,
+    /// Wherever there is something to guess from.
+    Always,
+}
+
+/// What a schedule makes use of. Nothing of it changes a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Means {
+    /// Whether blocks of earlier sequences are used again.
+    pub prefix_reuse: PrefixReuse,
+    /// Whether tokens are guessed ahead.
+    pub speculation: Speculation,
+}
+
 /// A sequence that is being generated; `T` is whatever belongs to it.
 #[derive(Debug)]
 pub struct Sequence<T> {
@@ -34,8 +69,12 @@ pub struct Sequence<T> {
     pub new_tokens_max: usize,
     /// What belongs to it.
     pub owner: T,
+    /// Tokens whose keys and values are in the cache.
     computed: usize,
     table: Vec<u32>,
+    /// Blocks of the table, from its beginning, that others can find.
+    filed: usize,
+    lookup: Lookup,
 }
 
 impl<T> Sequence<T> {
@@ -44,8 +83,8 @@ impl<T> Sequence<T> {
         &self.tokens[self.prompt..]
     }
 
-    fn blocks(&self) -> usize {
-        (self.prompt + self.new_tokens_max).div_ceil(BLOCK)
+    fn left(&self) -> usize {
+        self.tokens.len() - self.computed
     }
 }
 
@@ -60,17 +99,30 @@ pub struct Step {
     pub runs: Vec<Run>,
     /// Rows whose next token is wanted.
     pub samples: Vec<u32>,
-    /// For each of them, the index of its sequence among the running ones.
-    sampled: Vec<usize>,
+    /// What each run wants.
+    wants: Vec<Want>,
 }
 
-/// Sequences that run, and the blocks that are free.
+/// What a run of the running sequence of the same index wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Want {
+    /// Rows at its end whose next token is wanted: none, or one and one for each guess.
+    samples: usize,
+    /// Length of the match that the guesses come from.
+    matched: usize,
+}
+
+/// Sequences that run, those that wait, and the blocks of the cache.
 #[derive(Debug)]
 pub struct Schedule<T> {
     bounds: Bounds,
+    means: Means,
     waiting: VecDeque<Sequence<T>>,
+    /// The oldest first.
     running: Vec<Sequence<T>>,
-    free: Vec<u32>,
+    blocks: Blocks,
+    odds: Odds,
+    metrics: StepMetrics,
 }
 
 impl<T> Schedule<T> {
@@ -78,27 +130,39 @@ impl<T> Schedule<T> {
     ///
     /// # Panics
     /// If a bound is zero.
-    pub fn new(bounds: Bounds) -> Self {
+    pub fn new(bounds: Bounds, means: Means) -> Self {
         let Bounds { sequences_max, step_tokens_max, blocks } = bounds;
         assert!(sequences_max > 0 && step_tokens_max > 0 && blocks > 0, "{bounds:?}");
-        let free = (0..blocks as u32).rev().collect();
-        Schedule { bounds, waiting: VecDeque::new(), running: Vec::new(), free }
+        Schedule {
+            bounds,
+            means,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            blocks: Blocks::new(blocks),
+            odds: Odds::default(),
+            metrics: StepMetrics::default(),
+        }
     }
 
     /// Takes a prompt in, or hands its owner back if the whole cache would be too small for it.
+    ///
+    /// # Errors
+    /// The owner.
     pub fn push(&mut self, prompt: Vec<u32>, new_tokens_max: usize, owner: T) -> Result<(), T> {
-        let sequence = Sequence {
+        let blocks = (prompt.len() + new_tokens_max).div_ceil(BLOCK);
+        if blocks > self.bounds.blocks || prompt.is_empty() {
+            return Err(owner);
+        }
+        self.waiting.push_back(Sequence {
             prompt: prompt.len(),
             tokens: prompt,
             new_tokens_max,
             owner,
             computed: 0,
             table: Vec::new(),
-        };
-        if sequence.blocks() > self.bounds.blocks || sequence.prompt == 0 {
-            return Err(sequence.owner);
-        }
-        self.waiting.push_back(sequence);
+            filed: 0,
+            lookup: Lookup::default(),
+        });
         Ok(())
     }
 
@@ -117,36 +181,52 @@ impl<T> Schedule<T> {
         !self.waiting.is_empty() || self.running.len() >= self.bounds.sequences_max
     }
 
+    /// What the last step did.
+    pub fn metrics(&self) -> &StepMetrics {
+        &self.metrics
+    }
+
+    /// Takes in how many seconds the last step took: costs decide how much is guessed.
+    pub fn measured(&mut self, step: &Step, seconds: f64) {
+        let sampled_rows = step.samples.len();
+        let prompt_rows = self.metrics.prompt_tokens as usize;
+        self.odds.measured(Measured { prompt_rows, sampled_rows, seconds });
+    }
+
     /// Admits what fits and lays out the next step.
     pub fn plan(&mut self) -> Step {
+        self.metrics = StepMetrics::default();
+        let evictions = self.blocks.evictions();
         self.admit();
         let mut step = Step::default();
-        let mut room = self.bounds.step_tokens_max;
-        let decoding = |sequence: &Sequence<T>| sequence.computed + 1 == sequence.tokens.len();
-        for pass in [true, false] {
-            for (index, sequence) in self.running.iter_mut().enumerate() {
-                let left = sequence.tokens.len() - sequence.computed;
-                if decoding(sequence) != pass || room == 0 || left == 0 {
-                    continue;
-                }
-                let rows = left.min(room);
-                room -= rows;
-                let from = sequence.computed;
-                step.runs.push(Run {
-                    first_row: step.ids.len(),
-                    rows,
-                    position: from,
-                    table: sequence.table.clone(),
-                });
-                step.ids.extend_from_slice(&sequence.tokens[from..from + rows]);
-                step.positions.extend((from..from + rows).map(|position| position as u32));
-                sequence.computed += rows;
-                if sequence.computed == sequence.tokens.len() {
-                    step.samples.push(step.ids.len() as u32 - 1);
-                    step.sampled.push(index);
-                }
+        // Rows that younger sequences need to go on with: prompts leave them room.
+        let mut decoding = self.running.iter().filter(|sequence| sequence.left() == 1).count();
+        let mut index = 0;
+        while index < self.running.len() && step.ids.len() < self.bounds.step_tokens_max {
+            let left = self.running[index].left();
+            decoding -= usize::from(left == 1 && decoding > 0);
+            let room = self.bounds.step_tokens_max - step.ids.len();
+            let room = room.saturating_sub(decoding).max(1);
+            let rows = left.min(room);
+            if !self.secure(index, rows) {
+                break;
             }
+            let (guess, matched) = match left {
+                1 => self.guess(index, room - rows),
+                _ => (Vec::new(), 0),
+            };
+            let samples = if rows == left { 1 + guess.len() } else { 0 };
+            step.add(&mut self.running[index], rows, &guess, Want { samples, matched });
+            match left {
+                1 => self.metrics.decode_tokens += 1,
+                _ => self.metrics.prompt_tokens += rows as u64,
+            }
+            self.metrics.drafted_tokens += guess.len() as u64;
+            index += 1;
         }
+        self.metrics.sequences = step.runs.len() as u64;
+        self.metrics.evictions = self.blocks.evictions() - evictions;
+        self.metrics.blocks_held = self.blocks.held() as u64;
         step
     }
 
@@ -156,23 +236,31 @@ impl<T> Schedule<T> {
     /// # Panics
     /// If there is not one token for each sample of the step.
     pub fn take(&mut self, step: &Step, sampled: &[u32], ends: &[u32]) -> Vec<(Sequence<T>, bool)> {
-        assert_eq!(step.sampled.len(), sampled.len(), "one token for each sample");
+        assert_eq!(step.samples.len(), sampled.len(), "one token for each sample");
         let mut done = Vec::new();
-        for (&index, &token) in step.sampled.iter().zip(sampled) {
+        let mut taken = 0;
+        for (index, want) in step.wants.iter().enumerate() {
             let sequence = &mut self.running[index];
-            let closed = ends.contains(&token);
-            if !closed {
-                sequence.tokens.push(token);
+            let rows = &step.samples[taken..taken + want.samples];
+            let own = &sampled[taken..taken + want.samples];
+            taken += want.samples;
+            let guesses = rows.iter().skip(1).map(|&row| step.ids[row as usize]);
+            let (accepted, end) = sequence.accept(own, guesses, ends);
+            if want.samples > 1 {
+                self.odds.compared(want.matched, want.samples - 1, accepted);
             }
-            if closed || sequence.generated().len() >= sequence.new_tokens_max {
-                done.push((index, closed));
+            self.metrics.accepted_tokens += accepted as u64;
+            self.metrics.generated_tokens += own.len().min(accepted + 1) as u64;
+            if self.means.prefix_reuse == PrefixReuse::On {
+                sequence.file(&mut self.blocks);
             }
+            done.extend(end.map(|closed| (index, closed)));
         }
-        done.sort_by_key(|&(index, _)| std::cmp::Reverse(index)); // removal keeps earlier indices
+        done.reverse(); // removal keeps earlier indices
         done.into_iter()
             .map(|(index, closed)| {
                 let mut sequence = self.running.remove(index);
-                self.free.append(&mut sequence.table);
+                self.blocks.release(&mut sequence.table);
                 (sequence, closed)
             })
             .collect()
@@ -181,107 +269,142 @@ impl<T> Schedule<T> {
     fn admit(&mut self) {
         while self.running.len() < self.bounds.sequences_max
             && let Some(next) = self.waiting.front()
-            && next.blocks() <= self.free.len()
         {
+            let tokens = &next.tokens;
+            let found = match self.means.prefix_reuse {
+                PrefixReuse::Off => Vec::new(),
+                PrefixReuse::On => self.blocks.find(&tokens[..tokens.len() - 1]), // a row is left
+            };
+            let idle = found.iter().filter(|&&block| self.blocks.is_idle(block)).count();
+            let fresh = tokens.len().div_ceil(BLOCK) - found.len();
+            // Each of those that run is about to want a block: whoever comes leaves them one.
+            if idle + fresh + self.running.len() > self.blocks.available() {
+                return;
+            }
             let mut sequence = self.waiting.pop_front().expect("there is one in front");
-            sequence.table = self.free.split_off(self.free.len() - sequence.blocks());
+            for &block in &found {
+                self.blocks.hold(block);
+            }
+            sequence.filed = found.len();
+            sequence.computed = found.len() * BLOCK;
+            sequence.table = found;
+            sequence.table.extend((0..fresh).map_while(|_| self.blocks.take()));
+            self.metrics.cached_tokens += sequence.computed as u64;
             self.running.push(sequence);
         }
+    }
+
+    /// Makes sure that a sequence has blocks for so many more rows, at the cost of younger ones. False if
+    /// it is the youngest and had to go itself.
+    fn secure(&mut self, index: usize, rows: usize) -> bool {
+        while self.running[index].room() < rows {
+            if let Some(block) = self.blocks.take() {
+                self.running[index].table.push(block);
+                continue;
+            }
+            let mut youngest = self.running.pop().expect("a sequence that wants blocks runs");
+            self.blocks.release(&mut youngest.table);
+            (youngest.computed, youngest.filed) = (0, 0);
+            self.waiting.push_front(youngest);
+            self.metrics.preemptions += 1;
+            if index == self.running.len() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// How a sequence may go on behind its last token, at most so many tokens; and the length of the match
+    /// it is guessed from.
+    fn guess(&mut self, index: usize, room: usize) -> (Vec<u32>, usize) {
+        let sequence = &mut self.running[index];
+        let wanted = sequence.new_tokens_max - sequence.generated().len();
+        let room = room.min(wanted - 1); // the last one needs no row
+        if self.means.speculation == Speculation::Off || room == 0 {
+            return (Vec::new(), 0);
+        }
+        sequence.lookup.extend(&sequence.tokens);
+        let Some(found) = sequence.lookup.find(&sequence.tokens) else {
+            return (Vec::new(), 0);
+        };
+        let worth = match self.means.speculation {
+            Speculation::Auto => self.odds.worth(found.length, self.running.len()),
+            _ => DRAFT_MAX,
+        };
+        let sequence = &mut self.running[index];
+        let count = room.min(worth);
+        // Guesses take blocks that are there; none is sent back for them.
+        while sequence.room() < 1 + count
+            && let Some(block) = self.blocks.take()
+        {
+            sequence.table.push(block);
+        }
+        let count = count.min(sequence.room() - 1);
+        (found.guess(&sequence.tokens, count), found.length)
+    }
+}
+
+impl<T> Sequence<T> {
+    /// Rows that its blocks have room for.
+    fn room(&self) -> usize {
+        self.table.len() * BLOCK - self.computed
+    }
+
+    /// Takes in the model's tokens behind the last one and behind each guess, for as long as guesses hold.
+    /// Returns how many held, and whether the sequence is finished: closed, or at its limit.
+    fn accept(
+        &mut self,
+        sampled: &[u32],
+        guesses: impl Iterator<Item = u32>,
+        ends: &[u32],
+    ) -> (usize, Option<bool>) {
+        let mut accepted = 0;
+        let mut guesses = guesses.fuse();
+        for &token in sampled {
+            if ends.contains(&token) {
+                return (accepted, Some(true));
+            }
+            self.tokens.push(token);
+            if self.generated().len() >= self.new_tokens_max {
+                return (accepted, Some(false));
+            }
+            if guesses.next() != Some(token) {
+                break;
+            }
+            accepted += 1;
+            self.computed += 1; // its row was in the step
+        }
+        (accepted, None)
+    }
+
+    /// Files the blocks that have become full. What guesses left behind is not among the computed tokens,
+    /// so it is never part of one.
+    fn file(&mut self, blocks: &mut Blocks) {
+        while (self.filed + 1) * BLOCK <= self.computed {
+            let before = self.filed.checked_sub(1).map(|before| self.table[before]);
+            let tokens = self.tokens.as_chunks::<BLOCK>().0[self.filed];
+            self.table[self.filed] = blocks.file(before, tokens, self.table[self.filed]);
+            self.filed += 1;
+        }
+    }
+}
+
+impl Step {
+    /// Adds the next rows of a sequence, and rows of guesses behind them.
+    fn add<T>(&mut self, sequence: &mut Sequence<T>, rows: usize, guess: &[u32], want: Want) {
+        let (first_row, from) = (self.ids.len(), sequence.computed);
+        let table = sequence.table.clone();
+        let all = rows + guess.len();
+        self.runs.push(Run { first_row, rows: all, position: from, table });
+        self.ids.extend_from_slice(&sequence.tokens[from..from + rows]);
+        self.ids.extend_from_slice(guess);
+        self.positions.extend((from..from + all).map(|position| position as u32));
+        let end = self.ids.len();
+        self.samples.extend((end - want.samples..end).map(|row| row as u32));
+        self.wants.push(want);
+        sequence.computed += rows;
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const END: u32 = 0;
-
-    /// Generates from prompts of the given lengths with a model that writes `length` tokens and closes.
-    fn run(prompts: &[(usize, usize)], bounds: Bounds, limit: usize) -> Vec<(usize, usize, bool)> {
-        let mut schedule = Schedule::new(bounds);
-        let mut finished = Vec::new();
-        for (owner, &(prompt, _)) in prompts.iter().enumerate() {
-            if schedule.push(vec![1; prompt], limit, owner).is_err() {
-                finished.push((owner, usize::MAX, false));
-            }
-        }
-        while !schedule.is_empty() {
-            let step = schedule.plan();
-            assert!(!step.ids.is_empty(), "a step without rows: nothing would ever finish");
-            assert!(step.ids.len() <= bounds.step_tokens_max);
-            assert!(step.runs.len() <= bounds.sequences_max);
-            let mut blocks: Vec<u32> = step.runs.iter().flat_map(|run| run.table.clone()).collect();
-            let all = blocks.len();
-            blocks.sort_unstable();
-            blocks.dedup();
-            assert_eq!(blocks.len(), all, "two sequences share a block");
-            for run in &step.runs {
-                assert!((run.position + run.rows).div_ceil(BLOCK) <= run.table.len());
-            }
-            let next = |&index: &usize| {
-                let sequence = &schedule.running[index];
-                let wanted = prompts[sequence.owner].1;
-                if sequence.generated().len() < wanted { 7 } else { END }
-            };
-            let tokens: Vec<u32> = step.sampled.iter().map(next).collect();
-            for (sequence, closed) in schedule.take(&step, &tokens, &[END]) {
-                finished.push((sequence.owner, sequence.generated().len(), closed));
-            }
-        }
-        assert_eq!(schedule.free.len(), bounds.blocks, "blocks were lost");
-        finished.sort_unstable();
-        finished
-    }
-
-    const BOUNDS: Bounds = Bounds { sequences_max: 3, step_tokens_max: 50, blocks: 12 };
-
-    #[test]
-    fn a_sequence_ends_where_the_model_closes_it_or_at_its_limit() {
-        let found = run(&[(100, 5), (10, 9), (70, 0)], BOUNDS, 8);
-        assert_eq!(found, [(0, 5, true), (1, 8, false), (2, 0, true)]);
-    }
-
-    #[test]
-    fn a_prompt_that_can_never_fit_is_handed_back() {
-        let found = run(&[(12 * BLOCK, 1), (5, 1), (0, 1)], BOUNDS, 8);
-        assert_eq!(found, [(0, usize::MAX, false), (1, 1, true), (2, usize::MAX, false)]);
-    }
-
-    #[test]
-    fn running_sequences_go_before_prompts() {
-        let mut schedule = Schedule::new(BOUNDS);
-        for owner in ["a", "b"] {
-            schedule.push(vec![1; if owner == "a" { 3 } else { 90 }], 4, owner).unwrap();
-        }
-        let step = schedule.plan();
-        assert_eq!(step.runs.iter().map(|run| run.rows).collect::<Vec<_>>(), [3, 47]);
-        schedule.take(&step, &[7], &[END]);
-        let step = schedule.plan();
-        assert_eq!(
-            step.runs.iter().map(|run| (run.rows, run.position)).collect::<Vec<_>>(),
-            [(1, 3), (43, 47)]
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn every_prompt_is_answered_within_the_bounds(
-            prompts in prop::collection::vec((1usize..300, 0usize..20), 0..30),
-            sequences_max in 1usize..6,
-            step_tokens_max in 1usize..200,
-            blocks in 1usize..20,
-        ) {
-            let bounds = Bounds { sequences_max, step_tokens_max, blocks };
-            let found = run(&prompts, bounds, 10);
-            prop_assert_eq!(found.len(), prompts.len());
-            for ((owner, length, closed), (prompt, wanted)) in found.iter().zip(&prompts) {
-                if (prompt + 10).div_ceil(BLOCK) > blocks {
-                    prop_assert_eq!(*length, usize::MAX);
-                } else {
-                    prop_assert_eq!((*length, *closed), ((*wanted).min(10), *wanted < 10), "{}", owner);
-                }
-            }
-        }
-    }
-}
+mod laws;

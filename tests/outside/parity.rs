@@ -7,7 +7,9 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, mistral};
 use crossbeam_channel::unbounded;
-use headwater::engine::{self, EngineCounters, EngineSettings};
+use headwater::engine::metrics::EngineCounters;
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
+use headwater::engine::{self, EngineSettings};
 use headwater::kernels::attention::attention;
 use headwater::model::Llama;
 use headwater::model::backward::{Batch, Gradients, Keep};
@@ -133,6 +135,7 @@ fn generate(model: Llama, prompts: &[Vec<u32>], new_tokens_max: usize) -> Vec<Ve
         step_tokens_max: 16,
         cache_bytes: 1 << 24,
         queue_max: 16,
+        means: Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Always },
     };
     let counters = Arc::new(EngineCounters::default());
     let (queue, _) =

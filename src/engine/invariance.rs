@@ -1,0 +1,207 @@
+//! The answer to a request is the same whatever happens around it: the engine as a whole, with a small
+//! model of random weights.
+
+use super::schedule::Speculation;
+use super::*;
+use crate::model::Form;
+use crate::model::config::ModelConfig;
+use crate::model::shape::Shape;
+use crate::seed;
+use crate::synthesizer::{Request, Synthesizer};
+use candle_core::Device;
+use std::collections::BTreeMap;
+
+const VOCABULARY: usize = 97;
+const END: u32 = 3;
+
+fn model(form: Form) -> Llama {
+    let config = ModelConfig {
+        vocab_size: VOCABULARY,
+        max_position_embeddings: 512,
+        num_hidden_layers: 2,
+        ..Shape::named("2m").unwrap().config()
+    };
+    Llama::build(&config, form, &Device::Cpu, |name, shape| {
+        let mut stream = seed::stream(5, name, "engine test");
+        // What is far away counts for little, so that the model falls into repeating itself.
+        let scale = if name.contains("o_proj") { 0.03 } else { 0.3 };
+        let values: Vec<f32> =
+            (0..shape.iter().product()).map(|_| scale * stream.normal() as f32).collect();
+        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        Ok(if name.contains("norm") { (tensor + 1.0)? } else { tensor })
+    })
+    .unwrap()
+}
+
+/// A prompt with its limit.
+type Ask = (Vec<u32>, usize);
+/// What was generated, and how it ended.
+type Answer = (Vec<u32>, Finish);
+
+/// Prompts of all lengths. Some go on from others, some repeat themselves, so that there is something to
+/// find again and to guess from.
+fn prompts() -> Vec<Ask> {
+    let mut stream = seed::stream(9, "prompts", "engine test");
+    let mut prompts: Vec<Ask> = Vec::new();
+    for index in 0..48 {
+        let length = 1 + stream.index(150);
+        let mut tokens: Vec<u32> = match index % 4 {
+            0 => Vec::new(),
+            _ => prompts[index - 1].0.clone(),
+        };
+        tokens.extend((0..length).map(|_| stream.index(VOCABULARY) as u32));
+        if index % 3 == 0 {
+            let again = tokens.clone();
+            tokens.extend(again);
+        }
+        tokens.truncate(400);
+        prompts.push((tokens, 5 + index * 7 % 100));
+    }
+    prompts
+}
+
+/// Has an engine answer all, and gives its counts.
+fn generate(
+    settings: EngineSettings,
+    asked: &[Ask],
+    ends: &[u32],
+) -> (Vec<Answer>, BTreeMap<&'static str, u64>) {
+    let counters = Arc::new(EngineCounters::default());
+    let failed = |error| panic!("{error}");
+    let started =
+        start(model(Form::Packed), ends.to_vec(), settings, counters.clone(), failed).unwrap();
+    let (queue, thread) = started;
+    let (woken, wakes) = crossbeam_channel::unbounded();
+    let mut handle = queue.open(Arc::new(move || {
+        let _ = woken.send(());
+    }));
+    drop(queue);
+    let mut answers = vec![None; asked.len()];
+    let (mut sent, mut done) = (0, 0);
+    while done < asked.len() {
+        while sent < asked.len() {
+            let (tokens, new_tokens_max) = asked[sent].clone();
+            match handle.submit(Request { key: sent as u64, tokens, new_tokens_max }) {
+                Ok(()) => sent += 1,
+                Err(_) => break,
+            }
+        }
+        wakes.recv().unwrap();
+        while let Some(completion) = handle.poll() {
+            answers[completion.key as usize] = Some((completion.tokens, completion.finish));
+            done += 1;
+        }
+    }
+    drop(handle);
+    thread.join().unwrap();
+    (answers.into_iter().map(Option::unwrap).collect(), BTreeMap::from(counters.figures()))
+}
+
+/// One after the other, each computed anew.
+const ALONE: EngineSettings = EngineSettings {
+    sequences_max: 1,
+    step_tokens_max: 512,
+    cache_bytes: 64 << 20,
+    queue_max: 4,
+    means: Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off },
+};
+
+const ALL: Means = Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Always };
+
+/// Answers under some settings are those of each request alone; the counts.
+fn check(settings: EngineSettings) -> BTreeMap<&'static str, u64> {
+    check_all(settings, &prompts(), &[END])
+}
+
+fn check_all(settings: EngineSettings, asked: &[Ask], ends: &[u32]) -> BTreeMap<&'static str, u64> {
+    let (found, counts) = generate(settings, asked, ends);
+    let (alone, _) = generate(ALONE, asked, ends);
+    assert!(found == alone, "{settings:?} changes answers");
+    counts
+}
+
+#[test]
+fn an_answer_does_not_depend_on_its_company_or_its_chunks() {
+    for (sequences_max, step_tokens_max) in [(1, 7), (4, 33), (24, 64), (24, 4096)] {
+        check(EngineSettings { sequences_max, step_tokens_max, ..ALONE });
+    }
+}
+
+#[test]
+fn an_answer_does_not_depend_on_what_the_cache_holds_already() {
+    let means = Means { prefix_reuse: PrefixReuse::On, ..ALONE.means };
+    for (sequences_max, step_tokens_max) in [(1, 512), (3, 50)] {
+        let settings = EngineSettings { sequences_max, step_tokens_max, means, ..ALONE };
+        assert!(check(settings)["cached_tokens"] > 1000);
+    }
+}
+
+#[test]
+fn an_answer_does_not_depend_on_guesses() {
+    for speculation in [Speculation::Always, Speculation::Auto] {
+        let means = Means { speculation, ..ALONE.means };
+        for (sequences_max, step_tokens_max) in [(1, 512), (6, 40)] {
+            let settings = EngineSettings { sequences_max, step_tokens_max, means, ..ALONE };
+            let counts = check(settings);
+            assert!(counts["drafted_tokens"] > counts["accepted_tokens"]);
+        }
+    }
+}
+
+#[test]
+fn an_answer_does_not_depend_on_how_often_it_is_sent_back() {
+    let block = Cache::block_bytes(&model(Form::Packed).config, candle_core::DType::F32);
+    // Short prompts with long answers: more are admitted than can grow.
+    let short = |(mut tokens, _): Ask| {
+        tokens.truncate(60);
+        (tokens, 150)
+    };
+    let asked: Vec<Ask> = prompts().into_iter().map(short).collect();
+    for means in [ALL, ALONE.means] {
+        let cache_bytes = 10 * block; // one context is 8
+        let settings =
+            EngineSettings { sequences_max: 8, step_tokens_max: 96, cache_bytes, means, ..ALONE };
+        let counts = check_all(settings, &asked, &[]);
+        assert!(counts["preemptions"] > 0, "{counts:?}");
+    }
+}
+
+#[test]
+fn answers_equal_those_of_computing_each_text_anew() {
+    use crate::model::backward::Batch;
+    let plain = model(Form::Plain);
+    let asked = prompts();
+    let (answers, _) =
+        generate(EngineSettings { sequences_max: 4, means: ALL, ..ALONE }, &asked, &[END]);
+    for ((prompt, limit), (tokens, finish)) in asked.iter().zip(&answers).take(6) {
+        let mut all = prompt.clone();
+        for &token in tokens.iter().take(8) {
+            // The token that was chosen costs least among all.
+            let loss = |next: u32| {
+                let mut ids = all.clone();
+                ids.push(next);
+                let rows = ids.len();
+                let batch = Batch {
+                    positions: (0..rows as u32).collect(),
+                    spans: std::iter::once(0..rows).collect(),
+                    rows: vec![rows as u32 - 2],
+                    targets: vec![next],
+                    ids,
+                };
+                plain.losses(&batch).unwrap()[0]
+            };
+            let chosen = loss(token);
+            assert!((0..VOCABULARY as u32).step_by(5).all(|next| loss(next) >= chosen - 1e-4));
+            all.push(token);
+        }
+        assert!(tokens.len() <= *limit && (*finish == Finish::Stop || tokens.len() == *limit));
+    }
+}
+
+#[test]
+fn what_cannot_be_served_fails_alone() {
+    let asked = [(vec![5; 600], 5), (vec![], 5), (vec![5; 10], 5)];
+    let (answers, _) = generate(ALONE, &asked, &[END]);
+    let failed = answers.iter().map(|(_, finish)| matches!(finish, Finish::Failed(_)));
+    assert_eq!(failed.collect::<Vec<_>>(), [true, true, false]);
+}

@@ -1,0 +1,266 @@
+//! Laws of the schedule, with a model that is a function of what its cache holds.
+
+use super::*;
+use proptest::prelude::*;
+
+const END: u32 = 0;
+
+/// A model whose next token depends on all tokens before, as its cache shows them. Blocks that were given
+/// to the wrong sequence, or rows that were left out, change what it says.
+struct Fake {
+    cache: Vec<[u64; BLOCK]>,
+}
+
+fn fold(before: u64, token: u32) -> u64 {
+    let mixed = (before ^ u64::from(token)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    mixed ^ (mixed >> 29)
+}
+
+/// Mostly counts up, so that there is something to guess; sometimes jumps, seldom ends.
+fn next(state: u64, token: u32) -> u32 {
+    match state % 64 {
+        0 => END,
+        1..8 => 1 + (state >> 8) as u32 % 5,
+        _ => 1 + token % 5,
+    }
+}
+
+/// What the model says behind a prompt, and whether it closes.
+fn alone(prompt: &[u32], limit: usize) -> (Vec<u32>, bool) {
+    let mut state = prompt.iter().fold(1, |state, &token| fold(state, token));
+    let mut token = *prompt.last().unwrap();
+    let mut generated = Vec::new();
+    while generated.len() < limit {
+        token = next(state, token);
+        if token == END {
+            return (generated, true);
+        }
+        generated.push(token);
+        state = fold(state, token);
+    }
+    (generated, false)
+}
+
+impl Fake {
+    fn compute(&mut self, step: &Step) -> Vec<u32> {
+        let mut states = Vec::new();
+        for run in &step.runs {
+            for row in 0..run.rows {
+                let at = |position: usize| (run.table[position / BLOCK] as usize, position % BLOCK);
+                let position = run.position + row;
+                assert_eq!(step.positions[run.first_row + row] as usize, position);
+                let before = match position.checked_sub(1).map(at) {
+                    Some((block, lane)) => self.cache[block][lane],
+                    None => 1,
+                };
+                let (block, lane) = at(position);
+                if lane == 0 {
+                    self.cache[block].fill(0);
+                }
+                self.cache[block][lane] = fold(before, step.ids[run.first_row + row]);
+                states.push(self.cache[block][lane]);
+            }
+        }
+        step.samples.iter().map(|&row| next(states[row as usize], step.ids[row as usize])).collect()
+    }
+}
+
+/// What became of a run.
+#[derive(Default)]
+struct Outcome {
+    /// For each prompt, what was generated and whether it was closed; none if it was handed back.
+    answers: Vec<Option<(Vec<u32>, bool)>>,
+    total: StepMetrics,
+}
+
+/// Generates from prompts of which `at_a_time` come before each step, and checks each step.
+fn run(
+    prompts: &[Vec<u32>],
+    limit: usize,
+    at_a_time: usize,
+    bounds: Bounds,
+    means: Means,
+) -> Outcome {
+    let mut schedule = Schedule::new(bounds, means);
+    let mut fake = Fake { cache: vec![[0; BLOCK]; bounds.blocks] };
+    let mut outcome = Outcome { answers: vec![None; prompts.len()], ..Outcome::default() };
+    let mut coming = prompts.iter().enumerate();
+    let work: usize = prompts.iter().map(|prompt| prompt.len() + limit).sum();
+    for steps in 0.. {
+        for (owner, prompt) in coming.by_ref().take(at_a_time) {
+            let _ = schedule.push(prompt.clone(), limit, owner);
+        }
+        if schedule.is_empty() && coming.len() == 0 {
+            break;
+        }
+        let step = schedule.plan();
+        assert!(steps <= work + prompts.len(), "somebody starves");
+        check_step(&schedule, &step, bounds);
+        let tokens = fake.compute(&step);
+        for (sequence, closed) in schedule.take(&step, &tokens, &[END]) {
+            let answer = (sequence.generated().to_vec(), closed);
+            assert!(outcome.answers[sequence.owner].replace(answer).is_none(), "answered once");
+        }
+        let tables: Vec<&[u32]> = schedule.running.iter().map(|one| &one.table[..]).collect();
+        schedule.blocks.check(&tables);
+        let (total, step) = (&mut outcome.total, schedule.metrics());
+        total.cached_tokens += step.cached_tokens;
+        total.prompt_tokens += step.prompt_tokens;
+        total.drafted_tokens += step.drafted_tokens;
+        total.accepted_tokens += step.accepted_tokens;
+        total.generated_tokens += step.generated_tokens;
+        total.preemptions += step.preemptions;
+    }
+    assert_eq!(schedule.blocks.held(), 0, "blocks were lost");
+    outcome
+}
+
+fn check_step(schedule: &Schedule<usize>, step: &Step, bounds: Bounds) {
+    assert!(step.ids.len() <= bounds.step_tokens_max);
+    assert!(step.runs.len() <= bounds.sequences_max);
+    let owners = schedule.running.iter().chain(&schedule.waiting).map(|one| one.owner);
+    assert!(owners.is_sorted(), "sequences run and wait in the order they came in");
+    let Some(oldest) = schedule.running.first() else {
+        return assert!(schedule.waiting.is_empty(), "whoever is first is never kept waiting");
+    };
+    let run = &step.runs[0];
+    assert!(run.rows > 0 && run.table == oldest.table, "the oldest always goes on");
+    let mut written = std::collections::BTreeSet::new();
+    for run in &step.runs {
+        let last = run.position + run.rows - 1;
+        assert!(last / BLOCK < run.table.len());
+        for block in &run.table[run.position / BLOCK..=last / BLOCK] {
+            assert!(written.insert(block), "two sequences write to block {block}");
+        }
+    }
+    for run in &step.runs {
+        let read = &run.table[..run.position / BLOCK];
+        assert!(read.iter().all(|block| !written.contains(block)), "a shared block is written to");
+    }
+}
+
+const BOUNDS: Bounds = Bounds { sequences_max: 3, step_tokens_max: 50, blocks: 12 };
+const PLAIN: Means = Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off };
+const ALL: Means = Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Always };
+
+/// Tokens that count up from `first`.
+fn prompt(first: u32, length: usize) -> Vec<u32> {
+    (0..length as u32).map(|place| 1 + (first + place + place / 7) % 5).collect()
+}
+
+/// Each prompt goes on from the one before it and its answer, as chains do.
+fn chain(rounds: usize, length: usize, limit: usize) -> Vec<Vec<u32>> {
+    let mut prompts = vec![prompt(0, length)];
+    for round in 1..rounds {
+        let last = prompts.last().unwrap();
+        let answer = alone(last, limit).0;
+        prompts.push([last.clone(), answer, prompt(round as u32, length)].concat());
+    }
+    prompts
+}
+
+/// All answers are those of the model alone; what happened on the way.
+fn check(prompts: &[Vec<u32>], limit: usize, bounds: Bounds, means: Means) -> StepMetrics {
+    let outcome = run(prompts, limit, 1, bounds, means);
+    for (prompt, answer) in prompts.iter().zip(&outcome.answers) {
+        assert_eq!(answer.as_ref(), Some(&alone(prompt, limit)));
+    }
+    outcome.total
+}
+
+#[test]
+fn a_sequence_ends_where_the_model_closes_it_or_at_its_limit() {
+    let prompts: Vec<_> = (1..20).map(|length| prompt(length, length as usize)).collect();
+    check(&prompts, 40, BOUNDS, PLAIN);
+    let closed = prompts.iter().filter(|prompt| alone(prompt, 40).1).count();
+    assert!((1..prompts.len()).contains(&closed), "{closed}");
+}
+
+#[test]
+fn a_prompt_that_can_never_fit_is_handed_back() {
+    let prompts = [prompt(0, 12 * BLOCK), prompt(0, 5), Vec::new()];
+    let found = run(&prompts, 8, 3, BOUNDS, PLAIN).answers;
+    assert_eq!(found, [None, Some(alone(&prompts[1], 8)), None]);
+}
+
+#[test]
+fn prompts_leave_room_for_whoever_is_generating() {
+    let mut schedule = Schedule::new(BOUNDS, PLAIN);
+    for (owner, length) in [("a", 90), ("b", 3)] {
+        schedule.push(vec![1; length], 4, owner).unwrap();
+    }
+    let mut shapes = Vec::new();
+    for _ in 0..2 {
+        let step = schedule.plan();
+        shapes.push(step.runs.iter().map(|run| (run.rows, run.position)).collect::<Vec<_>>());
+        schedule.take(&step, &vec![7; step.samples.len()], &[END]);
+    }
+    assert_eq!(shapes, [vec![(50, 0)], vec![(40, 50), (3, 0)]]);
+    let step = schedule.plan();
+    assert_eq!(step.runs.iter().map(|run| run.rows).collect::<Vec<_>>(), [1, 1]);
+}
+
+#[test]
+fn a_round_computes_only_what_the_round_before_did_not() {
+    let prompts = chain(4, 100, 40);
+    let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 20 };
+    let means = Means { prefix_reuse: PrefixReuse::On, ..PLAIN };
+    let total = check(&prompts, 40, bounds, means);
+    // All full blocks of the prompt before and its answer, whose last token was never a row.
+    let reused =
+        |pair: &[Vec<u32>]| (pair[0].len() + alone(&pair[0], 40).0.len() - 1) / BLOCK * BLOCK;
+    let expected: usize = prompts.windows(2).map(reused).sum();
+    assert_eq!(total.cached_tokens, expected as u64);
+    assert!(expected > 2 * BLOCK);
+}
+
+#[test]
+fn a_prompt_that_is_all_there_still_has_a_row() {
+    let prompts = [prompt(0, 2 * BLOCK), prompt(0, 2 * BLOCK)];
+    let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 5 };
+    let total = check(&prompts, 8, bounds, Means { prefix_reuse: PrefixReuse::On, ..PLAIN });
+    assert_eq!(total.cached_tokens, BLOCK as u64);
+}
+
+#[test]
+fn guesses_that_hold_save_steps() {
+    let total = check(&[prompt(0, 60)], 60, BOUNDS, ALL);
+    assert!(total.accepted_tokens > 0 && total.accepted_tokens < total.drafted_tokens);
+}
+
+#[test]
+fn the_youngest_goes_back_when_blocks_run_out() {
+    // Three prompts of one block each fit with one block to spare; grown, they need twice as many.
+    let prompts = [1, 2, 3].map(|first| prompt(first, BLOCK - 4));
+    let bounds = Bounds { sequences_max: 3, step_tokens_max: 200, blocks: 5 };
+    let total = check(&prompts, 100, bounds, PLAIN);
+    assert!(total.preemptions > 0);
+}
+
+proptest! {
+    #[test]
+    fn every_answer_is_that_of_the_model_alone(
+        seeds in prop::collection::vec((0u32..4, 1usize..200, 1usize..4), 1..10),
+        shape in (1usize..6, 1usize..200, 1usize..20),
+        limit in 1usize..90,
+        at_a_time in 1usize..5,
+        reuse in any::<bool>(),
+        speculation in prop::sample::select(
+            vec![Speculation::Off, Speculation::Auto, Speculation::Always]
+        ),
+    ) {
+        let (sequences_max, step_tokens_max, blocks) = shape;
+        let bounds = Bounds { sequences_max, step_tokens_max, blocks };
+        let prefix_reuse = if reuse { PrefixReuse::On } else { PrefixReuse::Off };
+        let mut prompts = Vec::new();
+        for (first, length, rounds) in seeds {
+            prompts.extend(chain(rounds, length, limit));
+            prompts.push(prompt(first, length));
+        }
+        let found = run(&prompts, limit, at_a_time, bounds, Means { prefix_reuse, speculation });
+        for (prompt, answer) in prompts.iter().zip(found.answers) {
+            let fits = (prompt.len() + limit).div_ceil(BLOCK) <= blocks;
+            prop_assert_eq!(answer, fits.then(|| alone(prompt, limit)));
+        }
+    }
+}
