@@ -22,7 +22,7 @@ mod real;
 pub mod rms_norm;
 pub mod rope;
 pub(crate) mod rows;
-mod share;
+pub(crate) mod share;
 mod storage;
 pub mod swiglu;
 mod tiles;
@@ -70,4 +70,13 @@ pub fn sum_of_squares(tensor: &candle_core::Tensor) -> candle_core::Result<f64> 
         candle_core::DType::F64 => Ok(blocks::<f64>(&storage::elements(tensor)?)),
         _ => Ok(blocks::<f32>(&storage::elements(tensor)?)),
     }
+}
+
+/// The index of the largest element, the first of several.
+pub(crate) fn first_of_largest(values: &[f32]) -> usize {
+    let top = real::simd(
+        #[inline(always)]
+        || real::max(values),
+    );
+    values.iter().position(|&value| value == top).unwrap_or(0)
 }

@@ -107,7 +107,10 @@ fn high(word: u32) -> f32 {
 mod avx512 {
     use super::{Ahead, PANEL};
     use crate::kernels::tiles::by_rows;
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        __m512, __m512bh, _MM_HINT_T1, _mm_prefetch, _mm512_dpbf16_ps, _mm512_loadu_ps,
+        _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+    };
 
     /// Whether this CPU multiplies bf16.
     #[inline(always)]

@@ -40,9 +40,9 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
     let target = Target::new(out, gate.outputs(), x.count());
     share(gate.panels(), x, |panels, rows| {
         let last = panels.end - 1;
+        let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
         for panel in panels {
             tiles(&rows, |tile, tiles, rows| {
-                let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
                 for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
                     let beyond = if panel < last { panel } else { weight.panels() };
                     let ahead = weight.ahead(beyond, tile, tiles);
@@ -72,12 +72,12 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
 fn run<const COUNT: usize>(
     parts: [(&PackedWeight, &mut [f32]); COUNT],
     x: &Rows,
-    put: impl Fn(&mut [f32], &[f32]) + Sync,
+    put: impl Fn(&mut [f32], &[f32]) + Send + Sync,
 ) {
     let parts = parts.map(|(weight, out)| (weight, Target::new(out, weight.outputs(), x.count())));
     let panels = parts.iter().map(|(weight, _)| weight.panels()).sum();
     share(panels, x, |panels, rows| {
-        let mut first = 0;
+        let (mut first, mut out) = (0, [[0.0; PANEL]; ROWS]);
         for (weight, target) in &parts {
             let own = first..first + weight.panels();
             first = own.end;
@@ -86,7 +86,6 @@ fn run<const COUNT: usize>(
             for panel in own.clone() {
                 let beyond = if panel + 1 < own.end { panel } else { weight.panels() };
                 tiles(&rows, |tile, tiles, rows| {
-                    let mut out = [[0.0; PANEL]; ROWS];
                     let ahead = weight.ahead(beyond, tile, tiles);
                     weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
                     for (row, values) in rows.zip(&out) {
@@ -102,7 +101,7 @@ fn run<const COUNT: usize>(
 }
 
 /// Calls `work` for every panel and row once, with ranges of both, on the threads of the pool.
-fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Sync) {
+fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
     let block = (BLOCK_BYTES / (4 * x.stride())).max(ROWS) / ROWS * ROWS;
     let step = panels.div_ceil(TASKS).max(1);
     for first in (0..x.count()).step_by(block) {

@@ -162,7 +162,11 @@ fn portable(rows: QuadRows<'_>, panel: QuadPanel<'_>, out: &mut [[f32; PANEL]]) 
 mod avx512 {
     use super::{Ahead, GROUP, PANEL, QuadPanel, QuadRows};
     use crate::kernels::tiles::by_rows;
-    use std::arch::x86_64::*;
+    use std::arch::x86_64::{
+        _MM_HINT_T1, _mm_prefetch, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_ps, _mm512_setzero_si512, _mm512_storeu_ps,
+    };
 
     /// Whether this CPU multiplies bytes.
     #[inline(always)]

@@ -69,7 +69,7 @@ impl Rows {
         kind: WeightType,
         count: usize,
         inputs: usize,
-        write: impl Fn(usize, RowMut<'_>) + Sync,
+        write: impl Fn(usize, RowMut<'_>) + Send + Sync,
     ) {
         self.shape(kind, count, inputs);
         let Rows { words, groups, depth, stride, group_stride, .. } = self;

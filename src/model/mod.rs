@@ -18,7 +18,7 @@ use crate::kernels::embedding::embed;
 use crate::kernels::packed::{PackedWeight, WeightType};
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::RopeTable;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
 use layers::{Block, project};
 use packed::{PackedBlock, PackedLayers};
@@ -175,6 +175,16 @@ impl Llama {
                 let logits = layers.logits(&x.flatten_all()?.to_vec1()?);
                 Tensor::from_vec(logits, (rows, self.config.vocab_size), &Device::Cpu)
             }
+        }
+    }
+
+    /// The most likely next token after each of `rows` of what [`Llama::forward`] returned, the first of
+    /// several.
+    pub fn most_likely(&self, x: &Tensor, rows: &[u32]) -> Result<Vec<u32>> {
+        let x = x.index_select(&Tensor::new(rows, x.device())?, 0)?;
+        match &self.layers {
+            Layers::Plain(_) => self.logits(&x)?.argmax(D::Minus1)?.to_vec1(),
+            Layers::Packed(layers) => Ok(layers.most_likely(&x.flatten_all()?.to_vec1()?)),
         }
     }
 

@@ -4,12 +4,13 @@
 //! to, one product for queries, keys and values, one for gate and up with the activation in it, and memory
 //! that is used again for every block. The test below holds the two against each other.
 
-use super::config::ModelConfig;
+use crate::kernels::first_of_largest;
 use crate::kernels::packed::{PackedWeight, WeightType};
 use crate::kernels::product;
 use crate::kernels::rms_norm::normalise_rows;
 use crate::kernels::rope::{RopeTable, turn_rows};
 use crate::kernels::rows::Rows;
+use crate::kernels::share::each;
 use candle_core::{Device, Result, Tensor};
 use std::cell::Cell;
 
@@ -43,6 +44,7 @@ pub(crate) struct PackedLayers {
 struct Scratch {
     rows: Rows,
     middle: Vec<f32>,
+    logits: Vec<f32>,
 }
 
 thread_local! {
@@ -84,6 +86,21 @@ impl PackedLayers {
         })
     }
 
+    /// The most likely next token after each of some rows, the first of several.
+    pub(crate) fn most_likely(&self, x: &[f32]) -> Vec<u32> {
+        with_scratch(|Scratch { rows, logits, .. }| {
+            normalise_rows(x, &self.norm, self.epsilon, self.kind, rows);
+            let vocabulary = self.head.outputs();
+            logits.resize(rows.count() * vocabulary, 0.0);
+            product::set([(&self.head, logits.as_mut_slice())], rows);
+            let mut best = vec![0; rows.count()];
+            each(best.iter_mut().zip(logits.chunks_exact(vocabulary)), |(best, logits)| {
+                *best = first_of_largest(logits) as u32;
+            });
+            best
+        })
+    }
+
     /// The type that keys and values are kept in.
     pub(crate) fn cache_type(&self) -> candle_core::DType {
         match self.kind {
@@ -97,7 +114,7 @@ impl PackedBlock {
     fn forward(
         &self,
         x: &mut [f32],
-        Scratch { rows, middle }: &mut Scratch,
+        Scratch { rows, middle, .. }: &mut Scratch,
         table: &RopeTable,
         positions: &[u32],
         attend: impl FnOnce(&[Tensor; 3]) -> Result<Tensor>,
@@ -127,6 +144,7 @@ impl PackedBlock {
 
 #[cfg(test)]
 mod tests {
+    use super::super::config::ModelConfig;
     use super::super::{Form, Llama};
     use super::*;
     use crate::kernels::cached::Run;
@@ -163,6 +181,23 @@ mod tests {
         let mean = |t: &Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
         let noise = mean(&(logits(form) - &exact).unwrap()) / mean(&exact);
         assert!(noise < noise_max, "{form:?}: noise is {noise} of the signal");
+    }
+
+    #[test]
+    fn the_most_likely_token_is_the_first_with_the_largest_logit() {
+        for form in [Form::Plain, Form::Packed, Form::PackedAs(WeightType::Bf16)] {
+            let model = model(form);
+            let values: Vec<f32> = (0..40 * 128).map(|i| (i as f32).sin()).collect();
+            let x = Tensor::from_vec(values, (40, 128), &Device::Cpu).unwrap();
+            let rows = [3, 39, 0, 3];
+            let ours = model.most_likely(&x, &rows).unwrap();
+            let logits: Vec<Vec<f32>> = model.logits(&x).unwrap().to_vec2().unwrap();
+            for (row, token) in rows.into_iter().zip(ours) {
+                let logits = &logits[row as usize];
+                let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                assert_eq!(logits.iter().position(|&x| x == top), Some(token as usize));
+            }
+        }
     }
 
     #[test]
