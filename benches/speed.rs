@@ -9,7 +9,9 @@
 
 use candle_core::{Device, Tensor};
 use crossbeam_channel::unbounded;
-use headwater::engine::{self, EngineCounters, EngineSettings};
+use headwater::engine::metrics::EngineCounters;
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
+use headwater::engine::{self, EngineSettings};
 use headwater::kernels::cached::{BLOCK, Run};
 use headwater::kernels::packed::WeightType;
 use headwater::model::cache::Cache;
@@ -89,6 +91,8 @@ fn whole(model: Llama, batch: usize, count: usize) -> f64 {
         step_tokens_max: 512,
         cache_bytes: 4 << 30,
         queue_max: count,
+        // Random tokens: nothing is shared, nothing can be guessed.
+        means: Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off },
     };
     let vocabulary = model.config.vocab_size;
     let counters = Arc::new(EngineCounters::default());

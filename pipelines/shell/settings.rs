@@ -340,3 +340,46 @@ pub fn digests(paths: &[PathBuf]) -> Result<Vec<Value>> {
     };
     paths.iter().map(file).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shell::args::RunArgs;
+
+    fn engine(flags: &[&str]) -> EngineArgs {
+        let needed = ["--input", "x.jsonl", "--out", "x"];
+        RunArgs::of(needed.iter().chain(flags)).expect("flags that exist").engine
+    }
+
+    fn check_devices(flags: &[&str], expected: std::result::Result<usize, &str>) {
+        let found = synthesizer_devices(&engine(flags), &Device::Cpu);
+        let found = found.map(|devices| devices.len()).map_err(|error| format!("{error:#}"));
+        match expected {
+            Ok(count) => assert_eq!(found, Ok(count), "{flags:?}"),
+            Err(reason) => assert!(found.unwrap_err().contains(reason), "{flags:?}"),
+        }
+    }
+
+    #[test]
+    fn the_synthesizer_computes_on_one_device_or_on_a_list_of_them() {
+        check_devices(&[], Ok(1));
+        check_devices(&["--synthesizer-device", "cpu"], Ok(1));
+        check_devices(&["--synthesizer-device", "cpu,cpu"], Ok(2));
+        check_devices(&["--synthesizer-device", "cpu,gpu:1"], Err("unknown device \"gpu:1\""));
+        check_devices(&["--synthesizer-device", "cuda:98,cuda:99"], Err("cuda:98"));
+    }
+
+    fn check_means(flags: &[&str], expected: Option<Means>) {
+        assert_eq!(means(&engine(flags)).ok(), expected, "{flags:?}");
+    }
+
+    #[test]
+    fn what_makes_synthesis_faster_can_be_turned_off() {
+        let all = Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Auto };
+        check_means(&[], Some(all));
+        let none = Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off };
+        check_means(&["--prefix-reuse", "off", "--speculation", "off"], Some(none));
+        check_means(&["--prefix-reuse", "maybe"], None);
+        check_means(&["--speculation", "on"], None);
+    }
+}

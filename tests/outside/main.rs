@@ -5,6 +5,7 @@
 mod bad_input;
 mod crash;
 mod dataflow;
+mod invariance;
 mod newswire;
 mod parity;
 mod program;
