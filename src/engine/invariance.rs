@@ -8,7 +8,7 @@ use crate::model::config::ModelConfig;
 use crate::model::shape::Shape;
 use crate::seed;
 use crate::synthesizer::{Request, Synthesizer};
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use std::collections::BTreeMap;
 
 const VOCABULARY: usize = 97;

@@ -26,7 +26,6 @@ use crate::model::Llama;
 use crate::model::cache::Cache;
 use crate::record::Finish;
 use crate::synthesizer::{Job, Queue};
-use candle_core::{D, DType, Tensor};
 use crossbeam_channel::{Receiver, TryRecvError};
 use metrics::EngineCounters;
 use schedule::{Bounds, Means, PrefixReuse, Schedule, Step};
@@ -178,14 +177,7 @@ impl Engine {
         if step.samples.is_empty() {
             return Ok(Vec::new());
         }
-        let rows = Tensor::new(step.samples.as_slice(), x.device())?;
-        let logits = model.logits(&x.index_select(&rows, 0)?)?;
-        match logits.device().is_cpu() {
-            true => {
-                Ok(logits.to_dtype(DType::F32)?.to_vec2()?.iter().map(|row| best(row)).collect())
-            }
-            false => logits.argmax(D::Minus1)?.to_vec1(),
-        }
+        model.most_likely(&x, &step.samples)
     }
 }
 
@@ -197,15 +189,4 @@ pub fn blocks_wanted(settings: &EngineSettings, context: usize) -> usize {
         PrefixReuse::Off => running,
         PrefixReuse::On => 2 * running,
     }
-}
-
-/// The index of the largest element, the first of several.
-fn best(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (index, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = index;
-        }
-    }
-    best as u32
 }

@@ -4,7 +4,7 @@
 //! this version for every probe when it was loaded. Places of ids are always those of this version.
 
 use std::sync::Arc;
-use tokenizers_next::pipeline::{EncodeOptions, Override, PipelineTokenizer};
+use tokenizers_next::pipeline::{EncodeOptions, Override, PipelineToken, PipelineTokenizer};
 
 /// Texts that tokenizers are known to disagree about: blanks, digits, scripts, marks, and what looks like
 /// control tokens.
@@ -59,7 +59,7 @@ impl Pipeline {
         };
         let mut ids = Vec::with_capacity(text.len() / 3);
         self.inner.encode_into(text, &options, &mut ids).ok()?;
-        Some(ids.into_iter().map(|token| token.id()).collect())
+        Some(ids.into_iter().map(PipelineToken::id).collect())
     }
 }
 
