@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Written and read column by column: the Arrow half of the format library is not needed for this, and is
-//! most of its weight. The three columns of tokens are encoded by [`super::pages`].
+//! most of its weight. The three columns of tokens are encoded by `pages.rs`.
 
 use super::pages::{Levels, differences, truths};
 use crate::error::{Error, Result};
