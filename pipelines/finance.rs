@@ -18,7 +18,7 @@ const PRESET: Preset = Preset {
     rounds: 3,
     converted: Converted::ALL,
     task_passes: None,
-    epoch_documents: 240,
+    epoch_documents: 480,
     words_min: 20,
     unique: true,
     published: &DOMAIN,
