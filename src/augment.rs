@@ -9,7 +9,7 @@ use crate::template::choice::Choices;
 use crate::template::render::{Rendered, render};
 use crate::tokenizer::Tokenizer;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Index of the augmented documents among the sources of a mix.
@@ -51,51 +51,47 @@ pub struct AugmentedEntry {
     pub pairs: Vec<Pair>,
 }
 
-/// A document as its line is written. A text that goes out as it is stands in its record twice; it is
-/// escaped once.
-#[derive(Serialize)]
-pub(crate) struct Line<'a> {
-    id: &'a str,
-    source_ids: &'a [String],
-    rounds: &'a [u32],
-    entries: Vec<LineEntry<'a>>,
-    choices: &'a Option<Choices>,
-    text: &'a RawValue,
-    tokens: u64,
-    synthesizer: &'a str,
-    seed: u64,
-}
-
-#[derive(Serialize)]
-struct LineEntry<'a> {
-    id: &'a str,
-    place: &'a str,
-    text: Text<'a>,
-    pairs: &'a [Pair],
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Text<'a> {
-    Own(&'a str),
-    OfDocument(&'a RawValue),
-}
-
 impl Augmented {
-    /// Hands the line of this document to `write`.
-    pub(crate) fn with_line<T>(&self, write: impl FnOnce(&Line<'_>) -> T) -> T {
+    /// Appends the document as JSON. A text that goes out as it is stands in its record twice, and is
+    /// escaped once.
+    pub(crate) fn write_line(&self, line: &mut Vec<u8>) {
         let Augmented { id, source_ids, rounds, entries, choices, text, tokens, synthesizer, seed } =
             self;
-        let escaped = serde_json::value::to_raw_value(text).expect("every text has a form in JSON");
-        let entries = entries.iter().map(|AugmentedEntry { id, place, text: own, pairs }| {
-            let text = if own == text { Text::OfDocument(&escaped) } else { Text::Own(own) };
-            LineEntry { id, place, text, pairs }
-        });
-        let entries = entries.collect();
-        let (tokens, seed) = (*tokens, *seed);
-        let text = &*escaped;
-        write(&Line { id, source_ids, rounds, entries, choices, text, tokens, synthesizer, seed })
+        put(line, "{\"id\":", id);
+        put(line, ",\"source_ids\":", source_ids);
+        put(line, ",\"rounds\":", rounds);
+        line.extend_from_slice(b",\"entries\":[");
+        let mut whole = None;
+        for (index, entry) in entries.iter().enumerate() {
+            let AugmentedEntry { id, place, text: own, pairs } = entry;
+            put(line, if index == 0 { "{\"id\":" } else { ",{\"id\":" }, id);
+            put(line, ",\"place\":", place);
+            let written = put(line, ",\"text\":", own);
+            whole = whole.or_else(|| (own == text).then_some(written));
+            put(line, ",\"pairs\":", pairs);
+            line.push(b'}');
+        }
+        put(line, "],\"choices\":", choices);
+        match whole {
+            Some(written) => {
+                line.extend_from_slice(b",\"text\":");
+                line.extend_from_within(written);
+            }
+            None => drop(put(line, ",\"text\":", text)),
+        }
+        put(line, ",\"tokens\":", tokens);
+        put(line, ",\"synthesizer\":", synthesizer);
+        put(line, ",\"seed\":", seed);
+        line.push(b'}');
     }
+}
+
+/// Appends a value behind its name; returns where it stands.
+fn put(line: &mut Vec<u8>, name: &str, value: &impl Serialize) -> Range<usize> {
+    line.extend_from_slice(name.as_bytes());
+    let start = line.len();
+    serde_json::to_writer(&mut *line, value).expect("records are plain values");
+    start..line.len()
 }
 
 /// What a chain became.
@@ -319,6 +315,17 @@ mod tests {
         expected.push((Stage::Templify, "answer_not_an_option"));
         assert_eq!(reasons, expected);
         assert!(output.rejected.iter().all(|one| one.ids == ["0"]), "{:?}", output.rejected);
+    }
+
+    #[test]
+    fn a_line_is_what_the_record_says() {
+        let text = "<QUE> \"a\"\n <ANS> b </END>";
+        let output = augment(&[(text, Finish::Stop), ("", Finish::Stop), (text, Finish::Stop)]);
+        for (document, _) in &output.documents {
+            let mut line = Vec::new();
+            document.write_line(&mut line);
+            assert_eq!(String::from_utf8(line).unwrap(), serde_json::to_string(document).unwrap());
+        }
     }
 
     #[test]

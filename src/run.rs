@@ -178,9 +178,7 @@ impl RunFolder {
                 writes.push(scope.spawn(move || self.write(name, &bytes)));
             };
             if !output.augmented.is_empty() {
-                let bytes = compressed::write_lines(&output.augmented, |document, lines| {
-                    document.with_line(|line| compressed::to_line(line, lines));
-                });
+                let bytes = compressed::write_lines(&output.augmented, Augmented::write_line);
                 put(format!("augmented/epoch-{epoch:06}.jsonl.zst"), bytes);
             }
             for (lane, (_, sequences)) in output.lanes.iter().enumerate() {

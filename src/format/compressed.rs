@@ -18,15 +18,9 @@ const KEPT: usize = 32 << 20;
 /// # Panics
 /// If a record is not representable in JSON.
 pub fn write<T: Serialize>(records: &[T]) -> Vec<u8> {
-    write_lines(records, |record, lines| to_line(record, lines))
-}
-
-/// A record as JSON at the end of `lines`.
-///
-/// # Panics
-/// If it is not representable in JSON.
-pub(crate) fn to_line<T: Serialize>(record: &T, lines: &mut Vec<u8>) {
-    serde_json::to_writer(lines, record).expect("records are plain values");
+    write_lines(records, |record, lines| {
+        serde_json::to_writer(lines, record).expect("records are plain values");
+    })
 }
 
 /// [`write`], by a function that writes a record at the end of the lines so far.

@@ -9,9 +9,6 @@ use std::path::Path;
 /// Bytes of the longest line that is read; longer ones are rejected without being held.
 pub const LINE_BYTES_MAX: usize = 64 << 20;
 
-/// Bytes that are set aside for a line before it is read, at most.
-const USUAL_MAX: usize = 64 << 10;
-
 /// Iterates over the lines of a file that are not blank.
 pub struct Lines {
     reader: Box<dyn BufRead + Send>,
@@ -19,8 +16,6 @@ pub struct Lines {
     line: u64,
     byte: u64,
     limit: usize,
-    /// Bytes of the line before: the next one is about as long.
-    usual: usize,
     ended: bool,
 }
 
@@ -55,7 +50,7 @@ impl Lines {
 
     /// Reads lines of at most `limit` bytes.
     pub fn new(reader: Box<dyn BufRead + Send>, file: String, limit: usize) -> Self {
-        Lines { reader, file, line: 0, byte: 0, limit, usual: 0, ended: false }
+        Lines { reader, file, line: 0, byte: 0, limit, ended: false }
     }
 
     /// Collects one line without its line feed. Beyond the limit, bytes are counted and let go.
@@ -71,6 +66,9 @@ impl Lines {
             let taken = feed.unwrap_or(buffer.len());
             let room = self.limit.saturating_sub(line.len());
             too_long |= taken > room;
+            if line.is_empty() {
+                line.reserve_exact(taken.min(room)); // most lines are in the buffer as a whole
+            }
             line.extend_from_slice(&buffer[..taken.min(room)]);
             let at_end = buffer.is_empty();
             let used = taken + usize::from(feed.is_some());
@@ -127,9 +125,8 @@ impl Iterator for Lines {
         while !self.ended {
             self.line += 1;
             let place = Place { file: self.file.clone(), record: self.line, byte: self.byte };
-            let mut bytes = Vec::with_capacity(self.usual);
+            let mut bytes = Vec::new();
             let end = self.read(&mut bytes);
-            self.usual = bytes.len().min(USUAL_MAX);
             if let Some(line) = self.finish(bytes, end, place) {
                 return Some(line);
             }

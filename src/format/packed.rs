@@ -83,13 +83,16 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
         levels.append(&mut rows, columns[0].clone(), packed, false, page)?;
         numbers.clear();
         for sequence in group {
-            numbers.extend(sequence.positions().map(|position| position as i32));
+            for segment in &sequence.segments {
+                numbers.extend(0..segment.length as i32);
+            }
         }
         // Positions rise by one: as differences they are nothing.
         let page = levels.page(count / 8, |page| differences(&numbers, page));
         levels.append(&mut rows, columns[1].clone(), packed, true, page)?;
-        let learned = group.iter().flat_map(|sequence| sequence.learned.iter().copied());
-        let page = levels.page(count / 8 + 1, |page| truths(learned, page));
+        let mut learned = Vec::with_capacity(count);
+        group.iter().for_each(|sequence| learned.extend_from_slice(&sequence.learned));
+        let page = levels.page(count / 8 + 1, |page| truths(&learned, page));
         levels.append(&mut rows, columns[2].clone(), Encoding::PLAIN, true, page)?;
         let segments = Lists::of(group, |sequence| sequence.segments.len());
         segments.write::<ByteArrayType>(&mut rows, group, |sequence, values| {

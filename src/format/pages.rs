@@ -188,17 +188,18 @@ fn pack(numbers: &[u32; MINIBLOCK], width: u32, bytes: &mut Vec<u8>) {
 }
 
 /// Appends truth values, a bit each, the first one lowest.
-pub(super) fn truths(values: impl Iterator<Item = bool>, bytes: &mut Vec<u8>) {
-    let (mut byte, mut filled) = (0, 0);
-    for value in values {
-        byte |= u8::from(value) << filled;
-        filled += 1;
-        if filled == u8::BITS {
-            bytes.push(byte);
-            (byte, filled) = (0, 0);
-        }
-    }
-    if filled > 0 {
-        bytes.push(byte);
+pub(super) fn truths(values: &[bool], bytes: &mut Vec<u8>) {
+    let (eights, rest) = values.as_chunks::<8>();
+    let byte = |values: &[bool]| {
+        let bits = values.iter().enumerate().map(|(index, &value)| u8::from(value) << index);
+        bits.fold(0, |byte, bit| byte | bit)
+    };
+    bytes.extend(eights.iter().map(|eight| {
+        // Value i becomes bit 56 + i: no two of these products meet.
+        let marks = u64::from_le_bytes(eight.map(u8::from));
+        (marks.wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8
+    }));
+    if !rest.is_empty() {
+        bytes.push(byte(rest));
     }
 }
