@@ -142,18 +142,14 @@ pub(super) fn differences(numbers: &[i32], bytes: &mut Vec<u8>) {
         return variable(bytes, 0);
     };
     variable(bytes, zigzag(first));
-    let mut before = first;
-    for block in rest.chunks(BLOCK) {
-        let mut steps = [0; BLOCK];
-        for (step, &number) in steps.iter_mut().zip(block) {
-            *step = number.wrapping_sub(before);
-            before = number;
+    for (block, before) in rest.chunks(BLOCK).zip(numbers.chunks(BLOCK)) {
+        let mut steps = [i32::MAX; BLOCK];
+        for ((step, number), before) in steps.iter_mut().zip(block).zip(before) {
+            *step = number.wrapping_sub(*before);
         }
-        let least = steps[..block.len()].iter().copied().min().unwrap_or(0);
-        let mut above = [0u32; BLOCK]; // zeros behind the last
-        for (above, step) in above.iter_mut().zip(&steps[..block.len()]) {
-            *above = step.wrapping_sub(least).cast_unsigned();
-        }
+        let least = steps.iter().fold(i32::MAX, |least, &step| least.min(step));
+        let mut above = steps.map(|step| step.wrapping_sub(least).cast_unsigned());
+        above[block.len()..].fill(0); // behind the last
         variable(bytes, zigzag(least));
         let miniblocks = above.as_chunks::<MINIBLOCK>().0;
         let widths = miniblocks.iter().map(|numbers| {
@@ -169,21 +165,32 @@ pub(super) fn differences(numbers: &[i32], bytes: &mut Vec<u8>) {
 }
 
 /// Appends the lowest `width` bits of each number.
-fn pack(numbers: &[u32; MINIBLOCK], width: u32, bytes: &mut Vec<u8>) {
-    let (mut word, mut filled) = (0u64, 0);
-    let mut packed = [0u32; MINIBLOCK];
-    let mut count = 0;
-    for &number in numbers {
-        word |= u64::from(number) << filled;
-        filled += width;
-        packed[count] = word as u32;
-        let full = filled / u32::BITS; // no branch: none or one
-        count += full as usize;
-        word >>= u32::BITS * full;
-        filled -= u32::BITS * full;
-    }
-    for word in &packed[..width as usize] {
-        bytes.extend_from_slice(&word.to_le_bytes());
+fn pack(numbers: &[u32; MINIBLOCK], width: usize, bytes: &mut Vec<u8>) {
+    let mut packed = [0; MINIBLOCK];
+    PACKERS[width](numbers, &mut packed);
+    packed[..width].iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+}
+
+type Packer = fn(&[u32; MINIBLOCK], &mut [u32; MINIBLOCK]);
+
+/// One for each width, so that every number has a known place.
+#[rustfmt::skip]
+const PACKERS: [Packer; 33] = [
+    |_, _| (), packed::<1>, packed::<2>, packed::<3>, packed::<4>, packed::<5>, packed::<6>, packed::<7>,
+    packed::<8>, packed::<9>, packed::<10>, packed::<11>, packed::<12>, packed::<13>, packed::<14>,
+    packed::<15>, packed::<16>, packed::<17>, packed::<18>, packed::<19>, packed::<20>, packed::<21>,
+    packed::<22>, packed::<23>, packed::<24>, packed::<25>, packed::<26>, packed::<27>, packed::<28>,
+    packed::<29>, packed::<30>, packed::<31>, packed::<32>,
+];
+
+/// Packs numbers of `WIDTH` bits into words of 32.
+fn packed<const WIDTH: usize>(numbers: &[u32; MINIBLOCK], words: &mut [u32; MINIBLOCK]) {
+    for index in 0..MINIBLOCK {
+        let (word, bit) = (index * WIDTH / 32, index * WIDTH % 32);
+        words[word] |= numbers[index] << bit;
+        if bit + WIDTH > 32 {
+            words[word + 1] |= numbers[index] >> (32 - bit);
+        }
     }
 }
 

@@ -13,6 +13,7 @@ pub mod attention;
 pub mod cached;
 pub mod cross_entropy;
 pub mod embedding;
+pub(crate) mod fetch;
 mod matmul;
 pub mod packed;
 mod pairs;

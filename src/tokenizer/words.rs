@@ -11,6 +11,7 @@
 //! under test.
 
 use super::cut::Cut;
+use crate::kernels::fetch::fetch;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -92,18 +93,20 @@ impl Words {
         let idle = self.tables.lock().ok().and_then(|mut tables| tables.pop());
         let mut table = idle.unwrap_or_default();
         let mut words = Cut::new(text);
-        let mut batch: [(Range<usize>, u128); BATCH] = [const { (0..0, 0) }; BATCH];
+        let mut batch = [const { Word { bytes: 0..0, key: 0, pair: 0 } }; BATCH];
         loop {
             let mut count = 0;
-            for (slot, word) in batch.iter_mut().zip(&mut words) {
-                let key = short(text.as_bytes(), &word);
-                *slot = (word, key);
+            for (word, bytes) in batch.iter_mut().zip(&mut words) {
+                let key = short(text.as_bytes(), &bytes);
+                let pair = pair(key);
+                fetch(&table.pairs, pair);
+                *word = Word { bytes, key, pair };
                 count += 1;
             }
-            for (word, key) in &batch[..count] {
-                table.encode(&text[word.clone()], *key, ids, |word| self.merge(word));
+            for word in &batch[..count] {
+                table.encode(text, word, ids, |word| self.merge(word));
             }
-            let read = batch[..count].last().map_or(text.len(), |(word, _)| word.end);
+            let read = batch[..count].last().map_or(text.len(), |word| word.bytes.end);
             if count < BATCH || !goes_on(ids.len(), text.len() - read) {
                 break;
             }
@@ -132,6 +135,13 @@ fn characters() -> [char; 256] {
         byte if is_visible(byte) => byte.into(),
         _ => others.next().expect("there are more characters than bytes"),
     })
+}
+
+/// A word about to be looked up.
+struct Word {
+    bytes: Range<usize>,
+    key: u128,
+    pair: usize,
 }
 
 /// What is remembered of words.
@@ -174,19 +184,19 @@ impl Table {
     #[inline]
     fn encode(
         &mut self,
-        word: &str,
-        key: u128,
+        text: &str,
+        word: &Word,
         ids: &mut Vec<u32>,
         merge: impl Fn(&str) -> Vec<u32>,
     ) {
-        let pair = pair(key);
+        let Word { ref bytes, key, pair } = *word;
         let Pair([first, second]) = &self.pairs[pair];
         let place = if second.word == key { second } else { first };
         if place.word == key && key != 0 {
             ids.extend_from_slice(&place.ids.map(u32::from));
             return ids.truncate(ids.len() - IDS + usize::from(place.count));
         }
-        let known = self.recall(word, merge);
+        let known = self.recall(&text[bytes.clone()], merge);
         ids.extend_from_slice(known);
         let count = known.len();
         let has_place = (1..=IDS).contains(&count) && known.iter().all(|&id| id <= u16::MAX.into());
