@@ -187,7 +187,7 @@ impl Packer {
             }
             None => {
                 self.opened += 1;
-                (self.opened, Sequence::default(), false)
+                (self.opened, empty(self.length), false)
             }
         };
         append(&mut sequence, item, at, taken);
@@ -202,6 +202,15 @@ impl Packer {
             self.open.insert((free, age), sequence);
         }
         taken
+    }
+}
+
+/// A sequence with room for so many tokens.
+fn empty(length: usize) -> Sequence {
+    Sequence {
+        tokens: Vec::with_capacity(length),
+        learned: Vec::with_capacity(length),
+        segments: Vec::new(),
     }
 }
 

@@ -116,7 +116,10 @@ fn take_text(
             Some(other) => return Err(wrong_type(name, &other)),
         }
     }
-    Ok(parts.join("\n\n"))
+    match parts.as_mut_slice() {
+        [only] => Ok(std::mem::take(only)),
+        parts => Ok(parts.join("\n\n")),
+    }
 }
 
 fn wrong_type(field: &str, value: &Value) -> (&'static str, String) {
