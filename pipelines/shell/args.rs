@@ -4,6 +4,8 @@ use super::models::{BUNDLED, Model};
 use super::published::Published;
 use anyhow::{Result, bail, ensure};
 use clap::{Args, Command, FromArgMatches};
+use headwater::engine::EngineSettings;
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
 use headwater::format::jsonl::Fields;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -223,6 +225,18 @@ pub struct EngineArgs {
     /// Threads of the dataflow
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub workers: usize,
+    /// Devices of the synthesizer, one engine each: cpu, or cuda:0,cuda:1,… [default: that of --device]
+    #[arg(long, value_delimiter = ',', value_name = "DEVICE,…")]
+    pub synthesizer_device: Vec<String>,
+    #[allow(missing_docs)] // a comment would become help
+    #[command(flatten)]
+    pub steps: StepArgs,
+}
+
+/// How an engine computes its steps.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Synthesis engine")]
+pub struct StepArgs {
     /// Type of the synthesizer's weights: auto, f32, bf16, f16
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub dtype: String,
@@ -235,15 +249,45 @@ pub struct EngineArgs {
     /// Memory for keys and values, in MiB
     #[arg(long, default_value_t = 2048, value_name = "MIB")]
     pub cache_mib: usize,
-    /// Devices of the synthesizer, one engine each: cpu, or cuda:0,cuda:1,… [default: that of --device]
-    #[arg(long, value_delimiter = ',', value_name = "DEVICE,…")]
-    pub synthesizer_device: Vec<String>,
     /// Use again what the cache holds of earlier prompts: on or off
     #[arg(long, default_value = "on", value_name = "HOW")]
     pub prefix_reuse: String,
     /// Guess tokens that are copied, where that is faster: auto, always or off
     #[arg(long, default_value = "auto", value_name = "HOW")]
     pub speculation: String,
+}
+
+impl StepArgs {
+    /// Checks the flags.
+    ///
+    /// # Errors
+    /// Says which flag cannot work, and why.
+    pub fn settings(&self) -> Result<EngineSettings> {
+        ensure!(self.sequences > 0, "--sequences must be 1 at least");
+        ensure!(self.step_tokens > 0, "--step-tokens must be 1 at least");
+        Ok(EngineSettings {
+            sequences_max: self.sequences,
+            step_tokens_max: self.step_tokens,
+            cache_bytes: self.cache_mib << 20,
+            queue_max: 2 * self.sequences,
+            means: self.means()?,
+        })
+    }
+
+    fn means(&self) -> Result<Means> {
+        let prefix_reuse = match self.prefix_reuse.as_str() {
+            "on" => PrefixReuse::On,
+            "off" => PrefixReuse::Off,
+            other => bail!("--prefix-reuse takes on or off, not {other:?}"),
+        };
+        let speculation = match self.speculation.as_str() {
+            "auto" => Speculation::Auto,
+            "always" => Speculation::Always,
+            "off" => Speculation::Off,
+            other => bail!("--speculation takes auto, always or off, not {other:?}"),
+        };
+        Ok(Means { prefix_reuse, speculation })
+    }
 }
 
 /// How a command is run.
@@ -367,5 +411,27 @@ pub fn check_progress(how: &str) -> Result<()> {
     match ["auto", "plain", "none"].contains(&how) {
         true => Ok(()),
         false => bail!("--progress takes auto, plain or none, not {how:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check_means(flags: &[&str], expected: Option<Means>) {
+        let needed = ["--input", "x.jsonl", "--out", "x"];
+        let args = RunArgs::of(needed.iter().chain(flags)).expect("flags that exist");
+        let found = args.engine.steps.settings().ok().map(|settings| settings.means);
+        assert_eq!(found, expected, "{flags:?}");
+    }
+
+    #[test]
+    fn what_makes_synthesis_faster_can_be_turned_off() {
+        let all = Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Auto };
+        check_means(&[], Some(all));
+        let none = Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off };
+        check_means(&["--prefix-reuse", "off", "--speculation", "off"], Some(none));
+        check_means(&["--prefix-reuse", "maybe"], None);
+        check_means(&["--speculation", "on"], None);
     }
 }

@@ -81,6 +81,12 @@ impl Model {
         Ok(Model { name: name.to_owned(), config, tokenizer, origin: Origin::Shape })
     }
 
+    /// A model of random weights in the usual vocabulary of its shape, to measure with.
+    pub fn random(shape: &Shape, tokenizer: &Tokenizer) -> Self {
+        let (name, config) = (shape.name.to_owned(), shape.config());
+        Model { name, config, tokenizer: tokenizer.clone(), origin: Origin::Shape }
+    }
+
     fn bundled() -> Result<Self> {
         let BundledModel { config, tokenizer, weights: _ } = bundled::synthesizer();
         let mut config = ModelConfig::parse(config).map_err(anyhow::Error::msg)?;

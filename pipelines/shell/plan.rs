@@ -176,9 +176,9 @@ impl Plan {
         let synthesizer = &settings.synthesizer.config;
         let element = settings.dtype.size_in_bytes() as u64;
         let context = synthesizer.max_position_embeddings;
-        let blocks = blocks_wanted(&settings.engine_settings(), context);
+        let blocks = blocks_wanted(&settings.engine_settings, context);
         let cache = blocks * Cache::block_bytes(synthesizer, DType::F32);
-        let cache = cache.min(settings.engine.cache_mib << 20) as u64;
+        let cache = cache.min(settings.engine_settings.cache_bytes) as u64;
         let engines = settings.synthesizer_devices.len() as u64;
         let training = self.training.as_ref().map_or(0, |training| {
             training_bytes(&settings.model.config, training.micro_batch_tokens)

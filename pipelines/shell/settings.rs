@@ -12,7 +12,6 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use headwater::block::{Converted, LongTexts};
 use headwater::engine::EngineSettings;
-use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
 use headwater::format::documents::{Kind, files};
 use headwater::format::input;
 use headwater::format::jsonl::Fields;
@@ -98,8 +97,8 @@ pub struct Settings {
     pub device: Device,
     /// Where the synthesizer computes: on each a copy of it.
     pub synthesizer_devices: Vec<Device>,
-    /// What makes synthesis faster.
-    pub means: Means,
+    /// How the engines use their devices.
+    pub engine_settings: EngineSettings,
     /// Type of the synthesizer's weights.
     pub dtype: DType,
 }
@@ -125,7 +124,7 @@ impl Settings {
         ensure!((1..=99).contains(&mix.lanes), "--lanes takes 1 to 99");
         let device = device::device(&machine.device)?;
         let synthesizer_devices = synthesizer_devices(&engine, &device)?;
-        let dtype = device::dtype(&engine.dtype, &synthesizer_devices[0])?;
+        let dtype = device::dtype(&engine.steps.dtype, &synthesizer_devices[0])?;
         let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let context = synthesizer.config.max_position_embeddings.min(augment.context);
         synthesizer.config.max_position_embeddings = context;
@@ -156,7 +155,7 @@ impl Settings {
             limit: input.limit,
             out: input.out,
             train: (!no_train).then_some(train),
-            means: means(&engine)?,
+            engine_settings: engine.steps.settings()?,
             templates: Arc::new(templates),
             preset,
             published,
@@ -184,17 +183,6 @@ impl Settings {
     /// Tokens of the longest prompt.
     pub fn prompt_tokens_max(&self) -> usize {
         self.synthesizer.config.max_position_embeddings - self.augment.new_tokens
-    }
-
-    /// How the engine uses the device.
-    pub fn engine_settings(&self) -> EngineSettings {
-        EngineSettings {
-            sequences_max: self.engine.sequences,
-            step_tokens_max: self.engine.step_tokens,
-            cache_bytes: self.engine.cache_mib << 20,
-            queue_max: 2 * self.engine.sequences,
-            means: self.means,
-        }
     }
 
     /// Kinds of the input files, each once.
@@ -260,8 +248,6 @@ fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
     ensure!(augment.rounds != Some(0), "--rounds must be 1 at least");
     ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
     ensure!(engine.workers > 0, "--workers must be 1 at least");
-    ensure!(engine.sequences > 0, "--sequences must be 1 at least");
-    ensure!(engine.step_tokens > 0, "--step-tokens must be 1 at least");
     Ok(())
 }
 
@@ -279,21 +265,6 @@ fn synthesizer_devices(engine: &EngineArgs, common: &Device) -> Result<Vec<Devic
         "--synthesizer-device takes devices of one kind: they must give the same answers"
     );
     Ok(devices)
-}
-
-fn means(engine: &EngineArgs) -> Result<Means> {
-    let prefix_reuse = match engine.prefix_reuse.as_str() {
-        "on" => PrefixReuse::On,
-        "off" => PrefixReuse::Off,
-        other => bail!("--prefix-reuse takes on or off, not {other:?}"),
-    };
-    let speculation = match engine.speculation.as_str() {
-        "auto" => Speculation::Auto,
-        "always" => Speculation::Always,
-        "off" => Speculation::Off,
-        other => bail!("--speculation takes auto, always or off, not {other:?}"),
-    };
-    Ok(Means { prefix_reuse, speculation })
 }
 
 /// Texts of an epoch: a multiple of the rounds.
@@ -367,19 +338,5 @@ mod tests {
         check_devices(&["--synthesizer-device", "cpu,cpu"], Ok(2));
         check_devices(&["--synthesizer-device", "cpu,gpu:1"], Err("unknown device \"gpu:1\""));
         check_devices(&["--synthesizer-device", "cuda:98,cuda:99"], Err("cuda:98"));
-    }
-
-    fn check_means(flags: &[&str], expected: Option<Means>) {
-        assert_eq!(means(&engine(flags)).ok(), expected, "{flags:?}");
-    }
-
-    #[test]
-    fn what_makes_synthesis_faster_can_be_turned_off() {
-        let all = Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Auto };
-        check_means(&[], Some(all));
-        let none = Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off };
-        check_means(&["--prefix-reuse", "off", "--speculation", "off"], Some(none));
-        check_means(&["--prefix-reuse", "maybe"], None);
-        check_means(&["--speculation", "on"], None);
     }
 }

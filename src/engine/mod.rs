@@ -14,6 +14,7 @@ pub mod blocks;
 pub mod draft;
 pub mod metrics;
 pub mod odds;
+pub mod phases;
 pub mod router;
 pub mod schedule;
 

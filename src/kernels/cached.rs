@@ -22,7 +22,7 @@ use super::pairs;
 use super::real::{LANES, Real, max, simd, sum};
 use super::share::{Target, each};
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, ROWS};
+use super::tiles::{Ahead, PANEL, ROWS, rows_at_once};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
 
@@ -30,7 +30,7 @@ use pulp::bytemuck::cast_slice;
 pub const BLOCK: usize = LANES;
 
 /// Query rows of one task.
-const ROWS_PER_TASK: usize = 24;
+const ROWS_PER_TASK: usize = 32;
 
 /// Rows of one sequence in a step: they stand at consecutive positions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,8 +213,9 @@ impl Task<'_> {
         let (heads, stride) = (layout.heads, layout.key_words());
         let (width, group, padded) = (heads.width, heads.group(), layout.padded());
         let count = self.count * group;
-        let (mut queries, mut words) = (Vec::with_capacity(count), vec![0; count * stride]);
-        for (index, words) in words.chunks_exact_mut(stride).enumerate() {
+        let (mut queries, mut words) =
+            (Vec::with_capacity(count), vec![0; count.next_multiple_of(16) * stride]);
+        for (index, words) in words.chunks_exact_mut(stride).take(count).enumerate() {
             let (row, member) = (self.first + index / group, index % group);
             let at = (self.run.first_row + row) * heads.query + self.head * group + member;
             let columns = &q[at * width..][..width];
@@ -249,8 +250,9 @@ impl Task<'_> {
                 next_values: &pages.values[page(block + 1, &pages.values, value)],
                 start: block * BLOCK,
             };
-            for first in (0..count).step_by(ROWS) {
-                let rows = first..(first + ROWS).min(count);
+            let at_once = rows_at_once(layout.kind);
+            for first in (0..count).step_by(at_once) {
+                let rows = first..(first + at_once).min(count);
                 let sums = &mut sums[rows.start * padded..rows.end * padded];
                 let words = &words[rows.start * stride..];
                 fold.run(&mut queries[rows], words, sums, &mut scratch);
@@ -291,7 +293,7 @@ struct Fold<'a> {
 }
 
 impl Fold<'_> {
-    /// At most 12 queries share the loads of the block; each computes as if alone.
+    /// At most [`ROWS`] queries share the loads of the block; each computes as if alone.
     fn run(&self, queries: &mut [Query], words: &[u32], sums: &mut [f32], scratch: &mut Scratch) {
         let Layout { kind, .. } = self.layout;
         let seen = |query: &Query| {
@@ -312,7 +314,9 @@ impl Fold<'_> {
             let ahead = ahead(self.next_keys, index * half);
             kind.tile(words, stride, keys, ahead, &mut out[..count]);
         }
-        let depth = kind.words(end);
+        // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros.
+        let whole = if rows_at_once(kind) == ROWS { PANEL } else { 1 };
+        let depth = kind.words(end.next_multiple_of(whole));
         let mut keep = [1.0; ROWS];
         simd(
             #[inline(always)]

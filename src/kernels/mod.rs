@@ -9,6 +9,8 @@
 //! or on other rows of a batch.
 
 pub mod adamw;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod cached;
 pub mod cross_entropy;
@@ -17,6 +19,7 @@ pub(crate) mod fetch;
 mod matmul;
 pub mod packed;
 mod pairs;
+pub mod peak;
 pub(crate) mod product;
 mod quads;
 mod real;

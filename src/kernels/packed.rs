@@ -166,7 +166,7 @@ impl PackedWeight {
         self.words.get(panel * length..(panel + 1) * length).unwrap_or(&[])
     }
 
-    /// The outputs of one panel for the rows from `first`, at most 12; `ahead` is fetched on the way.
+    /// The outputs of one panel for the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
     pub(crate) fn tile(
         &self,
         panel: usize,

@@ -5,6 +5,7 @@
 //! panel  [word][32 outputs]
 //! ```
 //!
+//! Where the CPU has a matrix unit (`amx`) it takes 16 words of 32 rows at once. Elsewhere
 //! `vdpbf16ps` takes both products of a word at once, one after the other, in one chain for each output.
 //! Where the CPU has no such instruction both sides are widened to f32: the same function up to rounding.
 
@@ -12,6 +13,8 @@
 // set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
 #![expect(unsafe_code, reason = "vector loads take raw pointers; bounds are asserted before them")]
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::real::simd;
 use super::tiles::{Ahead, PANEL, PanelTile};
 use std::cell::RefCell;
@@ -54,6 +57,10 @@ pub(crate) fn tile(
     ahead: Ahead<'_>,
     out: &mut [[f32; PANEL]],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if amx::is_there() {
+        return amx::pairs_tile(rows, stride, panel, ahead, out);
+    }
     #[cfg(target_arch = "x86_64")]
     if avx512::is_there() {
         return avx512::tile(rows, stride, panel, ahead, out);
@@ -202,7 +209,14 @@ mod tests {
         let tensor = |t: Vec<[f32; PANEL]>| {
             Tensor::from_vec(t.into_flattened(), (rows, PANEL), &Device::Cpu).unwrap()
         };
-        close(&tensor(ours), &tensor(twin), "a tile");
+        let twin = tensor(twin);
+        #[cfg(target_arch = "x86_64")]
+        if avx512::is_there() {
+            let mut ours = vec![[0.0; PANEL]; rows];
+            avx512::tile(&packed, stride, &panel, Ahead::NOTHING, &mut ours);
+            close(&tensor(ours), &twin, "a tile of vectors");
+        }
+        close(&tensor(ours), &twin, "a tile");
     }
 
     #[test]

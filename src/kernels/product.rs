@@ -12,7 +12,7 @@ use super::packed::PackedWeight;
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
-use super::tiles::{PANEL, ROWS};
+use super::tiles::{PANEL, ROWS, rows_at_once};
 use std::ops::Range;
 
 /// Bytes of a block of rows: half of a second-level cache.
@@ -42,7 +42,7 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
         let last = panels.end - 1;
         let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
         for panel in panels {
-            tiles(&rows, |tile, tiles, rows| {
+            tiles(x, &rows, |tile, tiles, rows| {
                 for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
                     let beyond = if panel < last { panel } else { weight.panels() };
                     let ahead = weight.ahead(beyond, tile, tiles);
@@ -51,7 +51,7 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
                 simd(
                     #[inline(always)]
                     || {
-                        for (gates, ups) in gates.iter_mut().zip(&ups) {
+                        for (gates, ups) in gates.iter_mut().zip(&ups).take(rows.len()) {
                             for lane in 0..PANEL {
                                 let open = 1.0 / (1.0 + Real::exp(-gates[lane]));
                                 gates[lane] = gates[lane] * open * ups[lane];
@@ -85,7 +85,7 @@ fn run<const COUNT: usize>(
                 ..panels.end.min(own.end).max(own.start) - own.start;
             for panel in own.clone() {
                 let beyond = if panel + 1 < own.end { panel } else { weight.panels() };
-                tiles(&rows, |tile, tiles, rows| {
+                tiles(x, &rows, |tile, tiles, rows| {
                     let ahead = weight.ahead(beyond, tile, tiles);
                     weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
                     for (row, values) in rows.zip(&out) {
@@ -102,7 +102,8 @@ fn run<const COUNT: usize>(
 
 /// Calls `work` for every panel and row once, with ranges of both, on the threads of the pool.
 fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
-    let block = (BLOCK_BYTES / (4 * x.stride())).max(ROWS) / ROWS * ROWS;
+    let at_once = rows_at_once(x.kind());
+    let block = (BLOCK_BYTES / (4 * x.stride())).max(at_once) / at_once * at_once;
     let step = panels.div_ceil(TASKS).max(1);
     for first in (0..x.count()).step_by(block) {
         let rows = first..(first + block).min(x.count());
@@ -111,9 +112,9 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
     }
 }
 
-/// Cuts rows into pieces of at most 12, as even as can be: `work(index, pieces, rows)`.
-fn tiles(rows: &Range<usize>, mut work: impl FnMut(usize, usize, Range<usize>)) {
-    let (count, pieces) = (rows.len(), rows.len().div_ceil(ROWS));
+/// Cuts rows into pieces of what a tile takes, as even as can be: `work(index, pieces, rows)`.
+fn tiles(x: &Rows, rows: &Range<usize>, mut work: impl FnMut(usize, usize, Range<usize>)) {
+    let (count, pieces) = (rows.len(), rows.len().div_ceil(rows_at_once(x.kind())));
     for index in 0..pieces {
         let cut = |index: usize| rows.start + index * count / pieces;
         work(index, pieces, cut(index)..cut(index + 1));

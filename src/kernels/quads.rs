@@ -15,6 +15,8 @@
 // set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
 #![expect(unsafe_code, reason = "vector loads take raw pointers; bounds are asserted before them")]
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::real::simd;
 use super::tiles::{Ahead, PANEL};
 
@@ -55,16 +57,35 @@ pub(crate) struct QuadPanel<'a> {
     pub(crate) scales: &'a [f32],
 }
 
-/// Bytes of up to four elements of the range -127..=127 after scaling, and zeros.
+/// Elements that are quantised side by side.
+const LANES: usize = 16;
+
+/// 1.5 * 2^23: adding it rounds, ties to even, and leaves the integer in the low bits.
+const SHIFT: f32 = 12_582_912.0;
+
+/// Quantises elements of the range -127..=127 after scaling, at most a group of them, and gives their bytes
+/// by words; returns their sum. To be inlined into a vectorised loop.
 #[inline(always)]
-fn bytes(x: &[f32], inverse: f32) -> [u8; 4] {
-    // Adding 1.5 * 2^23 rounds, ties to even, and leaves the integer in the low bits.
-    const SHIFT: f32 = 12_582_912.0;
-    let mut bytes = [0; 4];
-    for (byte, x) in bytes.iter_mut().zip(x) {
-        *byte = x.mul_add(inverse, SHIFT).to_bits() as u8;
+fn quantise(x: &[f32], inverse: f32, mut put: impl FnMut(usize, u32)) -> i32 {
+    let mut sums = [0i32; LANES];
+    for (chunk, x) in x.chunks(LANES).enumerate() {
+        let mut padded = [0.0; LANES];
+        let x = x.first_chunk::<LANES>().unwrap_or_else(|| {
+            padded[..x.len()].copy_from_slice(x);
+            &padded
+        });
+        let mut bytes = [0u8; LANES];
+        for lane in 0..LANES {
+            let bits = x[lane].mul_add(inverse, SHIFT).to_bits();
+            let integer = bits.wrapping_sub(SHIFT.to_bits()) as i32;
+            sums[lane] = sums[lane].wrapping_add(integer);
+            bytes[lane] = bits as u8;
+        }
+        for (word, &bytes) in bytes.as_chunks::<4>().0.iter().enumerate() {
+            put(chunk * LANES / 4 + word, u32::from_le_bytes(bytes));
+        }
     }
-    bytes
+    sums.iter().fold(0, |sum, own| sum.wrapping_add(*own))
 }
 
 /// The scale of a group, and its inverse.
@@ -89,26 +110,38 @@ pub(crate) fn quantise_row(x: &[f32], words: &mut [u32], groups: &mut [Group]) {
     let chunks = x.chunks(4 * GROUP).zip(words.chunks_mut(GROUP));
     for ((x, words), group) in chunks.zip(groups) {
         let (scale, inverse) = scales(x);
-        let mut sum = 0;
-        for (word, x) in words.iter_mut().zip(x.chunks(4)) {
-            let bytes = bytes(x, inverse);
-            *word = u32::from_le_bytes(bytes);
-            sum += bytes.iter().map(|&byte| i32::from(byte as i8)).sum::<i32>();
-        }
+        let sum = match <&mut [u32; GROUP]>::try_from(&mut *words) {
+            Ok(words) => quantise(x, inverse, |word, bytes| words[word] = bytes),
+            // Words beyond the last of a short group are zeros.
+            Err(_) => quantise(x, inverse, |word, bytes| {
+                if let Some(own) = words.get_mut(word) {
+                    *own = bytes;
+                }
+            }),
+        };
         *group = Group { scale, correction: -128 * sum };
     }
 }
 
 /// Quantises the inputs of one output: its words, and a scale for each group.
 pub(crate) fn quantise_weight(x: &[f32], mut put: impl FnMut(usize, u32), scale: &mut [f32]) {
-    for (group, x) in x.chunks(4 * GROUP).enumerate() {
-        let (unit, inverse) = scales(x);
-        scale[group] = unit;
-        for (word, x) in x.chunks(4).enumerate() {
-            let bytes = bytes(x, inverse).map(|byte| byte.wrapping_add(128));
-            put(group * GROUP + word, u32::from_le_bytes(bytes));
-        }
-    }
+    let words = words(x.len());
+    simd(
+        #[inline(always)]
+        || {
+            for (group, x) in x.chunks(4 * GROUP).enumerate() {
+                let (unit, inverse) = scales(x);
+                scale[group] = unit;
+                quantise(x, inverse, |word, bytes| {
+                    let word = group * GROUP + word;
+                    if word < words {
+                        // Each byte plus 128.
+                        put(word, bytes ^ 0x8080_8080);
+                    }
+                });
+            }
+        },
+    );
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row.
@@ -118,6 +151,10 @@ pub(crate) fn tile(
     ahead: Ahead<'_>,
     out: &mut [[f32; PANEL]],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if amx::is_there() {
+        return amx::quads_tile(rows, panel, ahead, out);
+    }
     #[cfg(target_arch = "x86_64")]
     if avx512::is_there() {
         return avx512::tile(rows, panel, ahead, out);
@@ -284,6 +321,11 @@ mod tests {
         tile(rows, panel, Ahead::NOTHING, &mut ours);
         portable(rows, panel, &mut twin);
         assert_eq!(ours, twin, "{count} rows of {inputs}");
+        #[cfg(target_arch = "x86_64")]
+        if avx512::is_there() {
+            avx512::tile(rows, panel, Ahead::NOTHING, &mut ours);
+            assert_eq!(ours, twin, "{count} rows of {inputs}, in vectors");
+        }
         for row in 0..count {
             for lane in 0..PANEL {
                 let pairs = x[row * inputs..].iter().zip(&weight[lane * inputs..]).take(inputs);

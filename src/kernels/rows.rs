@@ -5,6 +5,7 @@ use super::quads::{self, Group};
 use super::real::simd;
 use super::share::each;
 use super::storage::elements;
+use super::tiles::ROWS;
 use super::{ROWS_PER_TASK, pairs};
 use candle_core::{Result, Tensor};
 use pulp::bytemuck::cast_slice;
@@ -73,6 +74,7 @@ impl Rows {
     ) {
         self.shape(kind, count, inputs);
         let Rows { words, groups, depth, stride, group_stride, .. } = self;
+        let words = &mut words[..count * *stride];
         let task = ROWS_PER_TASK;
         let groups = groups.chunks_mut((*group_stride * task).max(1)).map(Some);
         let tasks =
@@ -103,7 +105,8 @@ impl Rows {
         self.depth = kind.words(inputs);
         // An odd number of cache lines: rows of a tile then never fall into one set of the cache.
         self.stride = (self.depth.div_ceil(16) | 1) * 16;
-        self.words.resize(count * self.stride, 0);
+        // A tile may read the rows of a whole one; what it makes of those that are not there is thrown away.
+        self.words.resize(count.next_multiple_of(ROWS) * self.stride, 0);
         self.group_stride = match kind {
             WeightType::Int8 => self.depth.div_ceil(quads::GROUP),
             _ => 0,

@@ -4,13 +4,29 @@
 //! loop, and how wide the vectors are, changes no bit. Written out with vector types rather than left to
 //! the optimiser: whether it keeps a hundred sums in registers depends on what stands around the loop.
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::packed::WeightType;
 use pulp::{Simd, WithSimd};
 
 /// Outputs of a panel that lie side by side.
 pub(crate) const PANEL: usize = 32;
 
-/// Rows that a tile takes at a time: 12 by two vectors fill the 32 registers of a 512-bit unit.
-pub(crate) const ROWS: usize = 12;
+/// Rows of a tile at most.
+pub(crate) const ROWS: usize = 32;
+
+/// Rows of a tile of vectors: 12 by two vectors fill the 32 registers of a 512-bit unit.
+pub(crate) const VECTOR_ROWS: usize = 12;
+
+/// Rows that a tile takes at a time.
+pub(crate) fn rows_at_once(kind: WeightType) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if kind != WeightType::F32 && amx::is_there() {
+        return amx::ROWS;
+    }
+    let _ = kind;
+    VECTOR_ROWS
+}
 
 /// Words that a tile fetches into the cache on its way, for whoever comes next: one in `step` for each of
 /// its own.
@@ -31,7 +47,7 @@ macro_rules! by_rows {
         let mut left = $count;
         let mut $first = 0;
         while left > 0 {
-            let rows = left.min($crate::kernels::tiles::ROWS);
+            let rows = left.min($crate::kernels::tiles::VECTOR_ROWS);
             $crate::kernels::tiles::by_rows!(@ rows, $Rows, $body; 1 2 3 4 5 6 7 8 9 10 11 12);
             $first += rows;
             left -= rows;

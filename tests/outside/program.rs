@@ -148,6 +148,44 @@ fn a_run_can_be_inspected_and_trained_on() {
 }
 
 #[test]
+fn the_engine_is_measured_on_random_prompts_and_on_chains_of_texts() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, _) = corpus(place.path());
+    let random =
+        "bench synth --model 2m --dtype bf16 --requests 6 --prompt-tokens 40 --output-tokens 5";
+    let chains = format!(
+        "bench synth --prompts {} --rounds 2 --requests 8 --output-tokens 30 --sequences 3",
+        documents.display()
+    );
+    for (arguments, requests, shared) in [(random, 6, false), (&chains, 8, true)] {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        let output = check(&arguments, 0, "ceilings");
+        let figures: Value = serde_json::from_str(&output).unwrap();
+        assert_eq!(figures["requests"], requests);
+        assert_eq!(figures["engine"]["requests"], requests);
+        assert_eq!(figures["prefix_hit_rate"].as_f64().unwrap() > 0.0, shared, "{figures}");
+        let positive = ["requests_per_s", "tokens_per_s", "prefill_tokens_per_s"];
+        let also = ["decode_tokens_per_s", "batch_mean", "memory_bytes"];
+        for name in positive.iter().chain(&also) {
+            assert!(figures[name].as_f64().unwrap() > 0.0, "{name} in {figures}");
+        }
+        for share in ["prefill_share", "decode_share"] {
+            let share = figures["ceiling"][share].as_f64().unwrap();
+            assert!(share > 0.0, "{share} in {figures}");
+        }
+        if !shared {
+            assert_eq!(
+                (&figures["prompt_tokens"], &figures["output_tokens"]),
+                (&240.into(), &30.into())
+            );
+        }
+    }
+    check(&["bench", "synth", "--rounds", "2"], 2, "--prompts");
+    check(&["bench", "synth", "--model", "7q"], 2, "7q");
+    check(&["bench", "synth", "--prompt-tokens", "2000"], 2, "--output-tokens 128 do not fit");
+}
+
+#[test]
 fn strict_runs_tell_that_something_was_rejected() {
     let place = tempfile::tempdir().unwrap();
     let documents = place.path().join("documents.jsonl");

@@ -1,19 +1,18 @@
-//! Measures on the machine at hand.
+//! The text path, timed.
 //!
 //! ```text
-//! headwater bench text: read ─▶ pairs, made of the text ─▶ templify + tokenise ─▶ mix ─▶ pack ─▶ commit
+//! read ─▶ pairs, made of the text ─▶ templify + tokenise ─▶ mix ─▶ pack ─▶ commit
 //! ```
 //!
-//! The text path runs in one thread, through the same functions as a pipeline, without a model. What a
-//! synthesizer would have written is made of each text itself: questions and answers in its wire format.
-//! Standard output gets one line of JSON, standard error a table.
+//! It runs in one thread, through the same functions as a pipeline, without a model. What a synthesizer
+//! would have written is made of each text itself: questions and answers in its wire format.
 
 use crate::shell::args::RunArgs;
 use crate::shell::parts::admission;
 use crate::shell::settings::{Preset, Settings};
 use crate::shell::wrong_use;
 use anyhow::{Result, ensure};
-use clap::{Args, Subcommand};
+use clap::Args;
 use headwater::augment::{Augmenter, ChainOutput};
 use headwater::block::{Block, Blocks, Converted};
 use headwater::chain::{Chain, Generation, Prompt, chains};
@@ -46,26 +45,13 @@ const PRESET: Preset = Preset {
     published: &[],
 };
 
-/// Measure what this machine makes of a pipeline's parts
-#[derive(Args, Clone, Debug)]
-#[command(arg_required_else_help = true)]
-pub struct Bench {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Subcommand, Clone, Debug)]
-enum What {
-    Text(Box<Text>),
-}
-
 /// Parse, templify, tokenise, mix, pack and write in one thread, without a model
 #[derive(Args, Clone, Debug)]
 #[command(
     arg_required_else_help = true,
     after_help = "Example:\n  headwater bench text --input web.jsonl.zst --out bench-run"
 )]
-pub struct Text {
+pub(super) struct Text {
     /// Pairs made of each text
     #[arg(long, default_value_t = 2, value_name = "N")]
     pairs: usize,
@@ -77,13 +63,7 @@ pub struct Text {
 ///
 /// # Errors
 /// If the flags cannot work or the disk refuses.
-pub fn run(args: Bench) -> Result<ExitCode> {
-    match args.what {
-        What::Text(text) => measure_text(*text),
-    }
-}
-
-fn measure_text(args: Text) -> Result<ExitCode> {
+pub(super) fn run(args: Text) -> Result<ExitCode> {
     let quiet = args.run.machine.progress == "none";
     let settings = Settings::new(PRESET, args.run).map_err(wrong_use)?;
     let is_new = !settings.out.join("manifest.jsonl").exists();

@@ -1,0 +1,132 @@
+//! What a device can do at best, and which share of it a model makes use of.
+//!
+//! ```text
+//! prompts   operations / matrix rate
+//! a step    the longer of: operations / matrix rate, bytes / bandwidth
+//!           bytes = weights once, keys and values of each sequence once
+//! ```
+
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+use headwater::kernels::packed::WeightType;
+use headwater::kernels::peak;
+use headwater::model::config::ModelConfig;
+use std::time::Instant;
+
+/// The ceilings of a device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ceiling {
+    /// Floating-point operations (or those of 8 bits) a second.
+    pub(super) operations_per_s: f64,
+    /// Bytes a second that are read from memory.
+    pub(super) bytes_per_s: f64,
+}
+
+impl Ceiling {
+    /// Measures a CPU, for weights of this type.
+    pub(super) fn of_cpu(kind: WeightType) -> Self {
+        Ceiling {
+            operations_per_s: peak::operations_per_second(kind),
+            bytes_per_s: peak::bytes_per_second(),
+        }
+    }
+
+    /// Measures any other device: large products, and a large tensor that is read and written.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub(super) fn of_device(device: &Device, dtype: DType) -> Result<Self> {
+        const SIDE: usize = 8192;
+        let matrix = Tensor::ones((SIDE, SIDE), dtype, device)?;
+        let product = best(device, || matrix.matmul(&matrix))?;
+        let copy = best(device, || &matrix + 1.0)?;
+        let bytes = 2 * SIDE * SIDE * dtype.size_in_bytes();
+        Ok(Ceiling {
+            operations_per_s: 2.0 * (SIDE as f64).powi(3) / product,
+            bytes_per_s: bytes as f64 / copy,
+        })
+    }
+}
+
+/// Seconds of the best of some turns, behind one that does not count.
+fn best(device: &Device, work: impl Fn() -> candle_core::Result<Tensor>) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    for turn in 0..8 {
+        device.synchronize()?;
+        let start = Instant::now();
+        work()?;
+        device.synchronize()?;
+        if turn > 0 {
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+    }
+    Ok(best)
+}
+
+/// What a model costs: operations and bytes of one token.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cost {
+    /// Operations of the products of all blocks.
+    blocks: f64,
+    /// Operations of the head.
+    head: f64,
+    /// Operations of attention for each visible position.
+    position: f64,
+    /// Bytes of all weights that a step reads.
+    weights: f64,
+    /// Bytes of the keys and values of one position.
+    cached: f64,
+}
+
+impl Cost {
+    /// The cost of a model whose weights and cache have elements of so many bytes.
+    pub(super) fn new(config: &ModelConfig, weight_bytes: f64, cache_bytes: f64) -> Self {
+        let hidden = config.hidden_size as f64;
+        let heads = (config.num_attention_heads * config.head_dim) as f64;
+        let narrow = (config.num_key_value_heads * config.head_dim) as f64;
+        let layers = config.num_hidden_layers as f64;
+        let products =
+            layers * hidden * (2.0 * heads + 2.0 * narrow + 3.0 * config.intermediate_size as f64);
+        let head = hidden * config.vocab_size as f64;
+        Cost {
+            blocks: 2.0 * products,
+            head: 2.0 * head,
+            position: 4.0 * layers * heads,
+            weights: (products + head) * weight_bytes,
+            cached: 2.0 * layers * narrow * cache_bytes,
+        }
+    }
+
+    /// Operations of a prompt of `length` tokens of which the last is sampled.
+    pub(super) fn prompt(&self, length: usize) -> f64 {
+        let length = length as f64;
+        length * self.blocks + self.head + self.position * length * (length + 1.0) / 2.0
+    }
+
+    /// Seconds that a step of `batch` sequences of `length` positions takes at best.
+    pub(super) fn step(&self, batch: f64, length: f64, ceiling: &Ceiling) -> f64 {
+        let operations = batch * (self.blocks + self.head + self.position * length);
+        let bytes = self.weights + batch * length * self.cached;
+        (operations / ceiling.operations_per_s).max(bytes / ceiling.bytes_per_s)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use headwater::model::shape::Shape;
+
+    #[test]
+    fn the_cost_of_a_token_is_that_of_its_products() {
+        let config = Shape::named("110m").expect("a shape").config();
+        let cost = Cost::new(&config, 2.0, 2.0);
+        let looked_up = (config.vocab_size * config.hidden_size) as u64;
+        let norms = ((2 * config.num_hidden_layers + 1) * config.hidden_size) as u64;
+        let products = (config.parameter_count() - looked_up - norms) as f64;
+        assert_eq!(cost.blocks + cost.head, 2.0 * products);
+        let rates = Ceiling { operations_per_s: 1.0, bytes_per_s: f64::INFINITY };
+        assert_eq!(cost.prompt(1), cost.step(1.0, 1.0, &rates));
+        let slow = Ceiling { operations_per_s: f64::INFINITY, bytes_per_s: 1.0 };
+        assert_eq!(cost.step(1.0, 0.0, &slow), 2.0 * products);
+    }
+}

@@ -1,0 +1,296 @@
+//! The synthesis engine, timed.
+//!
+//! ```text
+//! ceilings ─▶ load ─▶ prompts alone ─▶ steps of a whole batch alone ─▶ all requests through the engine
+//! ```
+
+use super::ceiling::{Ceiling, Cost};
+use super::precision::Precision;
+use super::workload::{Answered, Workload};
+use crate::shell::args::StepArgs;
+use crate::shell::models::{BUNDLED, Model};
+use crate::shell::plan::count;
+use crate::shell::summary::peak_memory;
+use crate::shell::wrong_use;
+use anyhow::{Context, Result, anyhow, ensure};
+use candle_core::{Device, Tensor};
+use clap::Args;
+use headwater::engine::metrics::EngineCounters;
+use headwater::engine::phases::{Phase, Phases};
+use headwater::engine::schedule::{PrefixReuse, Speculation};
+use headwater::engine::{self, EngineSettings};
+use headwater::kernels::peak::threads;
+use headwater::model::Llama;
+use headwater::model::config::ModelConfig;
+use headwater::model::device;
+use headwater::model::shape::Shape;
+use headwater::prompt::PromptWriter;
+use headwater::seed;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Generate with a synthesizer, as fast as this machine can
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:\n  headwater bench synth --model 110m --dtype bf16\n  \
+                        headwater bench synth --model models/synthesizer --prompts pubmed.xml.gz \
+                        --rounds 3 --requests 300")]
+pub(super) struct Synth {
+    /// The synthesizer: a directory, "bundled", or a shape for random weights
+    #[arg(long, default_value = BUNDLED, value_name = "DIR|SHAPE")]
+    model: String,
+    /// Texts to ask about, of the kinds that pipelines read [default: random tokens]
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    prompts: Vec<PathBuf>,
+    /// Texts that may see each other, one a round, as in a pipeline
+    #[arg(long, default_value_t = 1, value_name = "M", requires = "prompts")]
+    rounds: usize,
+    /// Requests [default: 64; with --prompts all texts]
+    #[arg(long, value_name = "N")]
+    requests: Option<usize>,
+    /// Tokens of a random prompt
+    #[arg(long, default_value_t = 512, value_name = "N")]
+    prompt_tokens: usize,
+    /// Tokens to generate: of random prompts always so many, of texts at most [default: 128; with --prompts 400]
+    #[arg(long, value_name = "N")]
+    output_tokens: Option<usize>,
+    /// Where the model computes: cpu or cuda:0
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: String,
+    #[command(flatten)]
+    steps: StepArgs,
+}
+
+/// Measures.
+///
+/// # Errors
+/// If the flags cannot work or the device fails.
+pub(super) fn run(args: &Synth) -> Result<ExitCode> {
+    let setup = Setup::new(args).map_err(wrong_use)?;
+    let ceiling = setup.ceiling()?;
+    eprintln!(
+        "{} on {} in {}: {} parameters; ceilings {:.1} Gop/s, {:.1} GB/s",
+        args.model,
+        args.device,
+        setup.precision.name(),
+        count(setup.config().parameter_count()),
+        ceiling.operations_per_s / 1e9,
+        ceiling.bytes_per_s / 1e9,
+    );
+    let model = setup.load()?;
+    let cost = setup.cost(&model);
+    let prompts = setup.batch();
+    let mut phases = Phases::new(&model, &prompts, setup.new_tokens, setup.engine.step_tokens_max)?;
+    let prefill = phases.prompts()?;
+    let decode = phases.steps(setup.new_tokens)?;
+    drop(phases);
+    let measured = Measured { prompts: &prompts, prefill, decode, ceiling, cost };
+    let whole = setup.whole(model)?;
+    eprint!("{}", measured.table(&whole, setup.new_tokens));
+    println!("{}", figures(args, &setup, &measured, &whole));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Everything that decides what is measured.
+struct Setup {
+    model: Model,
+    device: Device,
+    precision: Precision,
+    engine: EngineSettings,
+    workload: Workload,
+    new_tokens: usize,
+}
+
+impl Setup {
+    fn new(args: &Synth) -> Result<Self> {
+        let device = device::device(&args.device)?;
+        let precision = Precision::named(&args.steps.dtype, &device)?;
+        let mut engine = args.steps.settings()?;
+        let tokenizer = Model::trained(BUNDLED)?.tokenizer;
+        let new_tokens =
+            args.output_tokens.unwrap_or(if args.prompts.is_empty() { 128 } else { 400 });
+        ensure!(new_tokens > 0, "--output-tokens must be 1 at least");
+        ensure!(args.rounds > 0, "--rounds must be 1 at least");
+        let random = args.prompts.is_empty();
+        let model = match Shape::named(&args.model) {
+            Some(shape) => Model::random(shape, &tokenizer),
+            None => Model::trained(&args.model).context("--model")?,
+        };
+        let context = model.config.max_position_embeddings;
+        let room = context.checked_sub(new_tokens).filter(|&room| room > 0);
+        let room = room.with_context(|| {
+            format!(
+                "--output-tokens {new_tokens} leaves no room for a prompt in a context of {context}"
+            )
+        })?;
+        let workload = if random {
+            ensure!(args.prompt_tokens > 0, "--prompt-tokens must be 1 at least");
+            ensure!(
+                args.prompt_tokens <= room,
+                "--prompt-tokens {} and --output-tokens {new_tokens} do not fit a context of {context}",
+                args.prompt_tokens
+            );
+            // Nothing is shared and nothing copied; what random weights repeat must not count as speed.
+            engine.means.prefix_reuse = PrefixReuse::Off;
+            engine.means.speculation = Speculation::Off;
+            let requests = args.requests.unwrap_or(64);
+            ensure!(requests > 0, "--requests must be 1 at least");
+            Workload::random(requests, args.prompt_tokens, model.config.vocab_size)
+        } else {
+            let writer = PromptWriter::new(model.tokenizer.clone())?;
+            Workload::corpus(&args.prompts, args.requests, args.rounds, writer, room)?
+        };
+        Ok(Setup { model, device, precision, engine, workload, new_tokens })
+    }
+
+    fn config(&self) -> &ModelConfig {
+        &self.model.config
+    }
+
+    fn ceiling(&self) -> Result<Ceiling> {
+        match self.device.is_cpu() {
+            true => Ok(Ceiling::of_cpu(self.precision.weight_type())),
+            false => Ceiling::of_device(&self.device, self.precision.dtype()),
+        }
+    }
+
+    fn load(&self) -> Result<Llama> {
+        match Shape::named(&self.model.name) {
+            Some(_) => Ok(random(self.config(), self.precision, &self.device)?),
+            None => self.model.load(self.precision.dtype(), &self.device),
+        }
+    }
+
+    fn cost(&self, model: &Llama) -> Cost {
+        let cache = model.dtype().size_in_bytes() as f64;
+        Cost::new(self.config(), self.precision.bytes_per_weight(), cache)
+    }
+
+    /// The prompts of one full batch.
+    fn batch(&self) -> Vec<Vec<u32>> {
+        let mut prompts = self.workload.first();
+        prompts.truncate(self.engine.sequences_max);
+        prompts
+    }
+
+    /// Has all requests answered by an engine.
+    fn whole(&self, model: Llama) -> Result<Whole> {
+        let counters = Arc::new(EngineCounters::default());
+        let ends = match &self.workload {
+            Workload::Random(_) => Vec::new(),
+            Workload::Corpus(_) => self.config().eos_token_ids.clone(),
+        };
+        let failed = |error| eprintln!("error: the engine failed: {error}");
+        let (queue, thread) = engine::start(model, ends, self.engine, counters.clone(), failed)?;
+        let start = Instant::now();
+        let answered = self.workload.clone().run(&queue, self.new_tokens)?;
+        let seconds = start.elapsed().as_secs_f64();
+        drop(queue);
+        thread.join().map_err(|_| anyhow!("the engine's thread failed"))?;
+        Ok(Whole { answered, seconds, counters })
+    }
+}
+
+/// A model of random weights: a thousand normal numbers, again and again, as good as any for speed.
+fn random(config: &ModelConfig, precision: Precision, device: &Device) -> headwater::Result<Llama> {
+    const PERIOD: usize = 1009; // a prime: rows begin at different places of it
+    let mut stream = seed::stream(5, "weights", "bench");
+    let normal: Vec<f32> = (0..PERIOD).map(|_| stream.normal() as f32).collect();
+    let dtype = precision.dtype();
+    Llama::build(config, precision.form(device), device, |name, shape| {
+        let (offset, scale) = if name.contains("norm") { (1.0, 0.0) } else { (0.0, 0.03) };
+        let values = normal.iter().cycle().map(|value| offset + scale * value);
+        let values: Vec<f32> = values.take(shape.iter().product()).collect();
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+    })
+}
+
+/// What each phase did alone, beside what the machine can do.
+struct Measured<'a> {
+    prompts: &'a [Vec<u32>],
+    prefill: Phase,
+    decode: Phase,
+    ceiling: Ceiling,
+    cost: Cost,
+}
+
+impl Measured<'_> {
+    /// Seconds that the prompts take at best.
+    fn prefill_at_best(&self) -> f64 {
+        let operations = self.prompts.iter().map(|prompt| self.cost.prompt(prompt.len()));
+        operations.sum::<f64>() / self.ceiling.operations_per_s
+    }
+
+    /// Seconds that steps of a whole batch take at best, for `tokens` tokens behind each prompt.
+    fn decode_at_best(&self, tokens: usize) -> f64 {
+        let batch = self.prompts.len() as f64;
+        let prompts = self.prompts.iter().map(Vec::len).sum::<usize>() as f64 / batch;
+        let length = |step: usize| prompts + step as f64 + 1.0;
+        (0..tokens).map(|step| self.cost.step(batch, length(step), &self.ceiling)).sum()
+    }
+}
+
+impl Measured<'_> {
+    /// Rates and shares, for people.
+    fn table(&self, whole: &Whole, new_tokens: usize) -> String {
+        let row = |name: &str, rate: f64, share: f64| {
+            format!("{name:<30} {rate:>9.0} tokens/s  {:5.1} % of the ceiling\n", 100.0 * share)
+        };
+        let prefill = self.prefill_at_best() / self.prefill.seconds;
+        let decode = self.decode_at_best(new_tokens) / self.decode.seconds;
+        let steps = format!("steps of {} alone", self.prompts.len());
+        let tokens = whole.answered.output_tokens as f64 / whole.seconds;
+        row("prompts alone", self.prefill.rate(), prefill)
+            + &row(&steps, self.decode.rate(), decode)
+            + &format!("{:<30} {tokens:>9.0} new tokens/s\n", "all requests")
+    }
+}
+
+/// What an engine made of all requests.
+struct Whole {
+    answered: Answered,
+    seconds: f64,
+    counters: Arc<EngineCounters>,
+}
+
+/// What was measured, as one line of JSON.
+fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) -> Value {
+    let Measured { prefill, decode, ceiling, .. } = measured;
+    let Whole { answered, seconds, counters } = whole;
+    let engine: BTreeMap<_, _> = counters.figures().into();
+    let per = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
+    let prefill_share = measured.prefill_at_best() / prefill.seconds;
+    let decode_share = measured.decode_at_best(setup.new_tokens) / decode.seconds;
+    json!({
+        "bench": "synth",
+        "model": args.model,
+        "parameters": setup.config().parameter_count(),
+        "device": args.device,
+        "dtype": setup.precision.name(),
+        "threads": threads(),
+        "sequences": setup.engine.sequences_max,
+        "rounds": args.rounds,
+        "requests": answered.requests,
+        "prompt_tokens": answered.prompt_tokens,
+        "output_tokens": answered.output_tokens,
+        "seconds": seconds,
+        "requests_per_s": answered.requests as f64 / seconds,
+        "tokens_per_s": answered.output_tokens as f64 / seconds,
+        "prefill_tokens_per_s": prefill.rate(),
+        "decode_tokens_per_s": decode.rate(),
+        "prefix_hit_rate": per(engine["cached_tokens"], answered.prompt_tokens),
+        "draft_hit_rate": per(engine["accepted_tokens"], engine["drafted_tokens"]),
+        "batch_mean": per(engine["sequences"], engine["steps"]),
+        "memory_bytes": peak_memory(),
+        "engine": engine,
+        "ceiling": {
+            "operations_per_s": ceiling.operations_per_s,
+            "bytes_per_s": ceiling.bytes_per_s,
+            "prefill_share": prefill_share,
+            "decode_share": decode_share,
+        },
+    })
+}

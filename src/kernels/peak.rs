@@ -1,0 +1,193 @@
+//! What the processors and the memory of this machine can do at best: the ceilings that shares are taken of.
+//!
+//! ```text
+//! products   registers only, no loads: one multiply-add behind another in independent chains, on all threads
+//! memory     a buffer far larger than the caches, read from its beginning to its end, on all threads
+//! ```
+//!
+//! No program can be faster, and none reaches both at once. Each is the best of several turns: a machine
+//! that is shared with others has bad moments, and a ceiling is no average.
+
+// Reason: functions compiled for an instruction set may only be called where the CPU has it, which is asked.
+#![expect(unsafe_code, reason = "instruction sets are asked for before they are used")]
+
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+use super::packed::WeightType;
+use super::tiles::PANEL;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+use std::hint::black_box;
+use std::time::Instant;
+
+/// Turns, of which the best counts.
+const TURNS: usize = 8;
+
+/// Multiply-adds in each chain of a turn: some tens of milliseconds.
+const LENGTH: usize = 1 << 23;
+
+/// Chains side by side: more than any CPU has such operations under way.
+const CHAINS: usize = 16;
+
+/// Bytes of the buffer that is read.
+const BUFFER: usize = 512 << 20;
+
+/// Multiplications and additions a second in registers, on all threads, for weights of this type. A CPU
+/// without instructions for the type has the rate of f32.
+pub fn operations_per_second(kind: WeightType) -> f64 {
+    let chains = match kind {
+        WeightType::F32 => floats,
+        WeightType::Bf16 => pairs,
+        WeightType::Int8 => quads,
+    };
+    best(|| {
+        let start = Instant::now();
+        let operations: usize = rayon::broadcast(|_| chains()).into_iter().sum();
+        operations as f64 / start.elapsed().as_secs_f64()
+    })
+}
+
+/// Threads that kernels share their work among.
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// Bytes a second that all threads together read from memory.
+pub fn bytes_per_second() -> f64 {
+    let buffer = vec![1.0f32; BUFFER / size_of::<f32>()];
+    let share = buffer.len().div_ceil(rayon::current_num_threads());
+    best(|| {
+        let start = Instant::now();
+        let sum: f32 =
+            buffer.par_chunks(share).map(|part| pulp::Arch::new().dispatch(Sum(part))).sum();
+        black_box(sum);
+        BUFFER as f64 / start.elapsed().as_secs_f64()
+    })
+}
+
+fn best(mut turn: impl FnMut() -> f64) -> f64 {
+    (0..TURNS).map(|_| turn()).fold(0.0, f64::max)
+}
+
+struct Sum<'a>(&'a [f32]);
+
+impl WithSimd for Sum<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let (vectors, rest) = S::as_simd_f32s(self.0);
+        let mut sums = [simd.splat_f32s(0.0); 8];
+        for vectors in vectors.chunks_exact(8) {
+            for (sum, &vector) in sums.iter_mut().zip(vectors) {
+                *sum = simd.add_f32s(*sum, vector);
+            }
+        }
+        let sums = sums.map(|sum| simd.reduce_sum_f32s(sum));
+        sums.iter().chain(rest).sum()
+    }
+}
+
+/// Runs chains in f32; returns how many operations that were.
+fn floats() -> usize {
+    pulp::Arch::new().dispatch(Floats)
+}
+
+struct Floats;
+
+impl WithSimd for Floats {
+    type Output = usize;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> usize {
+        let factor = simd.splat_f32s(black_box(0.999));
+        let mut sums: [S::f32s; CHAINS] =
+            std::array::from_fn(|chain| simd.splat_f32s(chain as f32));
+        for _ in 0..LENGTH {
+            for sum in &mut sums {
+                *sum = simd.mul_add_f32s(factor, factor, *sum);
+            }
+        }
+        black_box(sums.map(|sum| simd.reduce_sum_f32s(sum)));
+        2 * S::F32_LANES * CHAINS * LENGTH
+    }
+}
+
+/// The same in bf16.
+fn pairs() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if amx::is_there() {
+        return amx::chains::<false>(LENGTH / 4);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: the CPU has the instructions.
+        return unsafe { avx512::pairs() };
+    }
+    floats()
+}
+
+/// The same in 8 bits.
+fn quads() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if amx::is_there() {
+        return amx::chains::<true>(LENGTH / 4);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni") {
+        // SAFETY: the CPU has the instructions.
+        return unsafe { avx512::quads() };
+    }
+    floats()
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{CHAINS, LENGTH, PANEL, black_box};
+    use std::arch::x86_64::{
+        __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_reduce_add_epi32,
+        _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512,
+    };
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn pairs() -> usize {
+        let factor = _mm512_set1_epi32(black_box(0x3f7f_3f7f));
+        // SAFETY: both types are 512 bits without invalid values.
+        let factor: __m512bh = unsafe { std::mem::transmute::<__m512i, __m512bh>(factor) };
+        let mut sums = [_mm512_setzero_ps(); CHAINS];
+        for _ in 0..LENGTH {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, factor, factor);
+            }
+        }
+        black_box(sums.map(|sum| _mm512_reduce_add_ps(sum)));
+        2 * PANEL * CHAINS * LENGTH
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn quads() -> usize {
+        let factor = _mm512_set1_epi32(black_box(0x0101_0101));
+        let mut sums = [_mm512_setzero_si512(); CHAINS];
+        for _ in 0..LENGTH {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
+            }
+        }
+        black_box(sums.map(|sum| _mm512_reduce_add_epi32(sum)));
+        4 * PANEL * CHAINS * LENGTH
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_count_what_they_compute() {
+        let lanes = floats() / (2 * CHAINS * LENGTH);
+        assert!(matches!(lanes, 1 | 4 | 8 | 16), "{lanes} lanes");
+        for wider in [pairs(), quads()] {
+            assert!(wider >= floats());
+        }
+    }
+}
