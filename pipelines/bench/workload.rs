@@ -24,7 +24,7 @@ pub(super) enum Workload {
     /// Prompts that have nothing to do with each other.
     Random(Vec<Vec<u32>>),
     /// Chains of texts.
-    Corpus(Corpus),
+    Corpus(Box<Corpus>),
 }
 
 /// Chains of texts, with what their prompts are written by.
@@ -77,7 +77,7 @@ impl Workload {
         let texts: Vec<Document> = texts.take(limit.unwrap_or(usize::MAX)).collect();
         ensure!(!texts.is_empty(), "--prompts has no text that fits into a prompt");
         let chains = chains(texts, rounds);
-        Ok(Workload::Corpus(Corpus { chains, writer, prompt_tokens_max }))
+        Ok(Workload::Corpus(Box::new(Corpus { chains, writer, prompt_tokens_max })))
     }
 
     /// The prompts that are asked first: one of each chain.
