@@ -244,6 +244,13 @@ pub struct EngineArgs {
     /// Guess tokens that are copied, where that is faster: auto, always or off
     #[arg(long, default_value = "auto", value_name = "HOW")]
     pub speculation: String,
+    /// Where answers are kept and found again, by this run or others: a directory, or off
+    /// [default: requests in the run folder]
+    #[arg(long, value_name = "DIR")]
+    pub request_store: Option<String>,
+    /// What is kept there at most, in MiB: what was not asked for longest goes first
+    #[arg(long, default_value_t = 4096, value_name = "MIB")]
+    pub request_store_mib: u64,
 }
 
 /// How a command is run.

@@ -10,9 +10,10 @@
 //! engine leaves requests in the backlog, all of which are tried again: one engine does not stand in the way of
 //! the others. The backlog and what waits are bounded; beyond that the queue fills up, and callers keep theirs.
 
+use super::RequestStore;
 use super::key::{Identity, RequestKey};
+use super::metrics::StoreCounters;
 use super::record::Answer;
-use super::{RequestStore, StoreCounters};
 use crate::error::{Error, Result};
 use crate::synthesizer::{Completion, Handle, Job, Queue, Request, Synthesizer};
 use crossbeam_channel::{Receiver, Select, TryRecvError, bounded};

@@ -14,6 +14,7 @@
 
 pub mod front;
 pub mod key;
+pub mod metrics;
 pub mod record;
 mod scan;
 mod segment;
@@ -21,54 +22,20 @@ mod segment;
 use crate::error::{Error, Result};
 use crate::format::durable;
 use key::RequestKey;
+use metrics::StoreCounters;
 use record::{Answer, RECORD_MAX, encode};
 use segment::{Lookup, Segment, cost};
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 
 /// Files that the bound is divided into.
 const SEGMENTS: u64 = 16;
 
 /// The least bound that makes sense, in bytes.
 pub const BYTES_MIN: u64 = 1 << 20;
-
-/// What a store has done since it was opened, for anybody to read at any time.
-#[derive(Debug, Default)]
-pub struct StoreCounters {
-    /// Requests answered from the store.
-    pub hits: AtomicU64,
-    /// Requests that an engine had to answer.
-    pub misses: AtomicU64,
-    /// Requests that waited for the answer to an equal one.
-    pub joined: AtomicU64,
-    /// Damaged entries, which were dropped.
-    pub corrupt: AtomicU64,
-    /// Entries written.
-    pub written: AtomicU64,
-    /// Bytes written.
-    pub written_bytes: AtomicU64,
-    /// Bytes that the store holds now.
-    pub held_bytes: AtomicU64,
-}
-
-impl StoreCounters {
-    /// Name and value of each count, for whoever writes them down.
-    pub fn figures(&self) -> [(&'static str, u64); 7] {
-        [
-            ("hits", &self.hits),
-            ("misses", &self.misses),
-            ("joined", &self.joined),
-            ("corrupt", &self.corrupt),
-            ("written", &self.written),
-            ("written_bytes", &self.written_bytes),
-            ("held_bytes", &self.held_bytes),
-        ]
-        .map(|(name, count)| (name, count.load(Relaxed)))
-    }
-}
 
 /// Answers on disk, in a folder that nobody else uses at the time.
 #[derive(Debug)]
