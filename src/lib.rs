@@ -19,6 +19,7 @@ pub mod model;
 pub mod pack;
 pub mod prompt;
 pub mod record;
+pub mod request_store;
 pub mod run;
 pub mod seed;
 pub mod side;

@@ -228,6 +228,13 @@ pub struct EngineArgs {
     /// Devices of the synthesizer, one engine each: cpu, or cuda:0,cuda:1,… [default: that of --device]
     #[arg(long, value_delimiter = ',', value_name = "DEVICE,…")]
     pub synthesizer_device: Vec<String>,
+    /// Where answers are kept and found again, by this run or others: a directory, or off
+    /// [default: requests in the run folder]
+    #[arg(long, value_name = "DIR")]
+    pub request_store: Option<String>,
+    /// What is kept there at most, in MiB: what was not asked for longest goes first
+    #[arg(long, default_value_t = 4096, value_name = "MIB")]
+    pub request_store_mib: u64,
     #[allow(missing_docs)] // a comment would become help
     #[command(flatten)]
     pub steps: StepArgs,

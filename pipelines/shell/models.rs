@@ -4,12 +4,15 @@ use super::bundled::{self, BundledModel};
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
 use headwater::format::input;
+use headwater::kernels::instruction_set;
 use headwater::model::Llama;
 use headwater::model::config::ModelConfig;
 use headwater::model::shape::Shape;
 use headwater::model::weights::{Weights, checkpoint_files};
+use headwater::request_store::key::Identity;
 use headwater::tokenizer::Tokenizer;
 use headwater::train;
+use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use xxhash_rust::xxh3::xxh3_128;
 
@@ -113,6 +116,25 @@ impl Model {
             }
         }
         Ok(digests)
+    }
+
+    /// What decides all its answers besides the request: this program, its weights, its shape, the ids that
+    /// end a generation, and how it computes. Its context decides which requests it takes, not what it says.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn identity(&self, arithmetic: &str) -> Result<Identity> {
+        let mut shape = self.config.to_json();
+        shape["max_position_embeddings"] = Value::Null;
+        let description = json!({
+            "headwater": env!("CARGO_PKG_VERSION"),
+            "weights": self.digest()?,
+            "shape": shape,
+            "ends": self.config.eos_token_ids,
+            "arithmetic": arithmetic,
+            "instruction_set": instruction_set(),
+        });
+        Ok(Identity::new(&description.to_string()))
     }
 
     /// Loads the model to generate with.

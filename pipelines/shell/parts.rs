@@ -15,6 +15,8 @@ use headwater::gate::{Agreement, DocumentGates, PairGates};
 use headwater::manifest::{LaneState, Manifest};
 use headwater::meter::Meters;
 use headwater::prompt::PromptWriter;
+use headwater::request_store::metrics::StoreCounters;
+use headwater::request_store::{RequestStore, front};
 use headwater::run::{RunFolder, RunLock};
 use headwater::synthesizer::{Queue, Synthesizer, Waker};
 use headwater::train::feed::Feed;
@@ -56,6 +58,8 @@ pub struct Parts {
     window: u64,
     /// What the synthesis engines have done.
     pub engine: Arc<EngineCounters>,
+    /// What the request store has done, if there is one.
+    pub requests: Option<Arc<StoreCounters>>,
     queue: Queue,
     judge: Queue,
     blocks: Mutex<Option<Blocks>>,
@@ -70,14 +74,29 @@ impl Parts {
     /// If the folder holds another run, or a model cannot be loaded.
     pub fn open(settings: &Settings, plan: &Plan, feed: Option<Feed>) -> Result<Self> {
         let folder = open_folder(settings, plan)?;
+        let (store, requests) = match settings.request_store() {
+            Some(folder) => {
+                let store = RequestStore::open(&folder, settings.request_store_bytes())?;
+                let counters = store.counters();
+                (Some(Arc::new(Mutex::new(store))), Some(counters))
+            }
+            None => (None, None),
+        };
         let counters = Arc::new(EngineCounters::default());
-        let queue = start_engines(settings, &settings.synthesizer, &counters)?;
+        let start = |model, counters| -> Result<Queue> {
+            let engines = start_engines(settings, model, counters)?;
+            match &store {
+                Some(store) => remembered(settings, model, &engines, store),
+                None => Ok(engines),
+            }
+        };
+        let queue = start(&settings.synthesizer, &counters)?;
         let judge = match &settings.judge {
-            Some(judge) => start_engines(settings, judge, &Arc::default())?,
+            Some(judge) => start(judge, &Arc::default())?,
             None => queue.clone(),
         };
         let parts = Self::wire(settings, folder, (queue, judge), feed)?;
-        Ok(Parts { engine: counters, ..parts })
+        Ok(Parts { engine: counters, requests, ..parts })
     }
 
     /// The parts around any synthesizer that takes its jobs from `queue`.
@@ -133,6 +152,7 @@ impl Parts {
             writer,
             prompt_tokens_max,
             engine: Arc::default(),
+            requests: None,
             queue,
         })
     }
@@ -236,6 +256,20 @@ fn start_engines(
     };
     let queues = settings.synthesizer_devices.iter().map(start).collect::<Result<Vec<_>>>()?;
     Ok(Queue::over(queues))
+}
+
+/// The engines of a model behind what they answered before.
+fn remembered(
+    settings: &Settings,
+    model: &Model,
+    engines: &Queue,
+    store: &Arc<Mutex<RequestStore>>,
+) -> Result<Queue> {
+    let identity = model.identity(&settings.arithmetic())?;
+    let (queue, _) = front::start(engines, identity, store.clone(), |error| {
+        fail(&format!("the request store failed: {error}"));
+    })?;
+    Ok(queue)
 }
 
 fn agreement(settings: &Settings) -> Result<Option<Agreement>> {

@@ -129,6 +129,11 @@ impl Plan {
             line("published", published.describe());
         }
         line("memory", format!("about {}", bytes(self.memory(settings))));
+        let kept = settings.request_store().map(|folder| {
+            let most = bytes(settings.request_store_bytes());
+            format!("answers are kept in {}, {most} at most", folder.display())
+        });
+        line("requests", kept.unwrap_or("answers are not kept".into()));
         line("output", format!("{}", settings.out.display()));
         text
     }

@@ -20,7 +20,7 @@ use headwater::model::device;
 use headwater::pack::PackMode;
 use headwater::template::Templates;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// What a pipeline sets where its user does not.
@@ -112,6 +112,7 @@ impl Settings {
         let RunArgs { input, augment, mix, gates, engine, mut train, no_train, machine } = args;
         let published = train.resolve(preset.published)?;
         check_counts(&engine, &augment)?;
+        check_store(&engine)?;
         check_progress(&machine.progress)?;
         preset.rounds = augment.rounds.unwrap_or(preset.rounds);
         preset.epoch_documents = epoch_documents(&augment, &preset)?;
@@ -185,6 +186,26 @@ impl Settings {
         self.synthesizer.config.max_position_embeddings - self.augment.new_tokens
     }
 
+    /// How the synthesizer computes, as far as it decides the output.
+    pub fn arithmetic(&self) -> String {
+        let kind = if self.synthesizer_devices[0].is_cpu() { "cpu" } else { "cuda" };
+        format!("{kind} {}", self.dtype.as_str())
+    }
+
+    /// What a request store may hold, in bytes.
+    pub fn request_store_bytes(&self) -> u64 {
+        self.engine.request_store_mib.saturating_mul(1 << 20)
+    }
+
+    /// The folder that answers are kept in, if they are.
+    pub fn request_store(&self) -> Option<PathBuf> {
+        match self.engine.request_store.as_deref() {
+            Some("off") => None,
+            Some(folder) => Some(folder.into()),
+            None => Some(self.out.join("requests")),
+        }
+    }
+
     /// Kinds of the input files, each once.
     pub fn kinds(&self) -> Vec<&'static str> {
         let mut kinds: Vec<&str> =
@@ -200,7 +221,6 @@ impl Settings {
     /// If a file cannot be read.
     pub fn configuration(&self, training: Option<Value>) -> Result<Value> {
         let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
-        let kind = if self.synthesizer_devices[0].is_cpu() { "cpu" } else { "cuda" };
         let judge = self.judge.as_ref().map(|judge| -> Result<Value> {
             Ok(json!({ "name": judge.name, "weights": judge.digest()? }))
         });
@@ -220,7 +240,7 @@ impl Settings {
                 "tokenizer": tokenizer(&self.synthesizer),
                 "context": self.synthesizer.config.max_position_embeddings,
                 "new_tokens": self.augment.new_tokens,
-                "arithmetic": format!("{kind} {}", self.dtype.as_str()),
+                "arithmetic": self.arithmetic(),
             },
             "documents": self.document_rules,
             "pairs": self.pair_rules,
@@ -248,6 +268,14 @@ fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
     ensure!(augment.rounds != Some(0), "--rounds must be 1 at least");
     ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
     ensure!(engine.workers > 0, "--workers must be 1 at least");
+    Ok(())
+}
+
+fn check_store(engine: &EngineArgs) -> Result<()> {
+    ensure!(engine.request_store_mib > 0, "--request-store-mib must be 1 at least");
+    if let Some(folder) = engine.request_store.as_deref().map(Path::new) {
+        ensure!(!folder.exists() || folder.is_dir(), "--request-store {folder:?} is no folder");
+    }
     Ok(())
 }
 

@@ -24,6 +24,7 @@ pub struct Summary {
     seconds: f64,
     generated: u64,
     engine: BTreeMap<&'static str, u64>,
+    requests: Option<BTreeMap<&'static str, u64>>,
     out: PathBuf,
     strict: bool,
 }
@@ -51,6 +52,7 @@ impl Summary {
             seconds,
             generated: parts.meters.generations.get(),
             engine: parts.engine.figures().into(),
+            requests: parts.requests.as_ref().map(|requests| requests.figures().into()),
             out: settings.out.clone(),
             strict: settings.machine.strict,
         })
@@ -83,6 +85,7 @@ impl Summary {
             "seconds": self.seconds,
             "documents_per_s": self.generated as f64 / self.seconds,
             "engine": self.engine,
+            "requests": self.requests,
             "utilisation": self.utilisation(),
             "mix_error_tokens": self.mix_errors(),
             "peak_memory_bytes": peak_memory(),
@@ -104,6 +107,7 @@ impl Summary {
             self.generated as f64 / self.seconds,
             bytes(peak_memory()),
         );
+        lines.push(("requests", self.describe_requests()));
         lines.push(("engine", self.describe_engine()));
         lines.push(("run", run));
         let mut text = String::new();
@@ -201,6 +205,22 @@ impl Summary {
             get("pack/cuts"),
         );
         vec![("mix", mix), ("pack", pack)]
+    }
+
+    /// Where answers came from.
+    fn describe_requests(&self) -> String {
+        let Some(requests) = &self.requests else { return "answers are not kept".into() };
+        let get = |name: &str| requests[name];
+        format!(
+            "{} answered from the store, {} by the engines, {} with an equal one; {} damaged entries dropped; \
+             {} written, {} held",
+            count(get("hits")),
+            count(get("misses")),
+            count(get("joined")),
+            get("corrupt"),
+            bytes(get("written_bytes")),
+            bytes(get("held_bytes")),
+        )
     }
 
     /// What the synthesis engines did in this run, as far as it went here.

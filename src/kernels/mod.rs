@@ -51,6 +51,14 @@ macro_rules! dispatch {
 }
 use dispatch;
 
+/// The vector units that kernels use on this CPU. Others compute the same up to rounding.
+pub fn instruction_set() -> String {
+    let all = format!("{:?}", pulp::Arch::new());
+    let widest = all.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
+    let pairs = if pairs::is_native() { " with bf16" } else { "" };
+    format!("{widest}{pairs}")
+}
+
 /// Rows that one task of a parallel loop works on. Fixed, so that partial sums always cover the same
 /// rows whatever the number of threads.
 const ROWS_PER_TASK: usize = 64;

@@ -49,6 +49,14 @@ pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
     }
 }
 
+/// Whether this CPU multiplies bf16: where it does not, sums are rounded in another order.
+pub(super) fn is_native() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return avx512::is_there();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
 pub(crate) fn tile(
     rows: &[u32],

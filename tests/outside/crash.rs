@@ -27,11 +27,12 @@ fn interrupt(arguments: &[String], after: Duration, signal: &str) -> bool {
     was_running
 }
 
-/// Everything but clocks: data, account, the last checkpoint, and the losses.
+/// Everything but clocks and what was answered in which order: data, account, the last checkpoint, and the losses.
 fn assert_same_run(left: &Path, right: &Path) {
     let is_checkpoint = |name: &Path| name.starts_with("checkpoints");
+    let is_store = |name: &Path| name.starts_with("requests");
     let clocks = |name: &Path| name == Path::new("metrics.jsonl") || is_checkpoint(name);
-    assert_same(left, right, clocks);
+    assert_same(left, right, |name| clocks(name) || is_store(name));
     let last = |run: &Path| {
         let folder = std::fs::read_dir(run.join("checkpoints")).unwrap();
         folder.map(|entry| entry.unwrap().path()).max().unwrap()

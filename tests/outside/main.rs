@@ -11,6 +11,7 @@ mod parity;
 mod program;
 mod pubmed_xml;
 mod rendering;
+mod requests;
 mod rounds;
 mod rules;
 mod tidy;
