@@ -227,7 +227,7 @@ fn start_engines(
 ) -> Result<Queue> {
     let start = |device| -> Result<Queue> {
         let ends = model.config.eos_token_ids.clone();
-        let loaded = model.load(settings.dtype, device)?;
+        let loaded = model.load(device)?;
         let engine_settings = settings.engine_settings();
         let (queue, _) = engine::start(loaded, ends, engine_settings, counters.clone(), |error| {
             fail(&format!("the synthesis engine failed: {error}"));

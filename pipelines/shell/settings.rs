@@ -9,7 +9,7 @@ use super::published::Published;
 use super::ratio::part;
 use super::sources::Sources;
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use headwater::block::{Converted, LongTexts};
 use headwater::engine::EngineSettings;
 use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
@@ -18,6 +18,7 @@ use headwater::format::input;
 use headwater::format::jsonl::Fields;
 use headwater::gate::{DocumentRules, PairRules};
 use headwater::model::device;
+use headwater::model::precision::Precision;
 use headwater::pack::PackMode;
 use headwater::template::Templates;
 use serde_json::{Value, json};
@@ -100,8 +101,6 @@ pub struct Settings {
     pub synthesizer_devices: Vec<Device>,
     /// What makes synthesis faster.
     pub means: Means,
-    /// Type of the synthesizer's weights.
-    pub dtype: DType,
 }
 
 impl Settings {
@@ -125,7 +124,6 @@ impl Settings {
         ensure!((1..=99).contains(&mix.lanes), "--lanes takes 1 to 99");
         let device = device::device(&machine.device)?;
         let synthesizer_devices = synthesizer_devices(&engine, &device)?;
-        let dtype = device::dtype(&engine.dtype, &synthesizer_devices[0])?;
         let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let context = synthesizer.config.max_position_embeddings.min(augment.context);
         synthesizer.config.max_position_embeddings = context;
@@ -134,7 +132,13 @@ impl Settings {
             "--new-tokens {} leaves no room for a prompt in the synthesizer's context of {context}",
             augment.new_tokens
         );
-        let judge = gates.judge.as_deref().map(Model::trained).transpose().context("--judge")?;
+        let mut judge =
+            gates.judge.as_deref().map(Model::trained).transpose().context("--judge")?;
+        let on_cpu = synthesizer_devices[0].is_cpu();
+        for model in [&mut synthesizer].into_iter().chain(&mut judge) {
+            let precision = Precision::choose(&engine.dtype, model.precision, on_cpu);
+            model.precision = precision.context("--dtype")?;
+        }
         let model = train.model(length)?;
         if !no_train {
             train.check(&model, length)?;
@@ -172,7 +176,6 @@ impl Settings {
             model,
             device,
             synthesizer_devices,
-            dtype,
         })
     }
 
@@ -213,8 +216,13 @@ impl Settings {
     pub fn configuration(&self, training: Option<Value>) -> Result<Value> {
         let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
         let kind = if self.synthesizer_devices[0].is_cpu() { "cpu" } else { "cuda" };
+        let arithmetic = |model: &Model| format!("{kind} {}", model.precision.name());
         let judge = self.judge.as_ref().map(|judge| -> Result<Value> {
-            Ok(json!({ "name": judge.name, "weights": judge.digest()? }))
+            let mut entry = json!({ "name": judge.name, "weights": judge.digest()? });
+            if judge.precision != self.synthesizer.precision {
+                entry["arithmetic"] = json!(arithmetic(judge));
+            }
+            Ok(entry)
         });
         let contamination = self.document_rules.contamination.as_ref();
         Ok(json!({
@@ -232,7 +240,7 @@ impl Settings {
                 "tokenizer": tokenizer(&self.synthesizer),
                 "context": self.synthesizer.config.max_position_embeddings,
                 "new_tokens": self.augment.new_tokens,
-                "arithmetic": format!("{kind} {}", self.dtype.as_str()),
+                "arithmetic": arithmetic(&self.synthesizer),
             },
             "documents": self.document_rules,
             "pairs": self.pair_rules,
