@@ -404,7 +404,7 @@ mod tests {
                 }
             }
         }
-        for piece in ["<", "s", ">", "s>", "<s", "</s", "/s>"] {
+        for piece in ["<", "/", "s", ">", "s>", "<s", "</s", "/s>"] {
             *counts.entry(piece.into()).or_default() += 1000;
         }
         let mut pieces: Vec<(String, usize)> =
