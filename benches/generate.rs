@@ -1,7 +1,7 @@
 //! How fast does the engine generate? Prompts of the bundled sample through the bundled synthesizer: a
 //! prompt, then 128 tokens each, with no end.
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use crossbeam_channel::unbounded;
 use headwater::engine::metrics::EngineCounters;
@@ -16,7 +16,7 @@ const NEW_TOKENS: usize = 128;
 fn generate(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("generate");
     for batch in [1, 8, 32] {
-        let model = synthesizer().load(DType::F32, &Device::Cpu).expect("it loads");
+        let model = synthesizer().load(&Device::Cpu).expect("it loads");
         let settings = EngineSettings {
             sequences_max: batch,
             step_tokens_max: 512,

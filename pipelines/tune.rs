@@ -23,6 +23,7 @@ use headwater::format::{compressed, durable, input, tasks};
 use headwater::ledger::Ledger;
 use headwater::meter::Meters;
 use headwater::model::device;
+use headwater::model::precision::Precision;
 use headwater::model::shape::Shape;
 use headwater::prompt::PromptWriter;
 use headwater::record::{Rejected, Sequence};
@@ -157,7 +158,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         Ended::Stopped => None,
         Ended::Done => {
             drive.checkpoint()?;
-            let dtype = device::dtype(&args.dtype, &class.device)?;
+            let dtype = tensors(&args.dtype, &class.device)?;
             drive.trainer.export(&model, &class.model.tokenizer, dtype)?;
             evaluate(&class.exam(args)?, &model, &class.device)?
         }
@@ -208,11 +209,12 @@ impl Class {
             ensure!(name == known, "--published takes {known} here, not {name:?}");
         }
         let device = device::device(&args.machine.device)?;
-        device::dtype(&args.dtype, &device)?;
+        tensors(&args.dtype, &device)?;
         let (rows, mut rejected) = read(&args.input)?;
         let rows_read = (rows.len() + rejected.len()) as u64;
         let model =
             Model::named(&args.base, &tokenizer(args, &rows)?, args.length()).context("--base")?;
+        model.check_trainable().context("--base")?;
         let context = model.config.max_position_embeddings;
         ensure!(args.length() <= context, "--length: {:?} takes {context} tokens", model.name);
         let writer = PromptWriter::new(model.tokenizer.clone())?;
@@ -356,6 +358,12 @@ impl Class {
 
 /// Tokens that an exam lets the synthesizer write for a text.
 const EXAM_NEW_TOKENS: usize = 400;
+
+/// The type of parameters on disk.
+fn tensors(name: &str, device: &Device) -> Result<DType> {
+    let precision = Precision::choose(name, Precision::F32, device.is_cpu());
+    precision.and_then(Precision::tensors).context("--dtype")
+}
 
 fn compute(device: &Device) -> DType {
     if device.is_cpu() { DType::F32 } else { DType::BF16 }

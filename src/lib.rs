@@ -9,6 +9,7 @@ pub mod error;
 pub mod eval;
 pub mod format;
 pub mod gate;
+pub mod gguf;
 pub mod kernels;
 pub mod lane;
 pub mod ledger;

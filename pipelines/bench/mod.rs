@@ -3,7 +3,6 @@
 //! Standard output gets one line of JSON, standard error what people read.
 
 mod ceiling;
-mod precision;
 mod synth;
 mod text;
 mod workload;

@@ -5,7 +5,6 @@
 //! ```
 
 use super::ceiling::{Ceiling, Cost};
-use super::precision::Precision;
 use super::workload::{Answered, Workload};
 use crate::shell::args::StepArgs;
 use crate::shell::models::{BUNDLED, Model};
@@ -13,16 +12,17 @@ use crate::shell::plan::count;
 use crate::shell::summary::peak_memory;
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, anyhow, ensure};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use headwater::engine::metrics::EngineCounters;
 use headwater::engine::phases::{Phase, Phases};
 use headwater::engine::schedule::{PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
 use headwater::kernels::peak::threads;
-use headwater::model::Llama;
+use headwater::model::{Form, Llama};
 use headwater::model::config::ModelConfig;
 use headwater::model::device;
+use headwater::model::precision::Precision;
 use headwater::model::shape::Shape;
 use headwater::prompt::PromptWriter;
 use headwater::seed;
@@ -39,8 +39,8 @@ use std::time::Instant;
                         headwater bench synth --model models/synthesizer --prompts pubmed.xml.gz \
                         --rounds 3 --requests 300")]
 pub(super) struct Synth {
-    /// The synthesizer: a directory, "bundled", or a shape for random weights
-    #[arg(long, default_value = BUNDLED, value_name = "DIR|SHAPE")]
+    /// The synthesizer: a directory, a GGUF file, "bundled", or a shape for random weights
+    #[arg(long, default_value = BUNDLED, value_name = "DIR|FILE|SHAPE")]
     model: String,
     /// Texts to ask about, of the kinds that pipelines read [default: random tokens]
     #[arg(long, num_args = 1.., value_name = "FILE")]
@@ -75,7 +75,7 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
         "{} on {} in {}: {} parameters; ceilings {:.1} Gop/s, {:.1} GB/s",
         args.model,
         args.device,
-        setup.precision.name(),
+        setup.model.precision.name(),
         count(setup.config().parameter_count()),
         ceiling.operations_per_s / 1e9,
         ceiling.bytes_per_s / 1e9,
@@ -98,7 +98,6 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
 struct Setup {
     model: Model,
     device: Device,
-    precision: Precision,
     engine: EngineSettings,
     workload: Workload,
     new_tokens: usize,
@@ -107,7 +106,6 @@ struct Setup {
 impl Setup {
     fn new(args: &Synth) -> Result<Self> {
         let device = device::device(&args.device)?;
-        let precision = Precision::named(&args.steps.dtype, &device)?;
         let mut engine = args.steps.settings()?;
         let tokenizer = Model::trained(BUNDLED)?.tokenizer;
         let new_tokens =
@@ -115,10 +113,11 @@ impl Setup {
         ensure!(new_tokens > 0, "--output-tokens must be 1 at least");
         ensure!(args.rounds > 0, "--rounds must be 1 at least");
         let random = args.prompts.is_empty();
-        let model = match Shape::named(&args.model) {
+        let mut model = match Shape::named(&args.model) {
             Some(shape) => Model::random(shape, &tokenizer),
             None => Model::trained(&args.model).context("--model")?,
         };
+        model.precision = Precision::choose(&args.steps.dtype, model.precision, device.is_cpu())?;
         let context = model.config.max_position_embeddings;
         let room = context.checked_sub(new_tokens).filter(|&room| room > 0);
         let room = room.with_context(|| {
@@ -143,7 +142,7 @@ impl Setup {
             let writer = PromptWriter::new(model.tokenizer.clone())?;
             Workload::corpus(&args.prompts, args.requests, args.rounds, writer, room)?
         };
-        Ok(Setup { model, device, precision, engine, workload, new_tokens })
+        Ok(Setup { model, device, engine, workload, new_tokens })
     }
 
     fn config(&self) -> &ModelConfig {
@@ -152,21 +151,23 @@ impl Setup {
 
     fn ceiling(&self) -> Result<Ceiling> {
         match self.device.is_cpu() {
-            true => Ok(Ceiling::of_cpu(self.precision.weight_type())),
-            false => Ceiling::of_device(&self.device, self.precision.dtype()),
+            true => Ok(Ceiling::of_cpu(self.model.precision.packed())),
+            false => Ceiling::of_device(&self.device, self.model.precision.tensors()?),
         }
     }
 
     fn load(&self) -> Result<Llama> {
         match Shape::named(&self.model.name) {
-            Some(_) => Ok(random(self.config(), self.precision, &self.device)?),
-            None => self.model.load(self.precision.dtype(), &self.device),
+            Some(_) => Ok(random(self.config(), self.model.precision, &self.device)?),
+            None => self.model.load(&self.device),
         }
     }
 
     fn cost(&self, model: &Llama) -> Cost {
         let cache = model.dtype().size_in_bytes() as f64;
-        Cost::new(self.config(), self.precision.bytes_per_weight(), cache)
+        let million = self.model.precision.bytes(1_000_000, self.device.is_cpu());
+        let weight_bytes = million as f64 / 1e6;
+        Cost::new(self.config(), weight_bytes, cache)
     }
 
     /// The prompts of one full batch.
@@ -199,8 +200,11 @@ fn random(config: &ModelConfig, precision: Precision, device: &Device) -> headwa
     const PERIOD: usize = 1009; // a prime: rows begin at different places of it
     let mut stream = seed::stream(5, "weights", "bench");
     let normal: Vec<f32> = (0..PERIOD).map(|_| stream.normal() as f32).collect();
-    let dtype = precision.dtype();
-    Llama::build(config, precision.form(device), device, |name, shape| {
+    let (form, dtype) = match device.is_cpu() {
+        true => (Form::PackedAs(precision.packed()), DType::F32),
+        false => (Form::Plain, precision.tensors()?),
+    };
+    Llama::build(config, form, device, |name, shape| {
         let (offset, scale) = if name.contains("norm") { (1.0, 0.0) } else { (0.0, 0.03) };
         let values = normal.iter().cycle().map(|value| offset + scale * value);
         let values: Vec<f32> = values.take(shape.iter().product()).collect();
@@ -269,7 +273,7 @@ fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) 
         "model": args.model,
         "parameters": setup.config().parameter_count(),
         "device": args.device,
-        "dtype": setup.precision.name(),
+        "dtype": setup.model.precision.name(),
         "threads": threads(),
         "sequences": setup.engine.sequences_max,
         "rounds": args.rounds,

@@ -106,8 +106,8 @@ pub struct GateArgs {
     /// Ask each question again and drop pairs whose answers agree less: token F1 of both answers
     #[arg(long, value_name = "PERCENT")]
     pub agreement: Option<u32>,
-    /// The model that is asked: a directory, or "bundled" [default: the synthesizer]
-    #[arg(long, requires = "agreement", value_name = "DIR")]
+    /// The model that is asked, named like the synthesizer [default: the synthesizer]
+    #[arg(long, requires = "agreement", value_name = "DIR|FILE")]
     pub judge: Option<String>,
 }
 
@@ -152,8 +152,9 @@ pub struct MixArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Augmenting")]
 pub struct AugmentArgs {
-    /// The synthesizer: a Hugging Face directory of the Llama and Mistral family, or "bundled"
-    #[arg(long, default_value = BUNDLED, value_name = "DIR")]
+    /// The synthesizer: a Hugging Face directory of the Llama and Mistral family, a GGUF file of one, or
+    /// "bundled"
+    #[arg(long, default_value = BUNDLED, value_name = "DIR|FILE")]
     pub synthesizer: String,
     /// Texts that may see each other: one a round [default: 2 for scratch, else 3]
     #[arg(long, value_name = "M")]
@@ -244,7 +245,9 @@ pub struct EngineArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Synthesis engine")]
 pub struct StepArgs {
-    /// Type of the synthesizer's weights: auto, f32, bf16, f16
+    /// Type of the synthesizer's weights: auto, f32, bf16, f16 (computed in f32 on a CPU), or int8 (CPU
+    /// only). auto is f32 on a CPU, for GGUF files their own type or int8 if they are quantised, and bf16
+    /// on a GPU
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub dtype: String,
     /// Sequences that are generated at a time
@@ -397,7 +400,7 @@ impl TrainArgs {
             "sequences of {length} tokens do not fit the context of {:?}, {context} tokens",
             model.name
         );
-        Ok(())
+        model.check_trainable()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::stop;
 use anyhow::{Context, Result, anyhow};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use crossbeam_channel::unbounded;
 use headwater::engine::metrics::EngineCounters;
 use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
@@ -10,6 +10,7 @@ use headwater::engine::{self, EngineSettings};
 use headwater::eval::{Exam, Scores};
 use headwater::model::Llama;
 use headwater::model::config::ModelConfig;
+use headwater::model::precision::Precision;
 use headwater::model::weights::Weights;
 use headwater::synthesizer::{Completion, Synthesizer};
 use headwater::tokenizer::Tokenizer;
@@ -36,8 +37,8 @@ pub fn evaluate(exam: &Exam, directory: &Path, device: &Device) -> Result<Option
     let mut config = ModelConfig::read(directory)?;
     config.max_position_embeddings = config.max_position_embeddings.min(CONTEXT_MAX);
     let tokenizer = Tokenizer::read(directory)?;
-    let dtype = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-    let model = Llama::load(&config, &Weights::open(directory)?, dtype, device)?;
+    let precision = if device.is_cpu() { Precision::F32 } else { Precision::Bf16 };
+    let model = Llama::load(&config, &Weights::open(directory)?, precision, device)?;
     let (failed, failure) = unbounded();
     let ends = tokenizer.eos().into_iter().collect();
     let (queue, _) =

@@ -1,12 +1,14 @@
-//! Finds the models a command names: a directory, a shape, or the one inside the program.
+//! Finds the models a command names: a directory, a GGUF file, a shape, or the one inside the program.
 
 use super::bundled::{self, BundledModel};
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use headwater::format::input;
+use headwater::gguf::Gguf;
 use headwater::kernels::instruction_set;
 use headwater::model::Llama;
 use headwater::model::config::ModelConfig;
+use headwater::model::precision::Precision;
 use headwater::model::shape::Shape;
 use headwater::model::weights::{Weights, checkpoint_files};
 use headwater::request_store::key::Identity;
@@ -28,6 +30,8 @@ pub struct Model {
     pub config: ModelConfig,
     /// Its tokenizer.
     pub tokenizer: Tokenizer,
+    /// The type of its weights when it generates: at first the one that suits its file on a CPU.
+    pub precision: Precision,
     origin: Origin,
 }
 
@@ -35,30 +39,51 @@ pub struct Model {
 enum Origin {
     Bundled,
     Directory(PathBuf),
+    Gguf(PathBuf),
     /// Random weights.
     Shape,
 }
 
 impl Model {
-    /// The model called `name`: `bundled`, or a Hugging Face directory.
+    /// The model called `name`: `bundled`, a Hugging Face directory, or a GGUF file.
     ///
     /// # Errors
-    /// If it is neither, or a file is missing or malformed.
+    /// If it is none of them, or a file is missing or malformed.
     pub fn trained(name: &str) -> Result<Self> {
         if name == BUNDLED {
             return Self::bundled();
         }
         let directory = PathBuf::from(name);
+        if directory.is_file() && Gguf::is_one(&directory)? {
+            return Self::gguf(directory);
+        }
         if !directory.is_dir() {
             bail!(
-                "{name:?} is not a directory; give a Hugging Face model directory or {BUNDLED:?}"
+                "{name:?} is neither a directory nor a GGUF file; give a Hugging Face model \
+                 directory, a GGUF file or {BUNDLED:?}"
             );
         }
         let mut config = ModelConfig::read(&directory)?;
         let tokenizer = Tokenizer::read(&directory)?;
         config.eos_token_ids = ends(&directory, &config, &tokenizer);
         let origin = Origin::Directory(directory);
-        Ok(Model { name: name.to_owned(), config, tokenizer, origin })
+        Ok(Model { name: name.to_owned(), config, tokenizer, precision: Precision::F32, origin })
+    }
+
+    fn gguf(path: PathBuf) -> Result<Self> {
+        let file = Gguf::open(&path)?;
+        let tokenizer = file.tokenizer()?;
+        let mut config = file.config().clone();
+        config.eos_token_ids.extend(tokenizer.eos());
+        config.eos_token_ids.sort_unstable();
+        config.eos_token_ids.dedup();
+        Ok(Model {
+            name: path.display().to_string(),
+            config,
+            tokenizer,
+            precision: file.precision(),
+            origin: Origin::Gguf(path),
+        })
     }
 
     /// The model called `name`: a shape with random weights and the tokenizer of `tokenizer`, or whatever
@@ -80,14 +105,24 @@ impl Model {
             eos_token_ids: tokenizer.eos().into_iter().collect(),
             ..config
         };
-        let tokenizer = tokenizer.clone();
-        Ok(Model { name: name.to_owned(), config, tokenizer, origin: Origin::Shape })
+        Ok(Model {
+            name: name.to_owned(),
+            config,
+            tokenizer: tokenizer.clone(),
+            precision: Precision::F32,
+            origin: Origin::Shape,
+        })
     }
 
     /// A model of random weights in the usual vocabulary of its shape, to measure with.
     pub fn random(shape: &Shape, tokenizer: &Tokenizer) -> Self {
-        let (name, config) = (shape.name.to_owned(), shape.config());
-        Model { name, config, tokenizer: tokenizer.clone(), origin: Origin::Shape }
+        Model {
+            name: shape.name.to_owned(),
+            config: shape.config(),
+            tokenizer: tokenizer.clone(),
+            precision: Precision::F32,
+            origin: Origin::Shape,
+        }
     }
 
     fn bundled() -> Result<Self> {
@@ -95,7 +130,13 @@ impl Model {
         let mut config = ModelConfig::parse(config).map_err(anyhow::Error::msg)?;
         let tokenizer = Tokenizer::from_files(tokenizer).map_err(anyhow::Error::msg)?;
         config.eos_token_ids = tokenizer.eos().into_iter().collect();
-        Ok(Model { name: BUNDLED.into(), config, tokenizer, origin: Origin::Bundled })
+        Ok(Model {
+            name: BUNDLED.into(),
+            config,
+            tokenizer,
+            precision: Precision::F32,
+            origin: Origin::Bundled,
+        })
     }
 
     /// A digest of the weights: the bytes of the files, or the name of the shape.
@@ -114,6 +155,7 @@ impl Model {
                     digests += &format!("{:032x}", input::digest(&file)?);
                 }
             }
+            Origin::Gguf(file) => digests = format!("{:032x}", input::digest(file)?),
         }
         Ok(digests)
     }
@@ -140,27 +182,43 @@ impl Model {
     /// Loads the model to generate with.
     ///
     /// # Errors
-    /// If the weights do not fit the shape, or the device has no room.
-    pub fn load(&self, dtype: DType, device: &Device) -> Result<Llama> {
+    /// If the weights do not fit the shape, or the device has no room or does not compute in their type.
+    pub fn load(&self, device: &Device) -> Result<Llama> {
         let weights = self.weights()?.context("random weights have nothing to say")?;
-        Ok(Llama::load(&self.config, &weights, dtype, device)?)
+        Ok(Llama::load(&self.config, &weights, self.precision, device)?)
     }
 
     /// The parameters to start training from.
     ///
     /// # Errors
-    /// If the weights do not fit the shape, or the device has no room.
+    /// If the weights do not fit the shape, the device has no room, or it is a GGUF file.
     pub fn parameters(&self, seed: u64, device: &Device) -> Result<Vec<(String, Tensor)>> {
+        self.check_trainable()?;
         Ok(match self.weights()? {
             Some(weights) => train::loaded(&self.config, &weights, device)?,
             None => train::initial(&self.config, seed, device)?,
         })
     }
 
+    /// Whether the model can be trained.
+    ///
+    /// # Errors
+    /// If it is a GGUF file: these are made for generation.
+    pub fn check_trainable(&self) -> Result<()> {
+        if let Origin::Gguf(path) = &self.origin {
+            bail!(
+                "a GGUF file cannot be trained: {}; give the Hugging Face directory it was made from",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
     fn weights(&self) -> Result<Option<Weights>> {
         Ok(match &self.origin {
             Origin::Shape => None,
             Origin::Directory(directory) => Some(Weights::open(directory)?),
+            Origin::Gguf(file) => Some(Weights::open_gguf(file)?),
             Origin::Bundled => {
                 let bytes = bundled::synthesizer().weights.to_vec();
                 Some(Weights::from_bytes(bytes, "the bundled synthesizer")?)

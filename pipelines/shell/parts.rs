@@ -247,7 +247,7 @@ fn start_engines(
 ) -> Result<Queue> {
     let start = |device| -> Result<Queue> {
         let ends = model.config.eos_token_ids.clone();
-        let loaded = model.load(settings.dtype, device)?;
+        let loaded = model.load(device)?;
         let engine_settings = settings.engine_settings;
         let (queue, _) = engine::start(loaded, ends, engine_settings, counters.clone(), |error| {
             fail(&format!("the synthesis engine failed: {error}"));
@@ -265,7 +265,7 @@ fn remembered(
     engines: &Queue,
     store: &Arc<Mutex<RequestStore>>,
 ) -> Result<Queue> {
-    let identity = model.identity(&settings.arithmetic())?;
+    let identity = model.identity(&settings.arithmetic(model))?;
     let (queue, _) = front::start(engines, identity, store.clone(), |error| {
         fail(&format!("the request store failed: {error}"));
     })?;

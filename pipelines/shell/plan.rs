@@ -89,14 +89,16 @@ impl Plan {
             line("passed over", format!("{count} of no known kind, the first {}", first.display()));
         }
         let synthesizer = &settings.synthesizer;
-        let dtype = settings.dtype;
+        let parameters = synthesizer.config.parameter_count();
+        let precision = synthesizer.precision;
         line(
             "synthesizer",
             format!(
-                "{}: {} parameters ({}), context {}, {} new tokens a text at most, {}",
+                "{}: {} parameters ({} in {}), context {}, {} new tokens a text at most, {}",
                 synthesizer.name,
-                count(synthesizer.config.parameter_count()),
-                bytes(synthesizer.config.parameter_count() * dtype.size_in_bytes() as u64),
+                count(parameters),
+                bytes(precision.bytes(parameters, on_cpu(settings))),
+                precision.name(),
                 synthesizer.config.max_position_embeddings,
                 settings.augment.new_tokens,
                 settings.machine.device,
@@ -179,7 +181,8 @@ impl Plan {
 
     fn memory(&self, settings: &Settings) -> u64 {
         let synthesizer = &settings.synthesizer.config;
-        let element = settings.dtype.size_in_bytes() as u64;
+        let parameters = synthesizer.parameter_count();
+        let weights = settings.synthesizer.precision.bytes(parameters, on_cpu(settings));
         let context = synthesizer.max_position_embeddings;
         let blocks = blocks_wanted(&settings.engine_settings, context);
         let cache = blocks * Cache::block_bytes(synthesizer, DType::F32);
@@ -188,8 +191,12 @@ impl Plan {
         let training = self.training.as_ref().map_or(0, |training| {
             training_bytes(&settings.model.config, training.micro_batch_tokens)
         });
-        engines * (synthesizer.parameter_count() * element + cache) + training
+        engines * (weights + cache) + training
     }
+}
+
+fn on_cpu(settings: &Settings) -> bool {
+    settings.synthesizer_devices[0].is_cpu()
 }
 
 /// Parameters with their state, gradients, and the activations of one micro-batch.

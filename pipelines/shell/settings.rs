@@ -9,7 +9,7 @@ use super::published::Published;
 use super::ratio::part;
 use super::sources::Sources;
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use headwater::block::{Converted, LongTexts};
 use headwater::engine::EngineSettings;
 use headwater::format::documents::{Kind, files};
@@ -17,6 +17,7 @@ use headwater::format::input;
 use headwater::format::jsonl::Fields;
 use headwater::gate::{DocumentRules, PairRules};
 use headwater::model::device;
+use headwater::model::precision::Precision;
 use headwater::pack::PackMode;
 use headwater::template::Templates;
 use serde_json::{Value, json};
@@ -99,8 +100,6 @@ pub struct Settings {
     pub synthesizer_devices: Vec<Device>,
     /// How the engines use their devices.
     pub engine_settings: EngineSettings,
-    /// Type of the synthesizer's weights.
-    pub dtype: DType,
 }
 
 impl Settings {
@@ -125,7 +124,6 @@ impl Settings {
         ensure!((1..=99).contains(&mix.lanes), "--lanes takes 1 to 99");
         let device = device::device(&machine.device)?;
         let synthesizer_devices = synthesizer_devices(&engine, &device)?;
-        let dtype = device::dtype(&engine.steps.dtype, &synthesizer_devices[0])?;
         let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let context = synthesizer.config.max_position_embeddings.min(augment.context);
         synthesizer.config.max_position_embeddings = context;
@@ -134,7 +132,13 @@ impl Settings {
             "--new-tokens {} leaves no room for a prompt in the synthesizer's context of {context}",
             augment.new_tokens
         );
-        let judge = gates.judge.as_deref().map(Model::trained).transpose().context("--judge")?;
+        let mut judge =
+            gates.judge.as_deref().map(Model::trained).transpose().context("--judge")?;
+        let on_cpu = synthesizer_devices[0].is_cpu();
+        for model in [&mut synthesizer].into_iter().chain(&mut judge) {
+            let precision = Precision::choose(&engine.steps.dtype, model.precision, on_cpu);
+            model.precision = precision.context("--dtype")?;
+        }
         let model = train.model(length)?;
         if !no_train {
             train.check(&model, length)?;
@@ -172,7 +176,6 @@ impl Settings {
             model,
             device,
             synthesizer_devices,
-            dtype,
         })
     }
 
@@ -186,10 +189,10 @@ impl Settings {
         self.synthesizer.config.max_position_embeddings - self.augment.new_tokens
     }
 
-    /// How the synthesizer computes, as far as it decides the output.
-    pub fn arithmetic(&self) -> String {
+    /// How a model that generates computes, as far as it decides the output.
+    pub fn arithmetic(&self, model: &Model) -> String {
         let kind = if self.synthesizer_devices[0].is_cpu() { "cpu" } else { "cuda" };
-        format!("{kind} {}", self.dtype.as_str())
+        format!("{kind} {}", model.precision.name())
     }
 
     /// What a request store may hold, in bytes.
@@ -222,7 +225,11 @@ impl Settings {
     pub fn configuration(&self, training: Option<Value>) -> Result<Value> {
         let tokenizer = |model: &Model| format!("{:032x}", model.tokenizer.digest());
         let judge = self.judge.as_ref().map(|judge| -> Result<Value> {
-            Ok(json!({ "name": judge.name, "weights": judge.digest()? }))
+            let mut entry = json!({ "name": judge.name, "weights": judge.digest()? });
+            if judge.precision != self.synthesizer.precision {
+                entry["arithmetic"] = json!(self.arithmetic(judge));
+            }
+            Ok(entry)
         });
         let contamination = self.document_rules.contamination.as_ref();
         Ok(json!({
@@ -240,7 +247,7 @@ impl Settings {
                 "tokenizer": tokenizer(&self.synthesizer),
                 "context": self.synthesizer.config.max_position_embeddings,
                 "new_tokens": self.augment.new_tokens,
-                "arithmetic": self.arithmetic(),
+                "arithmetic": self.arithmetic(&self.synthesizer),
             },
             "documents": self.document_rules,
             "pairs": self.pair_rules,

@@ -55,8 +55,7 @@ use dispatch;
 pub fn instruction_set() -> String {
     let all = format!("{:?}", pulp::Arch::new());
     let widest = all.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
-    let pairs = if pairs::is_native() { " with bf16" } else { "" };
-    format!("{widest}{pairs}")
+    format!("{widest}{}", pairs::unit())
 }
 
 /// Rows that one task of a parallel loop works on. Fixed, so that partial sums always cover the same

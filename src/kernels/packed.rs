@@ -17,6 +17,9 @@ use super::tiles::{Ahead, PANEL, PanelTile, ROWS};
 use super::{pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
+use rayon::prelude::*;
+use std::iter::repeat_n;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// What a packed weight is made of.
@@ -93,33 +96,44 @@ impl PackedWeight {
         }
         let weight = weight.to_dtype(DType::F32)?.contiguous()?;
         let weight = elements::<f32>(&weight)?;
+        let weight = &*weight;
+        Self::from_rows(outputs, inputs, kind, |output, row| {
+            row.copy_from_slice(&weight[output * inputs..][..inputs]);
+            Ok(())
+        })
+    }
+
+    /// Lays out a weight `(out, in)` whose rows `read(output, row)` writes, in the given type. Of what it
+    /// reads, one row a thread is in memory at a time.
+    ///
+    /// # Errors
+    /// What `read` returns.
+    pub fn from_rows<E: Send>(
+        outputs: usize,
+        inputs: usize,
+        kind: WeightType,
+        read: impl Fn(usize, &mut [f32]) -> std::result::Result<(), E> + Send + Sync,
+    ) -> std::result::Result<Self, E> {
         let (panels, depth) = (outputs.div_ceil(PANEL), kind.words(inputs));
         let groups = match kind {
             WeightType::Int8 => depth.div_ceil(quads::GROUP),
             _ => 0,
         };
-        let mut words = vec![0; panels * depth * PANEL];
-        let mut scales = vec![0.0; panels * groups * PANEL];
-        let mut own = vec![0; depth];
-        let mut own_scales = vec![0.0; groups];
-        for (output, weight) in weight.chunks_exact(inputs.max(1)).enumerate() {
-            match kind {
-                WeightType::F32 => own.copy_from_slice(cast_slice(weight)),
-                WeightType::Bf16 => pairs::round_row(weight, &mut own),
-                WeightType::Int8 => {
-                    let put = |word: usize, bytes| own[word] = bytes;
-                    quads::quantise_weight(weight, put, &mut own_scales);
-                }
-            }
-            let (panel, lane) = (output / PANEL, output % PANEL);
-            for (word, &own) in own.iter().enumerate() {
-                words[(panel * depth + word) * PANEL + lane] = own;
-            }
-            for (group, &own) in own_scales.iter().enumerate() {
-                scales[(panel * groups + group) * PANEL + lane] = own;
-            }
-        }
-        Ok(PackedWeight { kind, words: words.into(), scales: scales.into(), outputs, inputs })
+        // Written where they stay: weights are too large to be copied on the way.
+        let mut words: Arc<[u32]> = repeat_n(0, panels * depth * PANEL).collect();
+        let mut scales: Arc<[f32]> = repeat_n(0.0, panels * groups * PANEL).collect();
+        let all_words = Arc::get_mut(&mut words).expect("it was just made");
+        let all_scales = Arc::get_mut(&mut scales).expect("it was just made");
+        let own_scales = all_scales.chunks_mut((groups * PANEL).max(1)).map(Some);
+        let own_scales = own_scales.chain(std::iter::repeat_with(|| None));
+        let panels: Vec<_> =
+            all_words.chunks_mut((depth * PANEL).max(1)).zip(own_scales).enumerate().collect();
+        panels.into_par_iter().try_for_each(|(panel, (words, scales))| {
+            let (first, scales) = (panel * PANEL, scales.unwrap_or_default());
+            let outputs = first..outputs.min(first + PANEL);
+            lay_out(kind, outputs, inputs, &read, words, scales)
+        })?;
+        Ok(PackedWeight { kind, words, scales, outputs, inputs })
     }
 
     /// What the weight is made of.
@@ -202,6 +216,38 @@ impl PackedWeight {
         let part = next.len().div_ceil(tiles);
         Ahead { words: next.get(tile * part..).unwrap_or(&[]), step: PANEL.div_ceil(tiles) }
     }
+}
+
+/// Lays out the `outputs` of one panel, which are no more than it holds.
+fn lay_out<E>(
+    kind: WeightType,
+    outputs: Range<usize>,
+    inputs: usize,
+    read: impl Fn(usize, &mut [f32]) -> std::result::Result<(), E>,
+    words: &mut [u32],
+    scales: &mut [f32],
+) -> std::result::Result<(), E> {
+    let mut weight = vec![0.0; inputs];
+    let mut own = vec![0; words.len() / PANEL];
+    let mut own_scales = vec![0.0; scales.len() / PANEL];
+    for (lane, output) in outputs.enumerate() {
+        read(output, &mut weight)?;
+        match kind {
+            WeightType::F32 => own.copy_from_slice(cast_slice(&weight)),
+            WeightType::Bf16 => pairs::round_row(&weight, &mut own),
+            WeightType::Int8 => {
+                let put = |word: usize, bytes| own[word] = bytes;
+                quads::quantise_weight(&weight, put, &mut own_scales);
+            }
+        }
+        for (word, &own) in own.iter().enumerate() {
+            words[word * PANEL + lane] = own;
+        }
+        for (group, &own) in own_scales.iter().enumerate() {
+            scales[group * PANEL + lane] = own;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -49,12 +49,15 @@ pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
     }
 }
 
-/// Whether this CPU multiplies bf16: where it does not, sums are rounded in another order.
-pub(super) fn is_native() -> bool {
+/// What this CPU multiplies bf16 with: each rounds sums in another order.
+pub(super) fn unit() -> &'static str {
     #[cfg(target_arch = "x86_64")]
-    return avx512::is_there();
-    #[cfg(not(target_arch = "x86_64"))]
-    false
+    match (amx::is_there(), avx512::is_there()) {
+        (true, _) => return " with bf16 matrices",
+        (false, true) => return " with bf16",
+        (false, false) => {}
+    }
+    ""
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.

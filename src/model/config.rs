@@ -64,6 +64,8 @@ pub enum RopeScaling {
         /// The context before stretching, in tokens.
         original_max_position_embeddings: usize,
     },
+    /// Each by its own factor, as GGUF files say it; `config.json` has no words for it.
+    Factors(Vec<f32>),
 }
 
 impl ModelConfig {
@@ -196,17 +198,18 @@ impl ModelConfig {
             .map(|i| {
                 let exponent = (2 * i) as f32 / self.head_dim as f32;
                 let frequency = 1.0 / (self.rope_theta.powf(f64::from(exponent)) as f32);
-                self.rope_scaling.stretch(frequency)
+                self.rope_scaling.stretch(i, frequency)
             })
             .collect()
     }
 }
 
 impl RopeScaling {
-    fn stretch(&self, frequency: f32) -> f32 {
+    fn stretch(&self, index: usize, frequency: f32) -> f32 {
         match *self {
             RopeScaling::None => frequency,
             RopeScaling::Linear { factor } => frequency / factor as f32,
+            RopeScaling::Factors(ref factors) => frequency / factors[index],
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
@@ -234,6 +237,9 @@ impl RopeScaling {
         match *self {
             RopeScaling::None => Value::Null,
             RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+            RopeScaling::Factors(ref factors) => {
+                json!({ "rope_type": "factors", "factors": factors })
+            }
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,

@@ -1,7 +1,7 @@
 //! Where tensors live.
 
 use crate::error::{Error, Result};
-use candle_core::{DType, Device};
+use candle_core::Device;
 
 /// The device called `cpu`, `cuda` or `cuda:N`.
 ///
@@ -16,20 +16,6 @@ pub fn device(name: &str) -> Result<Device> {
             cuda(ordinal).map_err(|why| Error::Setting(format!("cannot use {name:?}: {why}")))
         }
         _ => Err(unknown(name)),
-    }
-}
-
-/// The type called `f32`, `bf16` or `f16`; `auto` is f32 on a CPU and bf16 elsewhere.
-///
-/// # Errors
-/// If the name is unknown.
-pub fn dtype(name: &str, device: &Device) -> Result<DType> {
-    match name {
-        "auto" if device.is_cpu() => Ok(DType::F32),
-        "auto" | "bf16" => Ok(DType::BF16),
-        "f32" => Ok(DType::F32),
-        "f16" => Ok(DType::F16),
-        _ => Err(Error::Setting(format!("unknown type {name:?}; use auto, f32, bf16 or f16"))),
     }
 }
 

@@ -10,6 +10,7 @@ pub mod config;
 pub mod device;
 pub mod layers;
 mod packed;
+pub mod precision;
 pub mod shape;
 pub mod weights;
 
@@ -22,7 +23,13 @@ use candle_core::{D, DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
 use layers::{Block, project};
 use packed::{PackedBlock, PackedLayers};
+use precision::Precision;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use weights::Weights;
+
+/// The table of embeddings, and the head of models that tie them.
+const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A decoder with its parameters.
 #[derive(Clone, Debug)]
@@ -58,34 +65,75 @@ pub enum Form {
     PackedAs(WeightType),
 }
 
+/// Where the parameters of a model come from.
+trait Parameters {
+    /// A parameter of a known shape as a tensor.
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> LoadResult<Tensor>;
+
+    /// A weight of a known shape, packed.
+    fn packed(&mut self, name: &str, shape: &[usize], kind: WeightType)
+    -> LoadResult<PackedWeight>;
+}
+
+/// Parameters by a function.
+struct Given<F>(F);
+
+impl<F: FnMut(&str, &[usize]) -> LoadResult<Tensor>> Parameters for Given<F> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> LoadResult<Tensor> {
+        (self.0)(name, shape)
+    }
+
+    fn packed(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        kind: WeightType,
+    ) -> LoadResult<PackedWeight> {
+        Ok(PackedWeight::of_type(&self.tensor(name, shape)?, kind)?)
+    }
+}
+
+/// Parameters of a checkpoint.
+struct Loaded<'a> {
+    weights: &'a Weights,
+    precision: Precision,
+    device: &'a Device,
+}
+
+impl Parameters for Loaded<'_> {
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> LoadResult<Tensor> {
+        let dtype = match self.precision {
+            Precision::Int8 if name == EMBEDDING => DType::BF16,
+            Precision::Int8 => DType::F32, // normalisations
+            precision => precision.tensors()?,
+        };
+        self.weights.get(name, shape, dtype, self.device)
+    }
+
+    fn packed(&mut self, name: &str, shape: &[usize], _: WeightType) -> LoadResult<PackedWeight> {
+        self.weights.packed(name, shape, self.precision)
+    }
+}
+
 impl Llama {
     /// Loads a checkpoint for generation: packed on a CPU, plain elsewhere.
     ///
+    /// In 8 bits the table of embeddings is in bf16, and normalisations are in f32.
+    ///
     /// # Errors
-    /// If a parameter is missing or has another shape than `config` says.
+    /// If a parameter is missing or has another shape than `config` says, or the device does not compute
+    /// in this precision.
     pub fn load(
         config: &ModelConfig,
         weights: &Weights,
-        dtype: DType,
+        precision: Precision,
         device: &Device,
     ) -> LoadResult<Self> {
-        let form = if device.is_cpu() { Form::Packed } else { Form::Plain };
-        Self::build(config, form, device, |name, shape| weights.get(name, shape, dtype, device))
-    }
-
-    /// Loads a checkpoint for generation on the CPU with weights of type `kind`.
-    ///
-    /// # Errors
-    /// If a parameter is missing or has another shape than `config` says.
-    pub fn load_packed(
-        config: &ModelConfig,
-        weights: &Weights,
-        kind: WeightType,
-    ) -> LoadResult<Self> {
-        let dtype = if kind == WeightType::Bf16 { DType::BF16 } else { DType::F32 };
-        Self::build(config, Form::PackedAs(kind), &Device::Cpu, |name, shape| {
-            weights.get(name, shape, dtype, &Device::Cpu)
-        })
+        let form = match device.is_cpu() {
+            true => Form::PackedAs(precision.packed()),
+            false => Form::Plain,
+        };
+        Self::assemble(config, form, device, &mut Loaded { weights, precision, device })
     }
 
     /// Builds the model from parameters by name and shape.
@@ -96,23 +144,30 @@ impl Llama {
         config: &ModelConfig,
         form: Form,
         device: &Device,
-        mut parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
+        parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
     ) -> LoadResult<Self> {
-        let shapes: std::collections::BTreeMap<_, _> = config.parameters().into_iter().collect();
-        let mut get = |name: &str| {
-            let shape = shapes.get(name).expect("every name below is a parameter of the config");
-            parameter(name, shape)
-        };
-        let embed_tokens = get("model.embed_tokens.weight")?;
+        Self::assemble(config, form, device, &mut Given(parameter))
+    }
+
+    fn assemble(
+        config: &ModelConfig,
+        form: Form,
+        device: &Device,
+        parameters: &mut impl Parameters,
+    ) -> LoadResult<Self> {
+        let shapes: BTreeMap<_, _> = config.parameters().into_iter().collect();
+        let embed_tokens = parameters.tensor(EMBEDDING, shape_of(&shapes, EMBEDDING))?;
         let kind = match form {
             Form::PackedAs(kind) => kind,
             _ if embed_tokens.dtype() == DType::BF16 => WeightType::Bf16,
             _ => WeightType::F32,
         };
         let layers = match form {
-            Form::Plain => Layers::Plain(plain(config, &embed_tokens, get)?),
+            Form::Plain => Layers::Plain(plain(config, &embed_tokens, |name| {
+                parameters.tensor(name, shape_of(&shapes, name))
+            })?),
             Form::Packed | Form::PackedAs(_) => {
-                Layers::Packed(pack(config, kind, &embed_tokens, get)?)
+                Layers::Packed(pack(config, kind, &shapes, parameters)?)
             }
         };
         let wide = match form {
@@ -231,31 +286,36 @@ fn plain(
 fn pack(
     config: &ModelConfig,
     kind: WeightType,
-    embed_tokens: &Tensor,
-    mut get: impl FnMut(&str) -> LoadResult<Tensor>,
+    shapes: &BTreeMap<String, Vec<usize>>,
+    parameters: &mut impl Parameters,
 ) -> LoadResult<PackedLayers> {
-    let wide = |tensor: Tensor| tensor.to_dtype(DType::F32)?.to_vec1();
-    let packed = |tensor: Tensor| PackedWeight::of_type(&tensor, kind);
+    let parameters = RefCell::new(parameters);
+    let wide = |name: &str| -> LoadResult<Vec<f32>> {
+        let tensor = parameters.borrow_mut().tensor(name, shape_of(shapes, name))?;
+        Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
+    };
+    let packed = |name: &str| parameters.borrow_mut().packed(name, shape_of(shapes, name), kind);
     let mut blocks = Vec::with_capacity(config.num_hidden_layers);
     for layer in 0..config.num_hidden_layers {
-        let mut part = |part: &str| get(&format!("model.layers.{layer}.{part}.weight"));
+        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
         blocks.push(PackedBlock {
-            input_layernorm: wide(part("input_layernorm")?)?,
-            q_proj: packed(part("self_attn.q_proj")?)?,
-            k_proj: packed(part("self_attn.k_proj")?)?,
-            v_proj: packed(part("self_attn.v_proj")?)?,
-            o_proj: packed(part("self_attn.o_proj")?)?,
-            post_attention_layernorm: wide(part("post_attention_layernorm")?)?,
-            gate_proj: packed(part("mlp.gate_proj")?)?,
-            up_proj: packed(part("mlp.up_proj")?)?,
-            down_proj: packed(part("mlp.down_proj")?)?,
+            input_layernorm: wide(&name("input_layernorm"))?,
+            q_proj: packed(&name("self_attn.q_proj"))?,
+            k_proj: packed(&name("self_attn.k_proj"))?,
+            v_proj: packed(&name("self_attn.v_proj"))?,
+            o_proj: packed(&name("self_attn.o_proj"))?,
+            post_attention_layernorm: wide(&name("post_attention_layernorm"))?,
+            gate_proj: packed(&name("mlp.gate_proj"))?,
+            up_proj: packed(&name("mlp.up_proj"))?,
+            down_proj: packed(&name("mlp.down_proj"))?,
             epsilon: config.rms_norm_eps,
         });
     }
-    let norm = wide(get("model.norm.weight")?)?;
-    let head = match config.tie_word_embeddings {
-        true => packed(embed_tokens.clone())?,
-        false => packed(get("lm_head.weight")?)?,
-    };
+    let norm = wide("model.norm.weight")?;
+    let head = packed(if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" })?;
     Ok(PackedLayers { kind, blocks, norm, head, epsilon: config.rms_norm_eps })
+}
+
+fn shape_of<'a>(shapes: &'a BTreeMap<String, Vec<usize>>, name: &str) -> &'a [usize] {
+    shapes.get(name).expect("every name here is a parameter of the config")
 }

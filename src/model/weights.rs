@@ -1,12 +1,16 @@
-//! Parameters by name, from a Hugging Face directory or from memory.
+//! Parameters by name, from a Hugging Face directory, a GGUF file, or from memory.
 
 // Reason: a checkpoint is mapped into memory, so that a model larger than the free memory can be loaded
 // one parameter at a time. The files must not change while they are read, as with any mapped file.
 #![expect(unsafe_code, reason = "memory-mapped checkpoints")]
 
+use super::precision::Precision;
 use crate::error::{Context, Error, Result};
+use crate::gguf::Gguf;
+use crate::kernels::packed::PackedWeight;
 use candle_core::safetensors::{BufferedSafetensors, MmapedSafetensors};
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -19,6 +23,7 @@ pub struct Weights {
 enum Files {
     Mapped(MmapedSafetensors),
     Memory(BufferedSafetensors),
+    Gguf(Box<Gguf>),
 }
 
 impl Weights {
@@ -44,12 +49,13 @@ impl Weights {
         Ok(Weights { files: Files::Memory(files), origin: origin.into() })
     }
 
-    /// Whether the checkpoint has the parameter `name`.
-    pub fn has(&self, name: &str) -> bool {
-        match &self.files {
-            Files::Mapped(files) => files.get(name).is_ok(),
-            Files::Memory(files) => files.get(name).is_ok(),
-        }
+    /// The parameters in a GGUF file.
+    ///
+    /// # Errors
+    /// If it is none, or not of a model that we have.
+    pub fn open_gguf(path: &Path) -> Result<Self> {
+        let file = Gguf::open(path)?;
+        Ok(Weights { files: Files::Gguf(Box::new(file)), origin: path.to_owned() })
     }
 
     /// Loads a parameter of a known shape.
@@ -66,6 +72,7 @@ impl Weights {
         let tensor = match &self.files {
             Files::Mapped(files) => files.load(name, device),
             Files::Memory(files) => files.load(name, device),
+            Files::Gguf(file) => return from_rows(file, name, shape, dtype, device),
         };
         let tensor = tensor.map_err(|_| {
             Error::malformed(&self.origin, format!("the checkpoint has no parameter {name:?}"))
@@ -79,6 +86,49 @@ impl Weights {
         }
         tensor.to_dtype(dtype).context(name)
     }
+
+    /// Loads a weight `(out, in)` of a known shape, packed for the CPU. What is quantised in a GGUF file is
+    /// packed row by row: it never stands in memory in f32.
+    ///
+    /// # Errors
+    /// If it is missing or has another shape.
+    pub fn packed(
+        &self,
+        name: &str,
+        shape: &[usize],
+        precision: Precision,
+    ) -> Result<PackedWeight> {
+        let kind = precision.packed();
+        if let (Files::Gguf(file), Precision::F32 | Precision::Bf16 | Precision::Int8) =
+            (&self.files, precision)
+        {
+            let rows = file.rows(name, shape)?;
+            let read = |row, out: &mut [f32]| rows.row(row, out);
+            return PackedWeight::from_rows(rows.count(), rows.width(), kind, read).context(name);
+        }
+        let dtype = match precision {
+            Precision::Int8 => DType::F32,
+            precision => precision.tensors()?,
+        };
+        let tensor = self.get(name, shape, dtype, &Device::Cpu)?;
+        PackedWeight::of_type(&tensor, kind).context(name)
+    }
+}
+
+/// A parameter of a GGUF file as a tensor.
+fn from_rows(
+    file: &Gguf,
+    name: &str,
+    shape: &[usize],
+    dtype: DType,
+    device: &Device,
+) -> Result<Tensor> {
+    let rows = file.rows(name, shape)?;
+    let mut values = vec![0.0; rows.count() * rows.width()];
+    let each = values.par_chunks_mut(rows.width().max(1)).enumerate();
+    each.try_for_each(|(row, out)| rows.row(row, out)).context(name)?;
+    let tensor = Tensor::from_vec(values, shape, &Device::Cpu).context(name)?;
+    tensor.to_dtype(dtype).and_then(|tensor| tensor.to_device(device)).context(name)
 }
 
 /// The files of a checkpoint in `directory`, in the order of their names.

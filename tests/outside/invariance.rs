@@ -67,7 +67,7 @@ fn generate(
     let synthesizer = Model::trained(BUNDLED).unwrap();
     let counters = Arc::new(EngineCounters::default());
     let queues = (0..engines).map(|_| {
-        let model = synthesizer.load(candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+        let model = synthesizer.load(&candle_core::Device::Cpu).unwrap();
         let ends = synthesizer.config.eos_token_ids.clone();
         let failed = |error| panic!("{error}");
         engine::start(model, ends, settings, counters.clone(), failed).unwrap().0

@@ -5,6 +5,7 @@
 mod bad_input;
 mod crash;
 mod dataflow;
+mod gguf;
 mod invariance;
 mod newswire;
 mod parity;

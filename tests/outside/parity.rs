@@ -14,6 +14,7 @@ use headwater::kernels::attention::attention;
 use headwater::model::Llama;
 use headwater::model::backward::{Batch, Gradients, Keep};
 use headwater::model::config::ModelConfig;
+use headwater::model::precision::Precision;
 use headwater::model::weights::Weights;
 use headwater::seed::stream;
 use headwater::synthesizer::{Request, Synthesizer};
@@ -103,7 +104,7 @@ fn logits_of_ragged_batches_are_those_of_transformers() {
         assert_eq!(prompts.iter().map(Vec::len).collect::<Vec<_>>(), [1, 4, 17, 50]);
         let batch = ragged(&prompts);
         let config = &recorded.config;
-        let model = Llama::load(config, &recorded.weights, DType::F32, &Device::Cpu).unwrap();
+        let model = Llama::load(config, &recorded.weights, Precision::F32, &Device::Cpu).unwrap();
         let found = logits(&model, &batch);
         for (index, span) in batch.spans.iter().enumerate() {
             let expected = &recorded.values[&format!("logits.{index}")];
@@ -119,7 +120,7 @@ fn greedy_generation_in_a_batch_is_that_of_transformers_one_by_one() {
     for name in MODELS {
         let recorded = Recorded::open(name);
         let config = &recorded.config;
-        let model = Llama::load(config, &recorded.weights, DType::F32, &Device::Cpu).unwrap();
+        let model = Llama::load(config, &recorded.weights, Precision::F32, &Device::Cpu).unwrap();
         let prompts = recorded.prompts();
         let new_tokens_max = recorded.ids("greedy.0").len();
         let found = generate(model, &prompts, new_tokens_max);
@@ -192,7 +193,7 @@ fn logits_are_those_of_candle_transformers_on_fresh_prompts() {
     for (number, name) in MODELS.into_iter().enumerate() {
         let recorded = Recorded::open(name);
         let config = &recorded.config;
-        let model = Llama::load(config, &recorded.weights, DType::F32, &Device::Cpu).unwrap();
+        let model = Llama::load(config, &recorded.weights, Precision::F32, &Device::Cpu).unwrap();
         let mut draw = stream(number as u64, name, "prompts");
         let lengths = [1, 2, 9, 33, 60];
         let mut id = || 3 + draw.below(94) as u32;

@@ -15,7 +15,7 @@ fn run(arguments: &[&str]) -> Output {
     command(arguments).output().unwrap()
 }
 
-fn check(arguments: &[&str], status: i32, said: &str) -> String {
+pub(crate) fn check(arguments: &[&str], status: i32, said: &str) -> String {
     let output = run(arguments);
     let text = [&output.stdout[..], &output.stderr].concat();
     let text = String::from_utf8(text).unwrap();
