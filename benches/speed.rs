@@ -12,9 +12,8 @@ use crossbeam_channel::unbounded;
 use headwater::engine::metrics::EngineCounters;
 use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
-use headwater::kernels::cached::{BLOCK, Run};
+use headwater::kernels::cached::{BLOCK, Run, StepRows};
 use headwater::kernels::packed::WeightType;
-use headwater::model::cache::Cache;
 use headwater::model::shape::Shape;
 use headwater::model::{Form, Llama};
 use headwater::seed;
@@ -52,19 +51,15 @@ fn prompt(index: usize, vocabulary: usize) -> Vec<u32> {
 /// Tokens a second of prompts alone and of steps of `batch` sequences alone.
 fn parts(model: &Llama, batch: usize) -> (f64, f64) {
     let blocks_each = (PROMPT + NEW).div_ceil(BLOCK);
-    let (dtype, device) = (model.dtype(), model.device());
-    let mut cache = Cache::new(&model.config, batch * blocks_each, dtype, device).expect("it fits");
+    let mut cache = model.cache(batch * blocks_each).expect("it fits");
     let table = |index: usize| (0..blocks_each).map(|b| (index * blocks_each + b) as u32).collect();
     let start = Instant::now();
     for index in 0..batch {
         let run = Run { first_row: 0, rows: PROMPT, position: 0, table: table(index) };
         let positions: Vec<u32> = (0..PROMPT as u32).collect();
         let ids = prompt(index, model.config.vocab_size);
-        model
-            .forward(&ids, &positions, |layer, qkv| {
-                cache.step(layer, qkv, std::slice::from_ref(&run))
-            })
-            .expect("a CPU does not fail");
+        let rows = StepRows { ids: &ids, positions: &positions, runs: &[run], samples: &[] };
+        model.step(&mut cache, &rows).expect("a CPU does not fail");
     }
     let prefill = (batch * PROMPT) as f64 / start.elapsed().as_secs_f64();
     let start = Instant::now();
@@ -75,11 +70,11 @@ fn parts(model: &Llama, batch: usize) -> (f64, f64) {
             .collect();
         let ids: Vec<u32> = (0..batch as u32).map(|i| i * 7 + step as u32).collect();
         let positions = vec![position as u32; batch];
-        let x = model
-            .forward(&ids, &positions, |layer, qkv| cache.step(layer, qkv, &runs))
-            .expect("a CPU does not fail");
-        let rows: Vec<u32> = (0..batch as u32).collect();
-        model.most_likely(&x, &rows).expect("a CPU does not fail");
+        let samples: Vec<u32> = (0..batch as u32).collect();
+        let rows =
+            StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &samples };
+        let stepped = model.step(&mut cache, &rows).expect("a CPU does not fail");
+        stepped.most_likely().expect("a CPU does not fail");
     }
     (prefill, (batch * NEW) as f64 / start.elapsed().as_secs_f64())
 }

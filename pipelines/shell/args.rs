@@ -226,15 +226,15 @@ pub struct EngineArgs {
     /// Type of the synthesizer's weights: auto, f32, bf16, f16
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub dtype: String,
-    /// Sequences that are generated at a time
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    pub sequences: usize,
-    /// Rows of one generation step
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub step_tokens: usize,
-    /// Memory for keys and values, in MiB
-    #[arg(long, default_value_t = 2048, value_name = "MIB")]
-    pub cache_mib: usize,
+    /// Sequences that are generated at a time [default: 32, on a GPU 256]
+    #[arg(long, value_name = "N")]
+    pub sequences: Option<usize>,
+    /// Rows of one generation step [default: 512, on a GPU 4096]
+    #[arg(long, value_name = "N")]
+    pub step_tokens: Option<usize>,
+    /// Memory for keys and values, in MiB [default: 2048, on a GPU 85 % of what is free there]
+    #[arg(long, value_name = "MIB")]
+    pub cache_mib: Option<usize>,
     /// Devices of the synthesizer, one engine each: cpu, or cuda:0,cuda:1,… [default: that of --device]
     #[arg(long, value_delimiter = ',', value_name = "DEVICE,…")]
     pub synthesizer_device: Vec<String>,

@@ -24,6 +24,18 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// Sequences at a time and rows of a step on a CPU.
+const CPU_BATCH: (usize, usize) = (32, 512);
+
+/// Sequences at a time and rows of a step on a GPU.
+const GPU_BATCH: (usize, usize) = (256, 4096);
+
+/// Keys and values on a CPU.
+const CPU_CACHE_BYTES: usize = 2 << 30;
+
+/// Of what is free on a GPU; the rest is for what a step computes.
+const GPU_CACHE_SHARE: f64 = 0.85;
+
 /// What a pipeline sets where its user does not.
 #[derive(Clone, Copy, Debug)]
 pub struct Preset {
@@ -186,14 +198,30 @@ impl Settings {
         self.synthesizer.config.max_position_embeddings - self.augment.new_tokens
     }
 
-    /// How the engine uses the device.
-    pub fn engine_settings(&self) -> EngineSettings {
+    /// How an engine uses its device, with `cache_bytes` for keys and values.
+    pub fn engine_settings(&self, cache_bytes: usize) -> EngineSettings {
+        let is_cpu = self.synthesizer_devices[0].is_cpu();
+        let (sequences, step_tokens) = if is_cpu { CPU_BATCH } else { GPU_BATCH };
+        let sequences_max = self.engine.sequences.unwrap_or(sequences);
         EngineSettings {
-            sequences_max: self.engine.sequences,
-            step_tokens_max: self.engine.step_tokens,
-            cache_bytes: self.engine.cache_mib << 20,
-            queue_max: 2 * self.engine.sequences,
+            sequences_max,
+            step_tokens_max: self.engine.step_tokens.unwrap_or(step_tokens),
+            cache_bytes,
+            queue_max: 2 * sequences_max,
             means: self.means,
+        }
+    }
+
+    /// Bytes for the keys and values of each of `engines` engines that are yet to be started on a device: on a
+    /// GPU, of `free` bytes that are free, of which `reserved` will be wanted by others.
+    pub fn cache_bytes(&self, free: Option<usize>, reserved: u64, engines: usize) -> usize {
+        match (self.engine.cache_mib, free) {
+            (Some(mib), _) => mib << 20,
+            (None, Some(free)) => {
+                let left = (free as u64).saturating_sub(reserved);
+                (left as f64 * GPU_CACHE_SHARE) as usize / engines
+            }
+            (None, None) => CPU_CACHE_BYTES,
         }
     }
 
@@ -260,8 +288,8 @@ fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
     ensure!(augment.rounds != Some(0), "--rounds must be 1 at least");
     ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
     ensure!(engine.workers > 0, "--workers must be 1 at least");
-    ensure!(engine.sequences > 0, "--sequences must be 1 at least");
-    ensure!(engine.step_tokens > 0, "--step-tokens must be 1 at least");
+    ensure!(engine.sequences != Some(0), "--sequences must be 1 at least");
+    ensure!(engine.step_tokens != Some(0), "--step-tokens must be 1 at least");
     Ok(())
 }
 

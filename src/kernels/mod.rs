@@ -12,6 +12,7 @@ pub mod adamw;
 pub mod attention;
 pub mod cached;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod embedding;
 pub(crate) mod fetch;
 mod matmul;

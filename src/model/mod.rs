@@ -8,20 +8,26 @@ pub mod backward;
 pub mod cache;
 pub mod config;
 pub mod device;
+mod gpu;
 pub mod layers;
 mod packed;
 pub mod shape;
 pub mod weights;
 
 use crate::error::Result as LoadResult;
+use crate::kernels::cached::StepRows;
+use crate::kernels::cuda::machine::{Machine, machine};
 use crate::kernels::embedding::embed;
 use crate::kernels::packed::{PackedWeight, WeightType};
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::RopeTable;
+use cache::{Cache, Store};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
+use gpu::{GpuModel, GpuStepped};
 use layers::{Block, project};
 use packed::{PackedBlock, PackedLayers};
+use std::sync::Arc;
 use weights::Weights;
 
 /// A decoder with its parameters.
@@ -29,15 +35,21 @@ use weights::Weights;
 pub struct Llama {
     /// The shape.
     pub config: ModelConfig,
-    embed_tokens: Tensor, // (vocabulary, hidden)
     layers: Layers,
-    table: RopeTable,
 }
 
 #[derive(Clone, Debug)]
 enum Layers {
-    Plain(PlainLayers),
-    Packed(PackedLayers),
+    Plain(Inputs, PlainLayers),
+    Packed(Inputs, PackedLayers),
+    Gpu(Arc<GpuModel>),
+}
+
+/// What tokens and positions are looked up in.
+#[derive(Clone, Debug)]
+struct Inputs {
+    embed_tokens: Tensor, // (vocabulary, hidden)
+    table: RopeTable,
 }
 
 #[derive(Clone, Debug)]
@@ -50,16 +62,32 @@ struct PlainLayers {
 /// What projections are made of.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Form {
-    /// Plain tensors: for training, and for devices other than the CPU.
+    /// Plain tensors: for training, on any device.
     Plain,
     /// Packed for the CPU, each in the type it comes in: bf16, or else f32.
     Packed,
     /// Packed for the CPU in this type.
     PackedAs(WeightType),
+    /// For generation on a GPU.
+    Gpu,
+}
+
+/// What [`Llama::step`] computed: the rows whose next token is wanted.
+#[derive(Debug)]
+pub struct Stepped<'a> {
+    model: &'a Llama,
+    rows: SteppedRows,
+}
+
+#[derive(Debug)]
+enum SteppedRows {
+    /// `(samples, hidden)`
+    Host(Tensor),
+    Gpu(GpuStepped),
 }
 
 impl Llama {
-    /// Loads a checkpoint for generation: packed on a CPU, plain elsewhere.
+    /// Loads a checkpoint for generation: packed on a CPU, with kernels of its own on a GPU.
     ///
     /// # Errors
     /// If a parameter is missing or has another shape than `config` says.
@@ -69,8 +97,10 @@ impl Llama {
         dtype: DType,
         device: &Device,
     ) -> LoadResult<Self> {
-        let form = if device.is_cpu() { Form::Packed } else { Form::Plain };
-        Self::build(config, form, device, |name, shape| weights.get(name, shape, dtype, device))
+        let form = if device.is_cpu() { Form::Packed } else { Form::Gpu };
+        Self::build(config, form, device, |name, shape| {
+            weights.get(name, shape, dtype, &Device::Cpu)
+        })
     }
 
     /// Loads a checkpoint for generation on the CPU with weights of type `kind`.
@@ -88,56 +118,107 @@ impl Llama {
         })
     }
 
-    /// Builds the model from parameters by name and shape.
+    /// Builds the model from parameters by name and shape. They are in host memory, but for [`Form::Plain`].
     ///
     /// # Errors
-    /// Whatever `parameter` returns.
+    /// Whatever `parameter` returns, or if the device cannot run such a model.
     pub fn build(
         config: &ModelConfig,
         form: Form,
         device: &Device,
-        mut parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
+        parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
     ) -> LoadResult<Self> {
-        let shapes: std::collections::BTreeMap<_, _> = config.parameters().into_iter().collect();
-        let mut get = |name: &str| {
-            let shape = shapes.get(name).expect("every name below is a parameter of the config");
-            parameter(name, shape)
-        };
+        if form == Form::Gpu {
+            return Self::build_on(config, machine(device)?, parameter);
+        }
+        let mut get = by_name(config, parameter);
         let embed_tokens = get("model.embed_tokens.weight")?;
         let kind = match form {
             Form::PackedAs(kind) => kind,
             _ if embed_tokens.dtype() == DType::BF16 => WeightType::Bf16,
             _ => WeightType::F32,
         };
-        let layers = match form {
-            Form::Plain => Layers::Plain(plain(config, &embed_tokens, get)?),
-            Form::Packed | Form::PackedAs(_) => {
-                Layers::Packed(pack(config, kind, &embed_tokens, get)?)
-            }
-        };
-        let wide = match form {
-            Form::Plain => embed_tokens.dtype(),
-            Form::Packed | Form::PackedAs(_) => DType::F32,
-        };
+        let wide = if form == Form::Plain { embed_tokens.dtype() } else { DType::F32 };
         let context = config.max_position_embeddings;
         let table = RopeTable::new(&config.rope_frequencies(), context, wide, device)?;
-        Ok(Llama { config: config.clone(), embed_tokens, layers, table })
+        let inputs = Inputs { embed_tokens, table };
+        let embed_tokens = &inputs.embed_tokens;
+        let layers = match form {
+            Form::Plain => {
+                let layers = plain(config, embed_tokens, get)?;
+                Layers::Plain(inputs, layers)
+            }
+            _ => {
+                let layers = pack(config, kind, embed_tokens, get)?;
+                Layers::Packed(inputs, layers)
+            }
+        };
+        Ok(Llama { config: config.clone(), layers })
     }
 
-    /// The device the parameters are on.
-    pub fn device(&self) -> &Device {
-        self.embed_tokens.device()
+    /// Builds the model on a machine, from parameters in host memory.
+    pub(crate) fn build_on(
+        config: &ModelConfig,
+        machine: Arc<dyn Machine>,
+        parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
+    ) -> LoadResult<Self> {
+        let model = GpuModel::new(config, machine, by_name(config, parameter))?;
+        Ok(Llama { config: config.clone(), layers: Layers::Gpu(Arc::new(model)) })
     }
 
-    /// The type of the keys and values of a [`cache::Cache`] for this model.
+    /// The type of the keys and values of a [`Cache`] for this model.
     pub fn dtype(&self) -> DType {
         match &self.layers {
-            Layers::Plain(layers) => layers.norm.dtype(),
-            Layers::Packed(layers) => layers.cache_type(),
+            Layers::Plain(_, layers) => layers.norm.dtype(),
+            Layers::Packed(_, layers) => layers.cache_type(),
+            Layers::Gpu(model) => model.dtype(),
         }
     }
 
-    /// Runs all blocks over rows of tokens: `(rows, hidden)`, before the last normalisation.
+    /// Bytes that are free where a GPU keeps this model; none if it is in host memory.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    pub fn free_bytes(&self) -> LoadResult<Option<usize>> {
+        match &self.layers {
+            Layers::Gpu(model) => Ok(Some(model.free_bytes()?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Room for `blocks` blocks of keys and values, where the model is.
+    ///
+    /// # Errors
+    /// If there is not so much, or the model is a plain one on a GPU.
+    pub fn cache(&self, blocks: usize) -> Result<Cache> {
+        let store = match &self.layers {
+            Layers::Plain(inputs, _) if !inputs.embed_tokens.device().is_cpu() => {
+                bail!("a model that was loaded for training generates nothing on a GPU")
+            }
+            Layers::Gpu(model) => Store::Gpu(model.cache(blocks)?),
+            _ => Store::host(&self.config, blocks, self.dtype()),
+        };
+        Ok(Cache { store })
+    }
+
+    /// Computes rows of sequences with what `cache` holds of these, and adds the rows to it.
+    ///
+    /// # Errors
+    /// If the device fails, or the cache is another model's.
+    pub fn step(&self, cache: &mut Cache, rows: &StepRows<'_>) -> Result<Stepped<'_>> {
+        let computed = match (&self.layers, &mut cache.store) {
+            (Layers::Gpu(model), Store::Gpu(cache)) => SteppedRows::Gpu(model.step(cache, rows)?),
+            _ => {
+                let attend = |layer, qkv: &[Tensor; 3]| cache.step(layer, qkv, rows.runs);
+                let x = self.forward(rows.ids, rows.positions, attend)?;
+                SteppedRows::Host(x.index_select(&Tensor::new(rows.samples, x.device())?, 0)?)
+            }
+        };
+        Ok(Stepped { model: self, rows: computed })
+    }
+
+    /// Runs all blocks over rows of tokens in host memory, or, for training, on any device: `(rows, hidden)`,
+    /// before the last normalisation.
     ///
     /// `attend(layer, [queries, keys, values])` returns rows of attention output.
     pub fn forward(
@@ -146,54 +227,88 @@ impl Llama {
         positions: &[u32],
         mut attend: impl FnMut(usize, &[Tensor; 3]) -> Result<Tensor> + Send,
     ) -> Result<Tensor> {
-        let mut x = embed(&self.embed_tokens, ids)?;
         match &self.layers {
-            Layers::Plain(layers) => {
+            Layers::Plain(inputs, layers) => {
+                let mut x = embed(&inputs.embed_tokens, ids)?;
                 for (layer, block) in layers.blocks.iter().enumerate() {
                     let attend = |qkv: &[Tensor; 3]| Ok((attend(layer, qkv)?, ()));
-                    (x, _) = block.forward(x, &self.table, positions, attend)?;
+                    (x, _) = block.forward(x, &inputs.table, positions, attend)?;
                 }
                 Ok(x)
             }
-            Layers::Packed(layers) => {
+            Layers::Packed(inputs, layers) => {
+                let x = embed(&inputs.embed_tokens, ids)?;
                 let shape = x.shape().clone();
                 let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                layers.forward(&mut x, &self.table, positions, attend)?;
+                layers.forward(&mut x, &inputs.table, positions, attend)?;
                 Tensor::from_vec(x, shape, &Device::Cpu)
             }
+            Layers::Gpu(_) => bail!("a model on a GPU attends by itself: it takes steps"),
         }
     }
 
     /// The logits of rows that [`Llama::forward`] returned: `(rows, vocabulary)`.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         match &self.layers {
-            Layers::Plain(layers) => {
+            Layers::Plain(_, layers) => {
                 project(&rms_norm(x, &layers.norm, self.config.rms_norm_eps)?, &layers.head)
             }
-            Layers::Packed(layers) => {
+            Layers::Packed(_, layers) => {
                 let rows = x.dim(0)?;
                 let logits = layers.logits(&x.flatten_all()?.to_vec1()?);
                 Tensor::from_vec(logits, (rows, self.config.vocab_size), &Device::Cpu)
             }
-        }
-    }
-
-    /// The most likely next token after each of `rows` of what [`Llama::forward`] returned, the first of
-    /// several.
-    pub fn most_likely(&self, x: &Tensor, rows: &[u32]) -> Result<Vec<u32>> {
-        let x = x.index_select(&Tensor::new(rows, x.device())?, 0)?;
-        match &self.layers {
-            Layers::Plain(_) => self.logits(&x)?.argmax(D::Minus1)?.to_vec1(),
-            Layers::Packed(layers) => Ok(layers.most_likely(&x.flatten_all()?.to_vec1()?)),
+            Layers::Gpu(_) => bail!("a model on a GPU has the logits of its steps only"),
         }
     }
 
     /// The layers of a model that can be trained.
-    fn plain(&self) -> Result<&PlainLayers> {
+    fn plain(&self) -> Result<(&Inputs, &PlainLayers)> {
         match &self.layers {
-            Layers::Plain(layers) => Ok(layers),
-            Layers::Packed(_) => bail!("a model that was packed for generation cannot be trained"),
+            Layers::Plain(inputs, layers) => Ok((inputs, layers)),
+            _ => bail!("a model that was loaded for generation cannot be trained"),
         }
+    }
+}
+
+impl Stepped<'_> {
+    /// The logits, in host memory but for a plain model: `(samples, vocabulary)`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn logits(&self) -> Result<Tensor> {
+        match (&self.model.layers, &self.rows) {
+            (Layers::Gpu(model), SteppedRows::Gpu(stepped)) => model.logits(stepped),
+            (_, SteppedRows::Host(x)) => self.model.logits(x),
+            _ => unreachable!("a step is of one model"),
+        }
+    }
+
+    /// The most likely next tokens, each the first of several.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn most_likely(&self) -> Result<Vec<u32>> {
+        match (&self.model.layers, &self.rows) {
+            (Layers::Gpu(model), SteppedRows::Gpu(stepped)) => model.most_likely(stepped),
+            (Layers::Packed(_, layers), SteppedRows::Host(x)) => {
+                Ok(layers.most_likely(&x.flatten_all()?.to_vec1()?))
+            }
+            (_, SteppedRows::Host(x)) => self.model.logits(x)?.argmax(D::Minus1)?.to_vec1(),
+            _ => unreachable!("a step is of one model"),
+        }
+    }
+}
+
+/// Looks parameters up by their names.
+fn by_name(
+    config: &ModelConfig,
+    mut parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
+) -> impl FnMut(&str) -> LoadResult<Tensor> {
+    let shapes: std::collections::BTreeMap<_, _> = config.parameters().into_iter().collect();
+    move |name| {
+        let shape = shapes.get(name).expect("models ask for parameters of their config");
+        parameter(name, shape)
     }
 }
 
