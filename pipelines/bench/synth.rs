@@ -19,11 +19,11 @@ use headwater::engine::phases::{Phase, Phases};
 use headwater::engine::schedule::{PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
 use headwater::kernels::peak::threads;
-use headwater::model::{Form, Llama};
 use headwater::model::config::ModelConfig;
 use headwater::model::device;
 use headwater::model::precision::Precision;
 use headwater::model::shape::Shape;
+use headwater::model::{Form, Llama};
 use headwater::prompt::PromptWriter;
 use headwater::seed;
 use serde_json::{Value, json};
@@ -88,7 +88,7 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
     let decode = phases.steps(setup.new_tokens)?;
     drop(phases);
     let measured = Measured { prompts: &prompts, prefill, decode, ceiling, cost };
-    let whole = setup.whole(model)?;
+    let whole = setup.whole(model, &args.steps)?;
     eprint!("{}", measured.table(&whole, setup.new_tokens));
     println!("{}", figures(args, &setup, &measured, &whole));
     Ok(ExitCode::SUCCESS)
@@ -106,7 +106,7 @@ struct Setup {
 impl Setup {
     fn new(args: &Synth) -> Result<Self> {
         let device = device::device(&args.device)?;
-        let mut engine = args.steps.settings()?;
+        let mut engine = args.steps.settings(device.is_cpu(), 0)?;
         let tokenizer = Model::trained(BUNDLED)?.tokenizer;
         let new_tokens =
             args.output_tokens.unwrap_or(if args.prompts.is_empty() { 128 } else { 400 });
@@ -178,14 +178,16 @@ impl Setup {
     }
 
     /// Has all requests answered by an engine.
-    fn whole(&self, model: Llama) -> Result<Whole> {
+    fn whole(&self, model: Llama, steps: &StepArgs) -> Result<Whole> {
+        let cache_bytes = steps.cache_bytes(model.free_bytes()?, 0, 1);
+        let settings = EngineSettings { cache_bytes, ..self.engine };
         let counters = Arc::new(EngineCounters::default());
         let ends = match &self.workload {
             Workload::Random(_) => Vec::new(),
             Workload::Corpus(_) => self.config().eos_token_ids.clone(),
         };
         let failed = |error| eprintln!("error: the engine failed: {error}");
-        let (queue, thread) = engine::start(model, ends, self.engine, counters.clone(), failed)?;
+        let (queue, thread) = engine::start(model, ends, settings, counters.clone(), failed)?;
         let start = Instant::now();
         let answered = self.workload.clone().run(&queue, self.new_tokens)?;
         let seconds = start.elapsed().as_secs_f64();
@@ -202,13 +204,13 @@ fn random(config: &ModelConfig, precision: Precision, device: &Device) -> headwa
     let normal: Vec<f32> = (0..PERIOD).map(|_| stream.normal() as f32).collect();
     let (form, dtype) = match device.is_cpu() {
         true => (Form::PackedAs(precision.packed()), DType::F32),
-        false => (Form::Plain, precision.tensors()?),
+        false => (Form::Gpu, precision.tensors()?),
     };
     Llama::build(config, form, device, |name, shape| {
         let (offset, scale) = if name.contains("norm") { (1.0, 0.0) } else { (0.0, 0.03) };
         let values = normal.iter().cycle().map(|value| offset + scale * value);
         let values: Vec<f32> = values.take(shape.iter().product()).collect();
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?)
     })
 }
 

@@ -250,15 +250,15 @@ pub struct StepArgs {
     /// on a GPU
     #[arg(long, default_value = "auto", value_name = "TYPE")]
     pub dtype: String,
-    /// Sequences that are generated at a time
-    #[arg(long, default_value_t = 32, value_name = "N")]
-    pub sequences: usize,
-    /// Rows of one generation step
-    #[arg(long, default_value_t = 512, value_name = "N")]
-    pub step_tokens: usize,
-    /// Memory for keys and values, in MiB
-    #[arg(long, default_value_t = 2048, value_name = "MIB")]
-    pub cache_mib: usize,
+    /// Sequences that are generated at a time [default: 32, on a GPU 256]
+    #[arg(long, value_name = "N")]
+    pub sequences: Option<usize>,
+    /// Rows of one generation step [default: 512, on a GPU 4096]
+    #[arg(long, value_name = "N")]
+    pub step_tokens: Option<usize>,
+    /// Memory for keys and values, in MiB [default: 2048, on a GPU 85 % of what is free there]
+    #[arg(long, value_name = "MIB")]
+    pub cache_mib: Option<usize>,
     /// Use again what the cache holds of earlier prompts: on or off
     #[arg(long, default_value = "on", value_name = "HOW")]
     pub prefix_reuse: String,
@@ -267,21 +267,48 @@ pub struct StepArgs {
     pub speculation: String,
 }
 
+/// Sequences at a time and rows of a step on a CPU.
+const CPU_BATCH: (usize, usize) = (32, 512);
+
+/// Sequences at a time and rows of a step on a GPU.
+const GPU_BATCH: (usize, usize) = (256, 4096);
+
+/// Keys and values on a CPU.
+const CPU_CACHE_BYTES: usize = 2 << 30;
+
+/// Of what is free on a GPU; the rest is for what a step computes.
+const GPU_CACHE_SHARE: f64 = 0.85;
+
 impl StepArgs {
-    /// Checks the flags.
+    /// How an engine uses a CPU, or a GPU, with `cache_bytes` for keys and values.
     ///
     /// # Errors
     /// Says which flag cannot work, and why.
-    pub fn settings(&self) -> Result<EngineSettings> {
-        ensure!(self.sequences > 0, "--sequences must be 1 at least");
-        ensure!(self.step_tokens > 0, "--step-tokens must be 1 at least");
+    pub fn settings(&self, on_cpu: bool, cache_bytes: usize) -> Result<EngineSettings> {
+        ensure!(self.sequences != Some(0), "--sequences must be 1 at least");
+        ensure!(self.step_tokens != Some(0), "--step-tokens must be 1 at least");
+        let (sequences, step_tokens) = if on_cpu { CPU_BATCH } else { GPU_BATCH };
+        let sequences_max = self.sequences.unwrap_or(sequences);
         Ok(EngineSettings {
-            sequences_max: self.sequences,
-            step_tokens_max: self.step_tokens,
-            cache_bytes: self.cache_mib << 20,
-            queue_max: 2 * self.sequences,
+            sequences_max,
+            step_tokens_max: self.step_tokens.unwrap_or(step_tokens),
+            cache_bytes,
+            queue_max: 2 * sequences_max,
             means: self.means()?,
         })
+    }
+
+    /// Bytes for the keys and values of each of `engines` engines that are yet to be started on a device: on a
+    /// GPU, of `free` bytes that are free, of which `reserved` will be wanted by others.
+    pub fn cache_bytes(&self, free: Option<usize>, reserved: u64, engines: usize) -> usize {
+        match (self.cache_mib, free) {
+            (Some(mib), _) => mib << 20,
+            (None, Some(free)) => {
+                let left = (free as u64).saturating_sub(reserved);
+                (left as f64 * GPU_CACHE_SHARE) as usize / engines
+            }
+            (None, None) => CPU_CACHE_BYTES,
+        }
     }
 
     fn means(&self) -> Result<Means> {
@@ -431,7 +458,7 @@ mod tests {
     fn check_means(flags: &[&str], expected: Option<Means>) {
         let needed = ["--input", "x.jsonl", "--out", "x"];
         let args = RunArgs::of(needed.iter().chain(flags)).expect("flags that exist");
-        let found = args.engine.steps.settings().ok().map(|settings| settings.means);
+        let found = args.engine.steps.settings(true, 0).ok().map(|settings| settings.means);
         assert_eq!(found, expected, "{flags:?}");
     }
 

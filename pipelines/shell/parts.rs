@@ -1,9 +1,10 @@
 //! Everything a dataflow is wired from, opened once and shared by its workers.
 
 use super::models::Model;
-use super::plan::Plan;
+use super::plan::{Plan, training_bytes};
 use super::settings::Settings;
 use anyhow::Result;
+use candle_core::Device;
 use headwater::augment::Augmenter;
 use headwater::block::{Admission, Blocks};
 use headwater::commit::Committer;
@@ -83,16 +84,16 @@ impl Parts {
             None => (None, None),
         };
         let counters = Arc::new(EngineCounters::default());
-        let start = |model, counters| -> Result<Queue> {
-            let engines = start_engines(settings, model, counters)?;
+        let start = |model, counters, next| -> Result<Queue> {
+            let engines = start_engines(settings, model, counters, next)?;
             match &store {
                 Some(store) => remembered(settings, model, &engines, store),
                 None => Ok(engines),
             }
         };
-        let queue = start(&settings.synthesizer, &counters)?;
+        let queue = start(&settings.synthesizer, &counters, settings.judge.as_ref())?;
         let judge = match &settings.judge {
-            Some(judge) => start(judge, &Arc::default())?,
+            Some(judge) => start(judge, &Arc::default(), None)?,
             None => queue.clone(),
         };
         let parts = Self::wire(settings, folder, (queue, judge), feed)?;
@@ -239,16 +240,33 @@ fn open_folder(settings: &Settings, plan: &Plan) -> Result<RunFolder> {
     Ok(RunFolder::open(&settings.out, &settings.configuration(training)?)?)
 }
 
-/// An engine on each device of the synthesizer.
+/// An engine on each device of the synthesizer. It leaves room for what comes after it: another model to
+/// generate with, and the one that is trained.
 fn start_engines(
     settings: &Settings,
     model: &Model,
     counters: &Arc<EngineCounters>,
+    next: Option<&Model>,
 ) -> Result<Queue> {
-    let start = |device| -> Result<Queue> {
+    let next_weights = next.map_or(0, |next| {
+        next.precision.bytes(next.config.parameter_count(), settings.synthesizes_on_cpu())
+    });
+    let engines = 1 + usize::from(next.is_some());
+    let start = |device: &Device| -> Result<Queue> {
         let ends = model.config.eos_token_ids.clone();
         let loaded = model.load(device)?;
-        let engine_settings = settings.engine_settings;
+        let training = match &settings.train {
+            Some(train) if device.location() == settings.device.location() => {
+                training_bytes(&settings.model.config, train.micro_batch_tokens)
+            }
+            _ => 0,
+        };
+        let cache = settings.engine.steps.cache_bytes(
+            loaded.free_bytes()?,
+            next_weights + training,
+            engines,
+        );
+        let engine_settings = settings.engine_settings(cache);
         let (queue, _) = engine::start(loaded, ends, engine_settings, counters.clone(), |error| {
             fail(&format!("the synthesis engine failed: {error}"));
         })?;

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use headwater::block::Converted;
 use headwater::engine::blocks_wanted;
 use headwater::format::census::{Census, census};
+use headwater::kernels::cuda::free_bytes;
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
 use headwater::train::TrainSettings;
@@ -184,13 +185,21 @@ impl Plan {
         let parameters = synthesizer.parameter_count();
         let weights = settings.synthesizer.precision.bytes(parameters, on_cpu(settings));
         let context = synthesizer.max_position_embeddings;
-        let blocks = blocks_wanted(&settings.engine_settings, context);
-        let cache = blocks * Cache::block_bytes(synthesizer, DType::F32);
-        let cache = cache.min(settings.engine_settings.cache_bytes) as u64;
-        let engines = settings.synthesizer_devices.len() as u64;
         let training = self.training.as_ref().map_or(0, |training| {
             training_bytes(&settings.model.config, training.micro_batch_tokens)
         });
+        let device = &settings.synthesizer_devices[0];
+        // A GPU that does not say what is free fails when it is used; this is an estimate.
+        let free = free_bytes(device).unwrap_or(None);
+        let shared = if device.location() == settings.device.location() { training } else { 0 };
+        let room = settings.engine.steps.cache_bytes(free, weights + shared, 1);
+        let blocks = blocks_wanted(&settings.engine_settings(room), context);
+        let kept = match settings.synthesizer.precision.tensors() {
+            Ok(dtype) if !device.is_cpu() => dtype,
+            _ => DType::F32,
+        };
+        let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
+        let engines = settings.synthesizer_devices.len() as u64;
         engines * (weights + cache) + training
     }
 }

@@ -98,8 +98,8 @@ pub struct Settings {
     pub device: Device,
     /// Where the synthesizer computes: on each a copy of it.
     pub synthesizer_devices: Vec<Device>,
-    /// How the engines use their devices.
-    pub engine_settings: EngineSettings,
+    /// How the engines use their devices; the memory for keys and values is settled when a model is there.
+    engine_settings: EngineSettings,
 }
 
 impl Settings {
@@ -160,7 +160,7 @@ impl Settings {
             limit: input.limit,
             out: input.out,
             train: (!no_train).then_some(train),
-            engine_settings: engine.steps.settings()?,
+            engine_settings: engine.steps.settings(on_cpu, 0)?,
             templates: Arc::new(templates),
             preset,
             published,
@@ -189,9 +189,19 @@ impl Settings {
         self.synthesizer.config.max_position_embeddings - self.augment.new_tokens
     }
 
+    /// How an engine uses its device, with `cache_bytes` for keys and values.
+    pub fn engine_settings(&self, cache_bytes: usize) -> EngineSettings {
+        EngineSettings { cache_bytes, ..self.engine_settings }
+    }
+
+    /// Whether the synthesizer computes on the CPU.
+    pub fn synthesizes_on_cpu(&self) -> bool {
+        self.synthesizer_devices[0].is_cpu()
+    }
+
     /// How a model that generates computes, as far as it decides the output.
     pub fn arithmetic(&self, model: &Model) -> String {
-        let kind = if self.synthesizer_devices[0].is_cpu() { "cpu" } else { "cuda" };
+        let kind = if self.synthesizes_on_cpu() { "cpu" } else { "cuda" };
         format!("{kind} {}", model.precision.name())
     }
 

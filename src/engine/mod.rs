@@ -22,7 +22,7 @@ pub mod schedule;
 mod invariance;
 
 use crate::error::{Context, Error, Result};
-use crate::kernels::cached::BLOCK;
+use crate::kernels::cached::{BLOCK, StepRows};
 use crate::model::Llama;
 use crate::model::cache::Cache;
 use crate::record::Finish;
@@ -106,7 +106,7 @@ impl Engine {
                 blocks * BLOCK,
             )));
         }
-        let cache = Cache::new(&model.config, blocks, model.dtype(), model.device())?;
+        let cache = model.cache(blocks)?;
         let bounds = Bounds { sequences_max, step_tokens_max, blocks };
         Ok(Engine { model, cache, schedule: Schedule::new(bounds, means), ends, counters })
     }
@@ -172,13 +172,13 @@ impl Engine {
 
     /// The most likely next token of each sampled row.
     fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<u32>> {
-        let (model, cache) = (&self.model, &mut self.cache);
-        let x = model
-            .forward(&step.ids, &step.positions, |layer, qkv| cache.step(layer, qkv, &step.runs))?;
-        if step.samples.is_empty() {
+        let Step { ids, positions, runs, samples, .. } = step;
+        let stepped =
+            self.model.step(&mut self.cache, &StepRows { ids, positions, runs, samples })?;
+        if samples.is_empty() {
             return Ok(Vec::new());
         }
-        model.most_likely(&x, &step.samples)
+        stepped.most_likely()
     }
 }
 

@@ -4,7 +4,7 @@
 //! the same blocks and kernels, for benchmarks that compare phase by phase.
 
 use crate::error::{Context, Result};
-use crate::kernels::cached::{BLOCK, Run};
+use crate::kernels::cached::{BLOCK, Run, StepRows};
 use crate::model::Llama;
 use crate::model::cache::Cache;
 use std::time::Instant;
@@ -57,7 +57,7 @@ impl<'a> Phases<'a> {
         };
         let tables: Vec<Vec<u32>> = prompts.iter().map(table).collect();
         let blocks = tables.iter().map(Vec::len).sum();
-        let cache = Cache::new(&model.config, blocks, model.dtype(), model.device())?;
+        let cache = model.cache(blocks)?;
         Ok(Phases { model, cache, prompts, tables, tokens: Vec::new(), step_tokens })
     }
 
@@ -135,11 +135,9 @@ impl<'a> Phases<'a> {
         runs: &[Run],
         samples: &[u32],
     ) -> Result<Vec<u32>> {
-        let (model, cache) = (self.model, &mut self.cache);
-        let x = model
-            .forward(ids, positions, |layer, qkv| cache.step(layer, qkv, runs))
-            .context("generation step")?;
-        model.most_likely(&x, samples).context("generation step")
+        let rows = StepRows { ids, positions, runs, samples };
+        let stepped = self.model.step(&mut self.cache, &rows).context("generation step")?;
+        stepped.most_likely().context("generation step")
     }
 }
 

@@ -45,6 +45,19 @@ pub struct Run {
     pub table: Vec<u32>,
 }
 
+/// The rows of a step of generation.
+#[derive(Clone, Copy, Debug)]
+pub struct StepRows<'a> {
+    /// Token ids.
+    pub ids: &'a [u32],
+    /// Position of each row in its sequence.
+    pub positions: &'a [u32],
+    /// The rows of each sequence, one sequence after the other.
+    pub runs: &'a [Run],
+    /// Rows whose next token is wanted.
+    pub samples: &'a [u32],
+}
+
 /// Keys and values of one layer.
 #[derive(Debug)]
 pub struct LayerCache {

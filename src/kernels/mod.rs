@@ -14,6 +14,7 @@ mod amx;
 pub mod attention;
 pub mod cached;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod embedding;
 pub(crate) mod fetch;
 mod matmul;

@@ -49,6 +49,16 @@ impl RopeTable {
         Ok(RopeTable { cosines: table(cosines)?, sines: table(sines)? })
     }
 
+    /// `(positions, head width / 2)`
+    pub(crate) fn cosines(&self) -> &Tensor {
+        &self.cosines
+    }
+
+    /// `(positions, head width / 2)`
+    pub(crate) fn sines(&self) -> &Tensor {
+        &self.sines
+    }
+
     /// The number of positions the table covers.
     pub fn positions(&self) -> usize {
         self.cosines.dims()[0]

@@ -88,7 +88,7 @@ impl Llama {
             Ok(attention(q, k, v, &batch.spans, &heads)?.output)
         })?;
         let (_, hidden) = self.predicting_rows(&x, batch)?;
-        let head = &self.plain()?.head;
+        let head = &self.plain()?.1.head;
         let loss = cross_entropy(&hidden, head, &batch.targets, cross_entropy::Gradients::Skip)?;
         Ok(loss.losses)
     }
@@ -101,9 +101,10 @@ impl Llama {
         keep: Keep,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
-        let pass = Pass { batch, heads: self.config.heads(), table: &self.table };
-        let mut x = embed(&self.embed_tokens, &batch.ids)?;
-        let blocks = &self.plain()?.blocks;
+        let (inputs, layers) = self.plain()?;
+        let pass = Pass { batch, heads: self.config.heads(), table: &inputs.table };
+        let mut x = embed(&inputs.embed_tokens, &batch.ids)?;
+        let blocks = &layers.blocks;
         let mut saved = Vec::with_capacity(blocks.len());
         for block in blocks {
             let (y, trace) = pass.forward(block, x)?;
@@ -131,7 +132,7 @@ impl Llama {
     fn predicting_rows(&self, x: &Tensor, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let index = Tensor::new(batch.rows.as_slice(), x.device())?;
         let rows = x.index_select(&index, 0)?;
-        let hidden = rms_norm(&rows, &self.plain()?.norm, self.config.rms_norm_eps)?;
+        let hidden = rms_norm(&rows, &self.plain()?.1.norm, self.config.rms_norm_eps)?;
         Ok((rows, hidden))
     }
 
@@ -145,7 +146,7 @@ impl Llama {
     ) -> Result<(Vec<f64>, Tensor)> {
         let (rows, hidden) = self.predicting_rows(x, batch)?;
         let scaled = cross_entropy::Gradients::Scaled(scale);
-        let loss = cross_entropy(&hidden, &self.plain()?.head, &batch.targets, scaled)?;
+        let loss = cross_entropy(&hidden, &self.plain()?.1.head, &batch.targets, scaled)?;
         let (of_hidden, of_head) = loss.gradients.expect("asked for");
         let head = match self.config.tie_word_embeddings {
             true => "model.embed_tokens.weight",
@@ -154,7 +155,7 @@ impl Llama {
         gradients.add(head, of_head)?;
         let epsilon = self.config.rms_norm_eps;
         let (of_rows, of_norm) =
-            rms_norm_backward(&rows, &self.plain()?.norm, epsilon, &of_hidden)?;
+            rms_norm_backward(&rows, &self.plain()?.1.norm, epsilon, &of_hidden)?;
         gradients.add("model.norm.weight", of_norm)?;
         let index = Tensor::new(batch.rows.as_slice(), x.device())?;
         Ok((loss.losses, x.zeros_like()?.index_add(&index, &of_rows, 0)?))

@@ -37,7 +37,12 @@ fn cuda(ordinal: usize) -> std::result::Result<Device, String> {
     let answer = std::panic::catch_unwind(|| Device::new_cuda_with_stream(ordinal));
     std::panic::set_hook(hook);
     match answer {
-        Ok(device) => device.map_err(|error| error.to_string()),
+        Ok(device) => device
+            .and_then(|device| {
+                crate::kernels::cuda::prepare(device.as_cuda_device()?)?;
+                Ok(device)
+            })
+            .map_err(|error| error.to_string()),
         Err(panic) => Err(panic
             .downcast_ref::<String>()
             .cloned()

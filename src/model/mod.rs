@@ -8,24 +8,30 @@ pub mod backward;
 pub mod cache;
 pub mod config;
 pub mod device;
+mod gpu;
 pub mod layers;
+mod load;
 mod packed;
 pub mod precision;
 pub mod shape;
 pub mod weights;
 
 use crate::error::Result as LoadResult;
+use crate::kernels::cached::StepRows;
+use crate::kernels::cuda::machine::{Machine, machine};
 use crate::kernels::embedding::embed;
-use crate::kernels::packed::{PackedWeight, WeightType};
+use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::RopeTable;
+use cache::{Cache, Store};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
+use gpu::{GpuModel, GpuStepped};
 use layers::{Block, project};
-use packed::{PackedBlock, PackedLayers};
+use load::{Given, Loaded, Parameters, Shapes, shape_of};
+use packed::PackedLayers;
 use precision::Precision;
-use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::sync::Arc;
 use weights::Weights;
 
 /// The table of embeddings, and the head of models that tie them.
@@ -36,15 +42,21 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 pub struct Llama {
     /// The shape.
     pub config: ModelConfig,
-    embed_tokens: Tensor, // (vocabulary, hidden)
     layers: Layers,
-    table: RopeTable,
 }
 
 #[derive(Clone, Debug)]
 enum Layers {
-    Plain(PlainLayers),
-    Packed(PackedLayers),
+    Plain(Inputs, PlainLayers),
+    Packed(Inputs, PackedLayers),
+    Gpu(Arc<GpuModel>),
+}
+
+/// What tokens and positions are looked up in.
+#[derive(Clone, Debug)]
+struct Inputs {
+    embed_tokens: Tensor, // (vocabulary, hidden)
+    table: RopeTable,
 }
 
 #[derive(Clone, Debug)]
@@ -57,66 +69,32 @@ struct PlainLayers {
 /// What projections are made of.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Form {
-    /// Plain tensors: for training, and for devices other than the CPU.
+    /// Plain tensors: for training, on any device.
     Plain,
     /// Packed for the CPU, each in the type it comes in: bf16, or else f32.
     Packed,
     /// Packed for the CPU in this type.
     PackedAs(WeightType),
+    /// For generation on a GPU.
+    Gpu,
 }
 
-/// Where the parameters of a model come from.
-trait Parameters {
-    /// A parameter of a known shape as a tensor.
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> LoadResult<Tensor>;
-
-    /// A weight of a known shape, packed.
-    fn packed(&mut self, name: &str, shape: &[usize], kind: WeightType)
-    -> LoadResult<PackedWeight>;
+/// What [`Llama::step`] computed: the rows whose next token is wanted.
+#[derive(Debug)]
+pub struct Stepped<'a> {
+    model: &'a Llama,
+    rows: SteppedRows,
 }
 
-/// Parameters by a function.
-struct Given<F>(F);
-
-impl<F: FnMut(&str, &[usize]) -> LoadResult<Tensor>> Parameters for Given<F> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> LoadResult<Tensor> {
-        (self.0)(name, shape)
-    }
-
-    fn packed(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        kind: WeightType,
-    ) -> LoadResult<PackedWeight> {
-        Ok(PackedWeight::of_type(&self.tensor(name, shape)?, kind)?)
-    }
-}
-
-/// Parameters of a checkpoint.
-struct Loaded<'a> {
-    weights: &'a Weights,
-    precision: Precision,
-    device: &'a Device,
-}
-
-impl Parameters for Loaded<'_> {
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> LoadResult<Tensor> {
-        let dtype = match self.precision {
-            Precision::Int8 if name == EMBEDDING => DType::BF16,
-            Precision::Int8 => DType::F32, // normalisations
-            precision => precision.tensors()?,
-        };
-        self.weights.get(name, shape, dtype, self.device)
-    }
-
-    fn packed(&mut self, name: &str, shape: &[usize], _: WeightType) -> LoadResult<PackedWeight> {
-        self.weights.packed(name, shape, self.precision)
-    }
+#[derive(Debug)]
+enum SteppedRows {
+    /// `(samples, hidden)`
+    Host(Tensor),
+    Gpu(GpuStepped),
 }
 
 impl Llama {
-    /// Loads a checkpoint for generation: packed on a CPU, plain elsewhere.
+    /// Loads a checkpoint for generation: packed on a CPU, with kernels of its own on a GPU.
     ///
     /// In 8 bits the table of embeddings is in bf16, and normalisations are in f32.
     ///
@@ -131,68 +109,122 @@ impl Llama {
     ) -> LoadResult<Self> {
         let form = match device.is_cpu() {
             true => Form::PackedAs(precision.packed()),
-            false => Form::Plain,
+            false => Form::Gpu,
         };
-        Self::assemble(config, form, device, &mut Loaded { weights, precision, device })
+        Self::assemble(config, form, device, Loaded { weights, precision })
     }
 
-    /// Builds the model from parameters by name and shape.
+    /// Builds the model from parameters by name and shape. They are in host memory, but for [`Form::Plain`].
     ///
     /// # Errors
-    /// Whatever `parameter` returns.
+    /// Whatever `parameter` returns, or if the device cannot run such a model.
     pub fn build(
         config: &ModelConfig,
         form: Form,
         device: &Device,
         parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
     ) -> LoadResult<Self> {
-        Self::assemble(config, form, device, &mut Given(parameter))
+        Self::assemble(config, form, device, Given(parameter))
     }
 
     fn assemble(
         config: &ModelConfig,
         form: Form,
         device: &Device,
-        parameters: &mut impl Parameters,
+        mut parameters: impl Parameters,
     ) -> LoadResult<Self> {
-        let shapes: BTreeMap<_, _> = config.parameters().into_iter().collect();
+        if form == Form::Gpu {
+            return Self::build_on(config, machine(device)?, |name, shape| {
+                parameters.tensor(name, shape)
+            });
+        }
+        let shapes: Shapes = config.parameters().into_iter().collect();
         let embed_tokens = parameters.tensor(EMBEDDING, shape_of(&shapes, EMBEDDING))?;
         let kind = match form {
             Form::PackedAs(kind) => kind,
             _ if embed_tokens.dtype() == DType::BF16 => WeightType::Bf16,
             _ => WeightType::F32,
         };
-        let layers = match form {
-            Form::Plain => Layers::Plain(plain(config, &embed_tokens, |name| {
-                parameters.tensor(name, shape_of(&shapes, name))
-            })?),
-            Form::Packed | Form::PackedAs(_) => {
-                Layers::Packed(pack(config, kind, &shapes, parameters)?)
-            }
-        };
-        let wide = match form {
-            Form::Plain => embed_tokens.dtype(),
-            Form::Packed | Form::PackedAs(_) => DType::F32,
-        };
+        let wide = if form == Form::Plain { embed_tokens.dtype() } else { DType::F32 };
         let context = config.max_position_embeddings;
         let table = RopeTable::new(&config.rope_frequencies(), context, wide, device)?;
-        Ok(Llama { config: config.clone(), embed_tokens, layers, table })
+        let layers = match form {
+            Form::Plain => {
+                let get = |name: &str| parameters.tensor(name, shape_of(&shapes, name));
+                let layers = load::plain(config, &embed_tokens, get)?;
+                Layers::Plain(Inputs { embed_tokens, table }, layers)
+            }
+            _ => {
+                let layers = load::pack(config, kind, &shapes, &mut parameters)?;
+                Layers::Packed(Inputs { embed_tokens, table }, layers)
+            }
+        };
+        Ok(Llama { config: config.clone(), layers })
     }
 
-    /// The device the parameters are on.
-    pub fn device(&self) -> &Device {
-        self.embed_tokens.device()
+    /// Builds the model on a machine, from parameters in host memory.
+    pub(crate) fn build_on(
+        config: &ModelConfig,
+        machine: Arc<dyn Machine>,
+        parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
+    ) -> LoadResult<Self> {
+        let model = GpuModel::new(config, machine, by_name(config, parameter))?;
+        Ok(Llama { config: config.clone(), layers: Layers::Gpu(Arc::new(model)) })
     }
 
-    /// The type of the keys and values of a [`cache::Cache`] for this model.
+    /// The type of the keys and values of a [`Cache`] for this model.
     pub fn dtype(&self) -> DType {
         match &self.layers {
-            Layers::Plain(layers) => layers.norm.dtype(),
-            Layers::Packed(layers) => layers.cache_type(),
+            Layers::Plain(_, layers) => layers.norm.dtype(),
+            Layers::Packed(_, layers) => layers.cache_type(),
+            Layers::Gpu(model) => model.dtype(),
         }
     }
 
-    /// Runs all blocks over rows of tokens: `(rows, hidden)`, before the last normalisation.
+    /// Bytes that are free where a GPU keeps this model; none if it is in host memory.
+    ///
+    /// # Errors
+    /// If the GPU fails.
+    pub fn free_bytes(&self) -> LoadResult<Option<usize>> {
+        match &self.layers {
+            Layers::Gpu(model) => Ok(Some(model.free_bytes()?)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Room for `blocks` blocks of keys and values, where the model is.
+    ///
+    /// # Errors
+    /// If there is not so much, or the model is a plain one on a GPU.
+    pub fn cache(&self, blocks: usize) -> Result<Cache> {
+        let store = match &self.layers {
+            Layers::Plain(inputs, _) if !inputs.embed_tokens.device().is_cpu() => {
+                bail!("a model that was loaded for training generates nothing on a GPU")
+            }
+            Layers::Gpu(model) => Store::Gpu(model.cache(blocks)?),
+            _ => Store::host(&self.config, blocks, self.dtype()),
+        };
+        Ok(Cache { store })
+    }
+
+    /// Computes rows of sequences with what `cache` holds of these, and adds the rows to it.
+    ///
+    /// # Errors
+    /// If the device fails, or the cache is another model's.
+    pub fn step(&self, cache: &mut Cache, rows: &StepRows<'_>) -> Result<Stepped<'_>> {
+        let computed = match (&self.layers, &mut cache.store) {
+            (Layers::Gpu(model), Store::Gpu(cache)) => SteppedRows::Gpu(model.step(cache, rows)?),
+            _ => {
+                let attend = |layer, qkv: &[Tensor; 3]| cache.step(layer, qkv, rows.runs);
+                let x = self.forward(rows.ids, rows.positions, attend)?;
+                SteppedRows::Host(x.index_select(&Tensor::new(rows.samples, x.device())?, 0)?)
+            }
+        };
+        Ok(Stepped { model: self, rows: computed })
+    }
+
+    /// Runs all blocks over rows of tokens in host memory, or, for training, on any device: `(rows, hidden)`,
+    /// before the last normalisation.
     ///
     /// `attend(layer, [queries, keys, values])` returns rows of attention output.
     pub fn forward(
@@ -201,121 +233,84 @@ impl Llama {
         positions: &[u32],
         mut attend: impl FnMut(usize, &[Tensor; 3]) -> Result<Tensor> + Send,
     ) -> Result<Tensor> {
-        let mut x = embed(&self.embed_tokens, ids)?;
         match &self.layers {
-            Layers::Plain(layers) => {
+            Layers::Plain(inputs, layers) => {
+                let mut x = embed(&inputs.embed_tokens, ids)?;
                 for (layer, block) in layers.blocks.iter().enumerate() {
                     let attend = |qkv: &[Tensor; 3]| Ok((attend(layer, qkv)?, ()));
-                    (x, _) = block.forward(x, &self.table, positions, attend)?;
+                    (x, _) = block.forward(x, &inputs.table, positions, attend)?;
                 }
                 Ok(x)
             }
-            Layers::Packed(layers) => {
+            Layers::Packed(inputs, layers) => {
+                let x = embed(&inputs.embed_tokens, ids)?;
                 let shape = x.shape().clone();
                 let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                layers.forward(&mut x, &self.table, positions, attend)?;
+                layers.forward(&mut x, &inputs.table, positions, attend)?;
                 Tensor::from_vec(x, shape, &Device::Cpu)
             }
+            Layers::Gpu(_) => bail!("a model on a GPU attends by itself: it takes steps"),
         }
     }
 
     /// The logits of rows that [`Llama::forward`] returned: `(rows, vocabulary)`.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         match &self.layers {
-            Layers::Plain(layers) => {
+            Layers::Plain(_, layers) => {
                 project(&rms_norm(x, &layers.norm, self.config.rms_norm_eps)?, &layers.head)
             }
-            Layers::Packed(layers) => {
+            Layers::Packed(_, layers) => {
                 let rows = x.dim(0)?;
                 let logits = layers.logits(&x.flatten_all()?.to_vec1()?);
                 Tensor::from_vec(logits, (rows, self.config.vocab_size), &Device::Cpu)
             }
-        }
-    }
-
-    /// The most likely next token after each of `rows` of what [`Llama::forward`] returned, the first of
-    /// several.
-    pub fn most_likely(&self, x: &Tensor, rows: &[u32]) -> Result<Vec<u32>> {
-        let x = x.index_select(&Tensor::new(rows, x.device())?, 0)?;
-        match &self.layers {
-            Layers::Plain(_) => self.logits(&x)?.argmax(D::Minus1)?.to_vec1(),
-            Layers::Packed(layers) => Ok(layers.most_likely(&x.flatten_all()?.to_vec1()?)),
+            Layers::Gpu(_) => bail!("a model on a GPU has the logits of its steps only"),
         }
     }
 
     /// The layers of a model that can be trained.
-    fn plain(&self) -> Result<&PlainLayers> {
+    fn plain(&self) -> Result<(&Inputs, &PlainLayers)> {
         match &self.layers {
-            Layers::Plain(layers) => Ok(layers),
-            Layers::Packed(_) => bail!("a model that was packed for generation cannot be trained"),
+            Layers::Plain(inputs, layers) => Ok((inputs, layers)),
+            _ => bail!("a model that was loaded for generation cannot be trained"),
         }
     }
 }
 
-fn plain(
-    config: &ModelConfig,
-    embed_tokens: &Tensor,
-    mut get: impl FnMut(&str) -> LoadResult<Tensor>,
-) -> LoadResult<PlainLayers> {
-    let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-    for layer in 0..config.num_hidden_layers {
-        let name = format!("model.layers.{layer}");
-        let mut part = |part: &str| get(&format!("{name}.{part}.weight"));
-        blocks.push(Block {
-            input_layernorm: part("input_layernorm")?,
-            q_proj: part("self_attn.q_proj")?,
-            k_proj: part("self_attn.k_proj")?,
-            v_proj: part("self_attn.v_proj")?,
-            o_proj: part("self_attn.o_proj")?,
-            post_attention_layernorm: part("post_attention_layernorm")?,
-            gate_proj: part("mlp.gate_proj")?,
-            up_proj: part("mlp.up_proj")?,
-            down_proj: part("mlp.down_proj")?,
-            epsilon: config.rms_norm_eps,
-            name,
-        });
+impl Stepped<'_> {
+    /// The logits, in host memory but for a plain model: `(samples, vocabulary)`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn logits(&self) -> Result<Tensor> {
+        match (&self.model.layers, &self.rows) {
+            (Layers::Gpu(model), SteppedRows::Gpu(stepped)) => model.logits(stepped),
+            (_, SteppedRows::Host(x)) => self.model.logits(x),
+            _ => unreachable!("a step is of one model"),
+        }
     }
-    let norm = get("model.norm.weight")?;
-    let head = match config.tie_word_embeddings {
-        true => embed_tokens.clone(),
-        false => get("lm_head.weight")?,
-    };
-    Ok(PlainLayers { blocks, norm, head })
+
+    /// The most likely next tokens, each the first of several.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn most_likely(&self) -> Result<Vec<u32>> {
+        match (&self.model.layers, &self.rows) {
+            (Layers::Gpu(model), SteppedRows::Gpu(stepped)) => model.most_likely(stepped),
+            (Layers::Packed(_, layers), SteppedRows::Host(x)) => {
+                Ok(layers.most_likely(&x.flatten_all()?.to_vec1()?))
+            }
+            (_, SteppedRows::Host(x)) => self.model.logits(x)?.argmax(D::Minus1)?.to_vec1(),
+            _ => unreachable!("a step is of one model"),
+        }
+    }
 }
 
-fn pack(
+/// Looks parameters up by their names.
+fn by_name(
     config: &ModelConfig,
-    kind: WeightType,
-    shapes: &BTreeMap<String, Vec<usize>>,
-    parameters: &mut impl Parameters,
-) -> LoadResult<PackedLayers> {
-    let parameters = RefCell::new(parameters);
-    let wide = |name: &str| -> LoadResult<Vec<f32>> {
-        let tensor = parameters.borrow_mut().tensor(name, shape_of(shapes, name))?;
-        Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
-    };
-    let packed = |name: &str| parameters.borrow_mut().packed(name, shape_of(shapes, name), kind);
-    let mut blocks = Vec::with_capacity(config.num_hidden_layers);
-    for layer in 0..config.num_hidden_layers {
-        let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        blocks.push(PackedBlock {
-            input_layernorm: wide(&name("input_layernorm"))?,
-            q_proj: packed(&name("self_attn.q_proj"))?,
-            k_proj: packed(&name("self_attn.k_proj"))?,
-            v_proj: packed(&name("self_attn.v_proj"))?,
-            o_proj: packed(&name("self_attn.o_proj"))?,
-            post_attention_layernorm: wide(&name("post_attention_layernorm"))?,
-            gate_proj: packed(&name("mlp.gate_proj"))?,
-            up_proj: packed(&name("mlp.up_proj"))?,
-            down_proj: packed(&name("mlp.down_proj"))?,
-            epsilon: config.rms_norm_eps,
-        });
-    }
-    let norm = wide("model.norm.weight")?;
-    let head = packed(if config.tie_word_embeddings { EMBEDDING } else { "lm_head.weight" })?;
-    Ok(PackedLayers { kind, blocks, norm, head, epsilon: config.rms_norm_eps })
-}
-
-fn shape_of<'a>(shapes: &'a BTreeMap<String, Vec<usize>>, name: &str) -> &'a [usize] {
-    shapes.get(name).expect("every name here is a parameter of the config")
+    mut parameter: impl FnMut(&str, &[usize]) -> LoadResult<Tensor>,
+) -> impl FnMut(&str) -> LoadResult<Tensor> {
+    let shapes: Shapes = config.parameters().into_iter().collect();
+    move |name| parameter(name, shape_of(&shapes, name))
 }

@@ -147,8 +147,7 @@ mod tests {
     use super::super::config::ModelConfig;
     use super::super::{Form, Llama};
     use super::*;
-    use crate::kernels::cached::Run;
-    use crate::model::cache::Cache;
+    use crate::kernels::cached::{Run, StepRows};
     use crate::model::shape::Shape;
     use crate::seed;
 
@@ -167,13 +166,12 @@ mod tests {
 
     fn logits(form: Form) -> Tensor {
         let model = model(form);
-        let mut cache = Cache::new(&model.config, 2, model.dtype(), &Device::Cpu).unwrap();
+        let mut cache = model.cache(2).unwrap();
         let ids: Vec<u32> = (0..100).map(|i| i * 37 % 200).collect();
         let positions: Vec<u32> = (0..100).collect();
         let runs = [Run { first_row: 0, rows: 100, position: 0, table: vec![0, 1] }];
-        let x =
-            model.forward(&ids, &positions, |layer, qkv| cache.step(layer, qkv, &runs)).unwrap();
-        model.logits(&x).unwrap()
+        let rows = StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &positions };
+        model.step(&mut cache, &rows).unwrap().logits().unwrap()
     }
 
     fn check(form: Form, noise_max: f32) {
@@ -187,13 +185,16 @@ mod tests {
     fn the_most_likely_token_is_the_first_with_the_largest_logit() {
         for form in [Form::Plain, Form::Packed, Form::PackedAs(WeightType::Bf16)] {
             let model = model(form);
-            let values: Vec<f32> = (0..40 * 128).map(|i| (i as f32).sin()).collect();
-            let x = Tensor::from_vec(values, (40, 128), &Device::Cpu).unwrap();
-            let rows = [3, 39, 0, 3];
-            let ours = model.most_likely(&x, &rows).unwrap();
-            let logits: Vec<Vec<f32>> = model.logits(&x).unwrap().to_vec2().unwrap();
-            for (row, token) in rows.into_iter().zip(ours) {
-                let logits = &logits[row as usize];
+            let mut cache = model.cache(1).unwrap();
+            let ids: Vec<u32> = (0..40).map(|i| i * 37 % 200).collect();
+            let positions: Vec<u32> = (0..40).collect();
+            let runs = [Run { first_row: 0, rows: 40, position: 0, table: vec![0] }];
+            let samples = [3, 39, 0, 3];
+            let rows =
+                StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &samples };
+            let stepped = model.step(&mut cache, &rows).unwrap();
+            let logits: Vec<Vec<f32>> = stepped.logits().unwrap().to_vec2().unwrap();
+            for (logits, token) in logits.iter().zip(stepped.most_likely().unwrap()) {
                 let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 assert_eq!(logits.iter().position(|&x| x == top), Some(token as usize));
             }
