@@ -27,7 +27,7 @@ use crate::model::Llama;
 use crate::model::cache::Cache;
 use crate::record::Finish;
 use crate::synthesizer::{Job, Queue};
-use crossbeam_channel::{Receiver, TryRecvError};
+use crossbeam_channel::Receiver;
 use metrics::EngineCounters;
 use schedule::{Bounds, Means, PrefixReuse, Schedule, Step};
 use std::sync::Arc;
@@ -116,51 +116,37 @@ impl Engine {
     /// # Errors
     /// If the device fails.
     pub fn serve(&mut self, jobs: &Receiver<Job>) -> Result<()> {
-        let mut open = true;
-        while open || !self.schedule.is_empty() {
-            while open && !self.schedule.is_full() {
-                let job = match self.schedule.is_empty() {
-                    true => jobs.recv().map_err(|_| TryRecvError::Disconnected),
-                    false => jobs.try_recv(),
-                };
-                match job {
-                    Ok(job) => self.admit(job),
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => open = false,
+        loop {
+            if self.schedule.is_empty() {
+                match jobs.recv() {
+                    Ok(job) => admit(&mut self.schedule, &self.model, job),
+                    Err(_) => return Ok(()),
                 }
             }
+            admit_waiting(&mut self.schedule, &self.model, jobs);
             if !self.schedule.is_empty() {
-                self.step()?;
+                self.step(jobs)?;
             }
         }
-        Ok(())
     }
 
-    fn admit(&mut self, mut job: Job) {
-        let prompt = std::mem::take(&mut job.request.tokens);
-        let (length, new) = (prompt.len(), job.request.new_tokens_max);
-        let context = self.model.config.max_position_embeddings;
-        if length + new > context {
-            let reason = format!("{length} + {new} tokens do not fit the context of {context}");
-            return job.complete(Vec::new(), Finish::Failed(reason));
-        }
-        if new == 0 {
-            return job.complete(Vec::new(), Finish::Length);
-        }
-        if let Err(job) = self.schedule.push(prompt, new, job) {
-            let reason = format!("a prompt of {length} tokens cannot be served");
-            job.complete(Vec::new(), Finish::Failed(reason));
-        }
-    }
-
-    fn step(&mut self) -> Result<()> {
+    fn step(&mut self, jobs: &Receiver<Job>) -> Result<()> {
         let start = Instant::now();
-        let step = self.schedule.plan();
-        let sampled = self.compute(&step).context("generation step")?;
-        let done = self.schedule.take(&step, &sampled, &self.ends);
+        let Engine { model, cache, schedule, .. } = self;
+        let step = schedule.plan();
+        let Step { ids, positions, runs, samples, .. } = &step;
+        let rows = StepRows { ids, positions, runs, samples };
+        let stepped = model.step(cache, &rows).context("generation step")?;
+        // A GPU is at work now, and nothing of the next step depends on it but the tokens.
+        admit_waiting(schedule, model, jobs);
+        let sampled = match samples.is_empty() {
+            true => Vec::new(),
+            false => stepped.most_likely().context("generation step")?,
+        };
+        let done = schedule.take(&step, &sampled, &self.ends);
         let seconds = start.elapsed().as_secs_f64();
-        self.schedule.measured(&step, seconds);
-        self.counters.note(self.schedule.metrics(), seconds);
+        schedule.measured(&step, seconds);
+        self.counters.note(schedule.metrics(), seconds);
         for (sequence, closed) in done {
             let finish = if closed { Finish::Stop } else { Finish::Length };
             let tokens = sequence.generated().to_vec();
@@ -169,16 +155,31 @@ impl Engine {
         }
         Ok(())
     }
+}
 
-    /// The most likely next token of each sampled row.
-    fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<u32>> {
-        let Step { ids, positions, runs, samples, .. } = step;
-        let stepped =
-            self.model.step(&mut self.cache, &StepRows { ids, positions, runs, samples })?;
-        if samples.is_empty() {
-            return Ok(Vec::new());
-        }
-        stepped.most_likely()
+/// Takes in what waits in the queue, as far as it would not only wait again.
+fn admit_waiting(schedule: &mut Schedule<Job>, model: &Llama, jobs: &Receiver<Job>) {
+    while !schedule.is_full()
+        && let Ok(job) = jobs.try_recv()
+    {
+        admit(schedule, model, job);
+    }
+}
+
+fn admit(schedule: &mut Schedule<Job>, model: &Llama, mut job: Job) {
+    let prompt = std::mem::take(&mut job.request.tokens);
+    let (length, new) = (prompt.len(), job.request.new_tokens_max);
+    let context = model.config.max_position_embeddings;
+    if length + new > context {
+        let reason = format!("{length} + {new} tokens do not fit the context of {context}");
+        return job.complete(Vec::new(), Finish::Failed(reason));
+    }
+    if new == 0 {
+        return job.complete(Vec::new(), Finish::Length);
+    }
+    if let Err(job) = schedule.push(prompt, new, job) {
+        let reason = format!("a prompt of {length} tokens cannot be served");
+        job.complete(Vec::new(), Finish::Failed(reason));
     }
 }
 
