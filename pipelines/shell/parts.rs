@@ -74,7 +74,7 @@ impl Parts {
     /// # Errors
     /// If the folder holds another run, or a model cannot be loaded.
     pub fn open(settings: &Settings, plan: &Plan, feed: Option<Feed>) -> Result<Self> {
-        let folder = open_folder(settings, plan)?;
+        let (folder, lock) = open_folder(settings, plan)?;
         let (store, requests) = match settings.request_store() {
             Some(folder) => {
                 let store = RequestStore::open(&folder, settings.request_store_bytes())?;
@@ -96,7 +96,7 @@ impl Parts {
             Some(judge) => start(judge, &Arc::default(), None)?,
             None => queue.clone(),
         };
-        let parts = Self::wire(settings, folder, (queue, judge), feed)?;
+        let parts = Self::wire(settings, (folder, lock), (queue, judge), feed)?;
         Ok(Parts { engine: counters, requests, ..parts })
     }
 
@@ -110,16 +110,16 @@ impl Parts {
         queue: Queue,
         feed: Option<Feed>,
     ) -> Result<Self> {
-        Self::wire(settings, open_folder(settings, plan)?, (queue.clone(), queue), feed)
+        let (folder, lock) = open_folder(settings, plan)?;
+        Self::wire(settings, (folder, lock), (queue.clone(), queue), feed)
     }
 
     fn wire(
         settings: &Settings,
-        folder: RunFolder,
+        (folder, lock): (RunFolder, RunLock),
         (queue, judge): (Queue, Queue),
         feed: Option<Feed>,
     ) -> Result<Self> {
-        let lock = folder.lock()?;
         let manifest = folder.recover()?;
         let meters = Arc::new(Meters::default());
         let writer = PromptWriter::new(settings.synthesizer.tokenizer.clone())?;
@@ -235,9 +235,11 @@ pub fn fail(reason: &str) -> ! {
     std::process::exit(1)
 }
 
-fn open_folder(settings: &Settings, plan: &Plan) -> Result<RunFolder> {
+fn open_folder(settings: &Settings, plan: &Plan) -> Result<(RunFolder, RunLock)> {
     let training = plan.training.as_ref().map(|training| json!(training));
-    Ok(RunFolder::open(&settings.out, &settings.configuration(training)?)?)
+    let folder = RunFolder::open(&settings.out, &settings.configuration(training)?)?;
+    let lock = folder.lock()?;
+    Ok((folder, lock))
 }
 
 /// An engine on each device of the synthesizer. It leaves room for what comes after it: another model to

@@ -1,6 +1,6 @@
 //! The request store never changes what a run leaves: with it, without it, filled, killed or damaged.
 
-use crate::program::{command, corpus, small_run};
+use crate::program::{command, corpus};
 use headwater::record::Finish;
 use headwater::request_store::key::Identity;
 use headwater::request_store::{BYTES_MIN, RequestStore, front};
@@ -55,11 +55,14 @@ impl Runs {
     }
 
     fn arguments(&self, out: &str, more: &str) -> Vec<String> {
-        let mut arguments = small_run(&self.documents, &self.general, &self.folder(out));
-        let more = more.replace("PLACE", self.place.path().to_str().unwrap());
-        arguments.extend("--no-train --json".split(' ').map(str::to_owned));
-        arguments.extend(more.split_whitespace().map(str::to_owned));
-        arguments
+        let Runs { place, documents, general } = self;
+        let (documents, general) = (documents.display(), general.display());
+        let all = format!(
+            "pubmed --input {documents} --general {general} --out PLACE/{out} --length 256 --new-tokens 160 \
+             --epoch-documents 18 --no-train --progress none --json {more}"
+        );
+        let all = all.replace("PLACE", place.path().to_str().unwrap());
+        all.split_whitespace().map(str::to_owned).collect()
     }
 
     fn output(&self, out: &str, more: &str) -> Output {
@@ -124,8 +127,8 @@ fn a_run_that_is_repeated_with_its_store_generates_nothing_and_leaves_the_same_b
 #[test]
 fn a_killed_run_finds_what_was_answered_before_it_was_committed() {
     let runs = Runs::new();
-    runs.run("expected", "--epoch-documents 18 --request-store off");
-    let arguments = runs.arguments("killed", "--epoch-documents 18");
+    runs.run("expected", "--request-store off");
+    let arguments = runs.arguments("killed", "");
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let mut child =
         command(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
@@ -140,7 +143,7 @@ fn a_killed_run_finds_what_was_answered_before_it_was_committed() {
     child.wait().unwrap();
     // Whatever it had committed by then is taken away: only its answers are left.
     let _ = std::fs::remove_file(runs.folder("killed/manifest.jsonl"));
-    let summary = runs.run("killed", "--epoch-documents 18");
+    let summary = runs.run("killed", "");
     let hits = number(&summary, "requests", "hits");
     assert!(hits > 0 && hits + number(&summary, "requests", "misses") == 20, "{summary}");
     assert_eq!(number(&summary, "requests", "corrupt"), 0);
