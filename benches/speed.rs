@@ -71,8 +71,7 @@ fn parts(model: &Llama, batch: usize) -> (f64, f64) {
         let ids: Vec<u32> = (0..batch as u32).map(|i| i * 7 + step as u32).collect();
         let positions = vec![position as u32; batch];
         let samples: Vec<u32> = (0..batch as u32).collect();
-        let rows =
-            StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &samples };
+        let rows = StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &samples };
         let stepped = model.step(&mut cache, &rows).expect("a CPU does not fail");
         stepped.most_likely().expect("a CPU does not fail");
     }

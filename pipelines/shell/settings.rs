@@ -215,14 +215,7 @@ impl Settings {
     /// Bytes for the keys and values of each of `engines` engines that are yet to be started on a device: on a
     /// GPU, of `free` bytes that are free, of which `reserved` will be wanted by others.
     pub fn cache_bytes(&self, free: Option<usize>, reserved: u64, engines: usize) -> usize {
-        match (self.engine.cache_mib, free) {
-            (Some(mib), _) => mib << 20,
-            (None, Some(free)) => {
-                let left = (free as u64).saturating_sub(reserved);
-                (left as f64 * GPU_CACHE_SHARE) as usize / engines
-            }
-            (None, None) => CPU_CACHE_BYTES,
-        }
+        cache_bytes(&self.engine, free, reserved, engines)
     }
 
     /// Kinds of the input files, each once.
@@ -307,6 +300,17 @@ fn synthesizer_devices(engine: &EngineArgs, common: &Device) -> Result<Vec<Devic
         "--synthesizer-device takes devices of one kind: they must give the same answers"
     );
     Ok(devices)
+}
+
+fn cache_bytes(engine: &EngineArgs, free: Option<usize>, reserved: u64, engines: usize) -> usize {
+    match (engine.cache_mib, free) {
+        (Some(mib), _) => mib << 20,
+        (None, Some(free)) => {
+            let left = (free as u64).saturating_sub(reserved);
+            (left as f64 * GPU_CACHE_SHARE) as usize / engines
+        }
+        (None, None) => CPU_CACHE_BYTES,
+    }
 }
 
 fn means(engine: &EngineArgs) -> Result<Means> {
@@ -395,6 +399,15 @@ mod tests {
         check_devices(&["--synthesizer-device", "cpu,cpu"], Ok(2));
         check_devices(&["--synthesizer-device", "cpu,gpu:1"], Err("unknown device \"gpu:1\""));
         check_devices(&["--synthesizer-device", "cuda:98,cuda:99"], Err("cuda:98"));
+    }
+
+    #[test]
+    fn the_cache_is_as_large_as_the_flag_says_or_as_the_device_has_room() {
+        let given = engine(&["--cache-mib", "3"]);
+        assert_eq!(cache_bytes(&given, Some(1 << 40), 0, 1), 3 << 20);
+        assert_eq!(cache_bytes(&engine(&[]), None, 0, 1), 2 << 30);
+        assert_eq!(cache_bytes(&engine(&[]), Some(1_000_000), 600_000, 2), 170_000);
+        assert_eq!(cache_bytes(&engine(&[]), Some(1_000_000), 2_000_000, 1), 0);
     }
 
     fn check_means(flags: &[&str], expected: Option<Means>) {

@@ -172,7 +172,8 @@ impl Engine {
     /// The most likely next token of each sampled row.
     fn compute(&mut self, step: &Step) -> candle_core::Result<Vec<u32>> {
         let Step { ids, positions, runs, samples, .. } = step;
-        let stepped = self.model.step(&mut self.cache, &StepRows { ids, positions, runs, samples })?;
+        let stepped =
+            self.model.step(&mut self.cache, &StepRows { ids, positions, runs, samples })?;
         if samples.is_empty() {
             return Ok(Vec::new());
         }

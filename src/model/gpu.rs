@@ -100,8 +100,7 @@ impl GpuModel {
             false => Arc::new(upload("lm_head.weight", &[get("lm_head.weight")?])?),
         };
         let context = config.max_position_embeddings;
-        let table =
-            RopeTable::new(&config.rope_frequencies(), context, DType::F32, &Device::Cpu)?;
+        let table = RopeTable::new(&config.rope_frequencies(), context, DType::F32, &Device::Cpu)?;
         let angles = Angles {
             cosines: kernels.upload(&[table.cosines().clone()])?,
             sines: kernels.upload(&[table.sines().clone()])?,
@@ -118,6 +117,20 @@ impl GpuModel {
     /// Bytes that are free.
     pub(crate) fn free_bytes(&self) -> Result<usize> {
         self.kernels.free_bytes()
+    }
+
+    /// Bytes that a step of so many rows takes at its height: the stream, all that is computed in a block, and
+    /// logits. Keys and values are the cache's.
+    pub(crate) fn step_bytes(&self, rows: usize) -> usize {
+        let element = self.kernels.element().bytes();
+        let hidden = self.embed_tokens.columns;
+        let logits = LOGIT_ROWS.min(rows) * (4 * self.head.rows + element * hidden);
+        let within = self.blocks.iter().map(|block| {
+            let attention = block.qkv_proj.rows + block.o_proj.columns;
+            let feed_forward = block.gate_up_proj.rows + block.down_proj.columns;
+            hidden + attention + feed_forward
+        });
+        rows * (4 * hidden + element * within.max().unwrap_or(0)) + logits
     }
 
     /// Room for `blocks` blocks of keys and values.

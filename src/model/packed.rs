@@ -170,8 +170,7 @@ mod tests {
         let ids: Vec<u32> = (0..100).map(|i| i * 37 % 200).collect();
         let positions: Vec<u32> = (0..100).collect();
         let runs = [Run { first_row: 0, rows: 100, position: 0, table: vec![0, 1] }];
-        let rows =
-            StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &positions };
+        let rows = StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &positions };
         model.step(&mut cache, &rows).unwrap().logits().unwrap()
     }
 

@@ -51,7 +51,9 @@ impl Attention {
             });
         }
         if width > ROWS_WIDTH_MAX || !width.is_multiple_of(4) {
-            bail!("a GPU takes heads of at most {ROWS_WIDTH_MAX} columns, a multiple of 4, not {width}")
+            bail!(
+                "a GPU takes heads of at most {ROWS_WIDTH_MAX} columns, a multiple of 4, not {width}"
+            )
         }
         let name = format!("attention_rows_{}", element.name());
         Ok(Attention::Rows(machine.function("attention_rows", &name, 0)?))

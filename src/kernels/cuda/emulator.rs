@@ -41,8 +41,14 @@ type Emulated = unsafe extern "C" fn(*const u32, *mut *mut c_void);
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
-    fn mmap(at: *mut c_void, length: usize, protection: c_int, flags: c_int, file: c_int, offset: i64)
-        -> *mut c_void;
+    fn mmap(
+        at: *mut c_void,
+        length: usize,
+        protection: c_int,
+        flags: c_int,
+        file: c_int,
+        offset: i64,
+    ) -> *mut c_void;
     fn mprotect(at: *mut c_void, length: usize, protection: c_int) -> c_int;
     fn munmap(at: *mut c_void, length: usize) -> c_int;
 }
@@ -192,7 +198,8 @@ impl Machine for Emulator {
         assert!(function.shared <= SHARED_MAX && launch.threads <= 1024, "more than there is");
         assert!(launch.grid[1] <= 65_535 && launch.grid[2] <= 65_535, "{:?}", launch.grid);
         let [across, down, depth] = launch.grid.map(|blocks| blocks as u32);
-        let shape = [across, down, depth, launch.threads, u32::from(self.order == Order::Descending)];
+        let shape =
+            [across, down, depth, launch.threads, u32::from(self.order == Order::Descending)];
         let mut arguments: Vec<*mut c_void> = launch
             .arguments
             .iter()
@@ -217,7 +224,10 @@ impl Machine for Emulator {
         let Product { rows, inputs, outputs, element, out_element, adds, .. } = *product;
         // SAFETY: as the caller has promised.
         let (x, weight) = unsafe {
-            (numbers(product.x, rows * inputs, element)?, numbers(product.weight, outputs * inputs, element)?)
+            (
+                numbers(product.x, rows * inputs, element)?,
+                numbers(product.weight, outputs * inputs, element)?,
+            )
         };
         let mut out = match adds {
             // SAFETY: as the caller has promised.
@@ -233,7 +243,9 @@ impl Machine for Emulator {
         let out = Tensor::new(out, &Device::Cpu)?.to_dtype(out_element.dtype())?;
         super::kernels::with_bytes(&out, |bytes| {
             // SAFETY: as the caller has promised.
-            unsafe { (product.out as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+            unsafe {
+                (product.out as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
+            };
             Ok(())
         })
     }

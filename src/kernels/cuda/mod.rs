@@ -16,9 +16,9 @@ mod driver;
 pub(crate) mod emulator;
 pub(crate) mod kernels;
 pub(crate) mod machine;
-pub(crate) mod plan;
 #[cfg(test)]
 mod parity;
+pub(crate) mod plan;
 #[cfg(test)]
 pub(crate) mod testing;
 

@@ -11,7 +11,7 @@ use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{RopeTable, Turn, rope};
 use crate::kernels::swiglu::swiglu;
 use crate::kernels::twin::random;
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 const HEADS: Heads = Heads { query: 4, key_value: 2, width: 32, window: None };
 const ELEMENTS: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
@@ -21,8 +21,8 @@ const POSITIONS: usize = 1400;
 fn rounding(element: Element) -> f64 {
     match element {
         Element::F32 => 0.5f64.powi(24),
-        Element::Bf16 => 0.5f64.powi(9),
-        Element::F16 => 0.5f64.powi(12),
+        Element::Bf16 => 0.5f64.powi(8),
+        Element::F16 => 0.5f64.powi(11),
     }
 }
 
@@ -113,7 +113,8 @@ fn embedded_rows_are_those_of_the_table() {
 fn rows_are_normalised_as_on_the_cpu() {
     on_all(|bench| {
         for (rows, columns) in [(1, 4), (3, 100), (5, 1028)] {
-            let (x, weight) = (random(&[rows, columns], DType::F32), random(&[columns], DType::F32));
+            let (x, weight) =
+                (random(&[rows, columns], DType::F32), random(&[columns], DType::F32));
             let weight = rounded(&weight, bench.element);
             let (on, weights) = (bench.up(&x, Element::F32), bench.up(&weight, bench.element));
             let found = bench.kernels.rms_norm(&on, &weights, 1e-5).unwrap();
@@ -126,7 +127,12 @@ fn rows_are_normalised_as_on_the_cpu() {
             let picked = bench.kernels.rms_norm_samples(&on, (&step, 1, rows), &weights, 1e-5);
             let order = Tensor::new(&samples[1..], &Device::Cpu).unwrap();
             let all = bench.down(&found).index_select(&order, 0).unwrap();
-            assert_eq!(bits(&bench.down(&picked.unwrap())), bits(&all), "{}", bench.what("samples"));
+            assert_eq!(
+                bits(&bench.down(&picked.unwrap())),
+                bits(&all),
+                "{}",
+                bench.what("samples")
+            );
         }
     });
 }
@@ -180,8 +186,7 @@ fn the_first_of_the_largest_is_found() {
             rows[3][columns / 2] = again;
             rows[4][columns - 1] = f32::NAN;
             let logits = bench.up(&Tensor::new(rows.clone(), &Device::Cpu).unwrap(), Element::F32);
-            let mut twin: Vec<u32> =
-                rows.iter().map(|row| first_of_largest(row) as u32).collect();
+            let mut twin: Vec<u32> = rows.iter().map(|row| first_of_largest(row) as u32).collect();
             let numbers = &rows[4][..columns - 1]; // what is no number is never the largest
             twin[4] = if numbers.is_empty() { 0 } else { first_of_largest(numbers) as u32 };
             assert_eq!(bench.kernels.argmax(&logits).unwrap(), twin, "{columns} columns");
@@ -310,8 +315,18 @@ impl Sequences {
 
 /// Lengths of sequences, and how many of their rows are new: one token at all kinds of places, guesses, and
 /// prompts in pieces, within a partition and across several.
-const SHAPES: [(usize, usize); 10] =
-    [(1, 1), (64, 1), (65, 1), (513, 1), (1100, 1), (700, 4), (40, 40), (600, 70), (520, 10), (1030, 5)];
+const SHAPES: [(usize, usize); 10] = [
+    (1, 1),
+    (64, 1),
+    (65, 1),
+    (513, 1),
+    (1100, 1),
+    (700, 4),
+    (40, 40),
+    (600, 70),
+    (520, 10),
+    (1030, 5),
+];
 
 fn check_attention(tested: &Tested, element: Element, heads: Heads, shapes: &[(usize, usize)]) {
     let sequences = Sequences::new(tested, element, heads, shapes);
@@ -320,10 +335,14 @@ fn check_attention(tested: &Tested, element: Element, heads: Heads, shapes: &[(u
     for (index, &(length, new)) in shapes.iter().enumerate() {
         let (twin, largest) = sequences.twin(index);
         let found = found.narrow(0, first, new).unwrap();
-        // Weights are rounded once on tensor cores, and results once.
+        // Weights are rounded once on tensor cores, and results once: each by so much at most, and by far less
+        // in the mean.
         let error = 2.0 * rounding(element) + 1e-5;
-        let what = format!("{heads:?}, {new} of {length}");
-        near(&found, &twin, 0.0, error * largest, &sequences.bench.what(&what));
+        let what = sequences.bench.what(&format!("{heads:?}, {new} of {length}"));
+        near(&found, &twin, 0.0, error * largest, &what);
+        let mean = |t: &Tensor| values(t).iter().map(|x| x * x).sum::<f64>();
+        let noise = mean(&(found - &twin).unwrap()) / mean(&twin);
+        assert!(noise < rounding(element).powi(2) + 1e-10, "{what}: noise is {noise:e}");
         first += new;
     }
 }
@@ -377,7 +396,8 @@ fn a_row_attends_to_the_same_bits_alone_in_company_and_in_any_piece() {
                 let own = bits(&together.narrow(0, first, new).unwrap());
                 let columns = own.len() / new;
                 let mut pages = sequences.pages();
-                let (mut from, mut pieces) = (length - new, [1, 1, 37, 2, 1, 9].into_iter().cycle());
+                let (mut from, mut pieces) =
+                    (length - new, [1, 1, 37, 2, 1, 9].into_iter().cycle());
                 while from < length {
                     let to = length.min(from + pieces.next().unwrap());
                     let alone = bits(&sequences.found(&mut pages, &[(index, from, to)]));
@@ -388,7 +408,6 @@ fn a_row_attends_to_the_same_bits_alone_in_company_and_in_any_piece() {
                 }
                 first += new;
             }
-            assert!(together.sum(D::Minus1).is_ok());
         }
     }
 }

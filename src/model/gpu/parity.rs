@@ -36,7 +36,8 @@ fn on(tested: &Tested, dtype: DType) -> Llama {
 
 /// The model on the CPU.
 fn twin(form: Form, dtype: DType) -> Llama {
-    Llama::build(&config(), form, &Device::Cpu, |name, shape| parameter(name, shape, dtype)).unwrap()
+    Llama::build(&config(), form, &Device::Cpu, |name, shape| parameter(name, shape, dtype))
+        .unwrap()
 }
 
 /// Logits of all rows of two sequences: one in one piece, of one row; the other in pieces.
@@ -90,9 +91,8 @@ fn what_there_are_no_kernels_for_is_refused() {
     for tested in machines() {
         let refused = |config: &ModelConfig, reason: &str| {
             let machine = tested.machine.clone();
-            let model = Llama::build_on(config, machine, |name, shape| {
-                parameter(name, shape, DType::F32)
-            });
+            let model =
+                Llama::build_on(config, machine, |name, shape| parameter(name, shape, DType::F32));
             let error = model.map(|_| ()).unwrap_err().to_string();
             assert!(error.starts_with("this model cannot run on a GPU: "), "{error}");
             assert!(error.contains(reason), "{error}");

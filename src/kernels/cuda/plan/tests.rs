@@ -24,10 +24,17 @@ fn runs(shapes: &[(usize, usize)]) -> Vec<Run> {
 }
 
 fn plan(runs: &[Run], heads: &Heads, way: Way) -> Result<Plan> {
-    let positions: Vec<u32> =
-        runs.iter().flat_map(|run| (run.position..run.position + run.rows).map(|p| p as u32)).collect();
+    let positions: Vec<u32> = runs
+        .iter()
+        .flat_map(|run| (run.position..run.position + run.rows).map(|p| p as u32))
+        .collect();
     let ids = vec![3; positions.len()];
-    Plan::new(&StepRows { ids: &ids, positions: &positions, runs, samples: &[0] }, heads, LIMITS, way)
+    Plan::new(
+        &StepRows { ids: &ids, positions: &positions, runs, samples: &[0] },
+        heads,
+        LIMITS,
+        way,
+    )
 }
 
 impl Plan {
@@ -237,7 +244,8 @@ impl Reader<'_> {
                 for pair in first..first + count {
                     let mut row = Row::new();
                     for partition in all.start / each..(all.end - 1) / each + 1 {
-                        let own = all.start.max(partition * each)..all.end.min((partition + 1) * each);
+                        let own =
+                            all.start.max(partition * each)..all.end.min((partition + 1) * each);
                         row.put_together(&self.part(run, pair, head, own));
                     }
                     put(run, pair, head, &row);
@@ -307,7 +315,8 @@ fn check_attention(shapes: &[(usize, usize)], window: Option<usize>) {
 
 #[test]
 fn what_is_computed_by_a_plan_is_attention() {
-    let shapes = [(0, 1), (63, 1), (64, 3), (511, 1), (512, 1), (1500, 8), (500, 30), (0, 90), (1020, 10)];
+    let shapes =
+        [(0, 1), (63, 1), (64, 3), (511, 1), (512, 1), (1500, 8), (500, 30), (0, 90), (1020, 10)];
     for window in [None, Some(1), Some(100), Some(512), Some(700)] {
         check_attention(&shapes, window);
     }
