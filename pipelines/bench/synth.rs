@@ -179,7 +179,8 @@ impl Setup {
 
     /// Has all requests answered by an engine.
     fn whole(&self, model: Llama, steps: &StepArgs) -> Result<Whole> {
-        let cache_bytes = steps.cache_bytes(model.free_bytes()?, 0, 1);
+        let reserved = model.step_bytes(self.engine.step_tokens_max) as u64;
+        let cache_bytes = steps.cache_bytes(model.free_bytes()?, reserved, 1);
         let settings = EngineSettings { cache_bytes, ..self.engine };
         let counters = Arc::new(EngineCounters::default());
         let ends = match &self.workload {

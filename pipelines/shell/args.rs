@@ -471,4 +471,16 @@ mod tests {
         check_means(&["--prefix-reuse", "maybe"], None);
         check_means(&["--speculation", "on"], None);
     }
+
+    #[test]
+    fn the_cache_is_as_large_as_the_flag_says_or_as_the_device_has_room() {
+        let steps = |flags: &[&str]| {
+            let needed = ["--input", "x.jsonl", "--out", "x"];
+            RunArgs::of(needed.iter().chain(flags)).expect("flags that exist").engine.steps
+        };
+        assert_eq!(steps(&["--cache-mib", "3"]).cache_bytes(Some(1 << 40), 0, 1), 3 << 20);
+        assert_eq!(steps(&[]).cache_bytes(None, 0, 1), 2 << 30);
+        assert_eq!(steps(&[]).cache_bytes(Some(1_000_000), 600_000, 2), 170_000);
+        assert_eq!(steps(&[]).cache_bytes(Some(1_000_000), 2_000_000, 1), 0);
+    }
 }

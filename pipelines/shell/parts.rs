@@ -263,11 +263,9 @@ fn start_engines(
             }
             _ => 0,
         };
-        let cache = settings.engine.steps.cache_bytes(
-            loaded.free_bytes()?,
-            next_weights + training,
-            engines,
-        );
+        let rows = settings.engine_settings(0).step_tokens_max;
+        let reserved = next_weights + training + loaded.step_bytes(rows) as u64;
+        let cache = settings.engine.steps.cache_bytes(loaded.free_bytes()?, reserved, engines);
         let engine_settings = settings.engine_settings(cache);
         let (queue, _) = engine::start(loaded, ends, engine_settings, counters.clone(), |error| {
             fail(&format!("the synthesis engine failed: {error}"));

@@ -3,34 +3,45 @@
 
 use super::schedule::Speculation;
 use super::*;
+use crate::kernels::cuda::testing::{Tested, machines};
 use crate::model::Form;
 use crate::model::config::ModelConfig;
 use crate::model::shape::Shape;
 use crate::seed;
 use crate::synthesizer::{Request, Synthesizer};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use std::collections::BTreeMap;
 
 const VOCABULARY: usize = 97;
 const END: u32 = 3;
 
-fn model(form: Form) -> Llama {
-    let config = ModelConfig {
+fn config() -> ModelConfig {
+    ModelConfig {
         vocab_size: VOCABULARY,
         max_position_embeddings: 512,
         num_hidden_layers: 2,
         ..Shape::named("2m").unwrap().config()
-    };
-    Llama::build(&config, form, &Device::Cpu, |name, shape| {
-        let mut stream = seed::stream(5, name, "engine test");
-        // What is far away counts for little, so that the model falls into repeating itself.
-        let scale = if name.contains("o_proj") { 0.03 } else { 0.3 };
-        let values: Vec<f32> =
-            (0..shape.iter().product()).map(|_| scale * stream.normal() as f32).collect();
-        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
-        Ok(if name.contains("norm") { (tensor + 1.0)? } else { tensor })
-    })
-    .unwrap()
+    }
+}
+
+fn parameter(name: &str, shape: &[usize]) -> Result<Tensor> {
+    let mut stream = seed::stream(5, name, "engine test");
+    // What is far away counts for little, so that the model falls into repeating itself.
+    let scale = if name.contains("o_proj") { 0.03 } else { 0.3 };
+    let values: Vec<f32> =
+        (0..shape.iter().product()).map(|_| scale * stream.normal() as f32).collect();
+    let tensor = Tensor::from_vec(values, shape, &Device::Cpu)?;
+    Ok(if name.contains("norm") { (tensor + 1.0)? } else { tensor })
+}
+
+fn model(form: Form) -> Llama {
+    Llama::build(&config(), form, &Device::Cpu, parameter).unwrap()
+}
+
+/// The model with kernels for GPUs.
+fn model_on(machine: &Tested, dtype: DType) -> Llama {
+    let narrow = |name: &str, shape: &[usize]| Ok(parameter(name, shape)?.to_dtype(dtype)?);
+    Llama::build_on(&config(), machine.machine.clone(), narrow).unwrap()
 }
 
 /// A prompt with its limit.
@@ -66,10 +77,18 @@ fn generate(
     asked: &[Ask],
     ends: &[u32],
 ) -> (Vec<Answer>, BTreeMap<&'static str, u64>) {
+    generate_with(model(Form::Packed), settings, asked, ends)
+}
+
+fn generate_with(
+    model: Llama,
+    settings: EngineSettings,
+    asked: &[Ask],
+    ends: &[u32],
+) -> (Vec<Answer>, BTreeMap<&'static str, u64>) {
     let counters = Arc::new(EngineCounters::default());
     let failed = |error| panic!("{error}");
-    let started =
-        start(model(Form::Packed), ends.to_vec(), settings, counters.clone(), failed).unwrap();
+    let started = start(model, ends.to_vec(), settings, counters.clone(), failed).unwrap();
     let (queue, thread) = started;
     let (woken, wakes) = crossbeam_channel::unbounded();
     let mut handle = queue.open(Arc::new(move || {
@@ -195,6 +214,42 @@ fn answers_equal_those_of_computing_each_text_anew() {
             all.push(token);
         }
         assert!(tokens.len() <= *limit && (*finish == Finish::Stop || tokens.len() == *limit));
+    }
+}
+
+/// A few prompts that an emulated machine comes through: some repeat themselves, some go on from others.
+fn few() -> Vec<Ask> {
+    let mut stream = seed::stream(9, "few prompts", "engine test");
+    let mut random =
+        |length| -> Vec<u32> { (0..length).map(|_| stream.index(VOCABULARY) as u32).collect() };
+    let again = random(35).repeat(2);
+    let further = [again.clone(), random(9)].concat();
+    let furthest = [again.clone(), random(3)].concat();
+    let prompts = [again, random(1), random(30), further, random(66), furthest];
+    prompts.into_iter().map(|prompt| (prompt, 24)).collect()
+}
+
+#[test]
+fn kernels_for_gpus_answer_as_the_cpu_does() {
+    let settings = EngineSettings { sequences_max: 5, step_tokens_max: 90, means: ALL, ..ALONE };
+    let (alone, _) = generate(ALONE, &few(), &[END]);
+    for machine in machines() {
+        let (found, _) = generate_with(model_on(&machine, DType::F32), settings, &few(), &[END]);
+        assert!(found == alone, "answers differ on {}", machine.name);
+    }
+}
+
+#[test]
+fn in_bf16_too_an_answer_does_not_depend_on_its_company() {
+    // cuBLAS may compute a product differently in another batch; everything else may not.
+    for machine in machines().into_iter().filter(|machine| machine.is_invariant).take(1) {
+        let answers =
+            |settings| generate_with(model_on(&machine, DType::BF16), settings, &few(), &[END]);
+        let (alone, _) = answers(ALONE);
+        let (found, counts) =
+            answers(EngineSettings { sequences_max: 5, step_tokens_max: 40, means: ALL, ..ALONE });
+        assert!(counts["drafted_tokens"] > 0 && counts["cached_tokens"] > 0, "{counts:?}");
+        assert!(found == alone, "answers differ on {}", machine.name);
     }
 }
 

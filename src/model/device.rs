@@ -34,15 +34,14 @@ fn cuda(_ordinal: usize) -> std::result::Result<Device, String> {
 fn cuda(ordinal: usize) -> std::result::Result<Device, String> {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let answer = std::panic::catch_unwind(|| Device::new_cuda_with_stream(ordinal));
+    let answer = std::panic::catch_unwind(|| {
+        let device = Device::new_cuda_with_stream(ordinal)?;
+        crate::kernels::cuda::prepare(device.as_cuda_device()?)?;
+        Ok(device)
+    });
     std::panic::set_hook(hook);
     match answer {
-        Ok(device) => device
-            .and_then(|device| {
-                crate::kernels::cuda::prepare(device.as_cuda_device()?)?;
-                Ok(device)
-            })
-            .map_err(|error| error.to_string()),
+        Ok(device) => device.map_err(|error: candle_core::Error| error.to_string()),
         Err(panic) => Err(panic
             .downcast_ref::<String>()
             .cloned()

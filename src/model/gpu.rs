@@ -119,6 +119,20 @@ impl GpuModel {
         self.kernels.free_bytes()
     }
 
+    /// Bytes that a step of so many rows takes at its height: the stream, all that is computed in a block, and
+    /// logits. Keys and values are the cache's.
+    pub(crate) fn step_bytes(&self, rows: usize) -> usize {
+        let element = self.kernels.element().bytes();
+        let hidden = self.embed_tokens.columns;
+        let logits = LOGIT_ROWS.min(rows) * (4 * self.head.rows + element * hidden);
+        let within = self.blocks.iter().map(|block| {
+            let attention = block.qkv_proj.rows + block.o_proj.columns;
+            let feed_forward = block.gate_up_proj.rows + block.down_proj.columns;
+            hidden + attention + feed_forward
+        });
+        rows * (4 * hidden + element * within.max().unwrap_or(0)) + logits
+    }
+
     /// Room for `blocks` blocks of keys and values.
     pub(crate) fn cache(&self, blocks: usize) -> Result<GpuCache> {
         let layers = self.blocks.iter().map(|_| self.kernels.pages(blocks));

@@ -192,6 +192,14 @@ impl Llama {
         }
     }
 
+    /// About how many bytes a GPU takes to compute so many rows; 0 for a model in host memory.
+    pub fn step_bytes(&self, rows: usize) -> usize {
+        match &self.layers {
+            Layers::Gpu(model) => model.step_bytes(rows),
+            _ => 0,
+        }
+    }
+
     /// Room for `blocks` blocks of keys and values, where the model is.
     ///
     /// # Errors

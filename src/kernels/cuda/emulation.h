@@ -11,9 +11,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
-#include <ucontext.h>
 #include <utility>
 #include <vector>
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
 
 using std::max;
 using std::min;
@@ -32,6 +34,53 @@ namespace emulation {
 
 constexpr size_t STACK = 256 << 10;
 
+#ifdef __x86_64__
+/// Where a fiber stands: the top of its stack, on which its registers are.
+using Place = void *;
+
+extern "C" void emulation_go(Place *from, Place to);
+asm(R"(
+.text
+.type emulation_go, @function
+emulation_go:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+inline void go(Place &from, Place &to) { emulation_go(&from, to); }
+
+/// A fiber that is about to begin. `begin` does not return.
+inline void prepare(Place &place, std::vector<char> &stack, void (*begin)()) {
+  const uintptr_t end = (uintptr_t)(stack.data() + stack.size()) / 16 * 16;
+  void **top = reinterpret_cast<void **>(end) - 2; // a function begins 8 bytes off a multiple of 16
+  *top = reinterpret_cast<void *>(begin);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  place = top;
+}
+#else
+using Place = ucontext_t;
+inline void go(Place &from, Place &to) { swapcontext(&from, &to); }
+inline void prepare(Place &place, std::vector<char> &stack, void (*begin)()) {
+  getcontext(&place);
+  place.uc_stack.ss_sp = stack.data();
+  place.uc_stack.ss_size = stack.size();
+  place.uc_link = nullptr;
+  makecontext(&place, begin, 0);
+}
+#endif
+
 struct Copy {
   void *to;
   const void *from;
@@ -39,7 +88,7 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Place place;
   std::vector<char> stack = std::vector<char>(STACK);
   bool is_done = true;
   std::deque<std::vector<Copy>> groups; // closed
@@ -61,14 +110,14 @@ struct State {
   std::vector<Fiber *> fibers;
   std::vector<Warp> warps;
   Barrier block;
-  ucontext_t home;
+  Place home;
   unsigned current = 0;
   void (*body)(void *) = nullptr;
   void *argument = nullptr;
 };
 static State state;
 
-inline void pause() { swapcontext(&state.fibers[state.current]->context, &state.home); }
+inline void pause() { go(state.fibers[state.current]->place, state.home); }
 
 inline void wait_at(Barrier &barrier) {
   const unsigned round = barrier.round;
@@ -94,6 +143,7 @@ inline void start() {
   --state.block.size;
   if (own.barrier.arrived != 0 && own.barrier.arrived == own.barrier.size) std::abort(); // a lane left its warp alone
   if (state.block.arrived != 0 && state.block.arrived == state.block.size) std::abort(); // or its block
+  go(fiber.place, state.home);
 }
 
 /// Runs one block of threads.
@@ -109,11 +159,7 @@ inline void run_block(unsigned threads, bool is_descending, void (*body)(void *)
     fiber.is_done = false;
     fiber.groups.clear();
     fiber.open.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &state.home;
-    makecontext(&fiber.context, start, 0);
+    prepare(fiber.place, fiber.stack, start);
   }
   for (bool is_running = true; is_running;) {
     is_running = false;
@@ -123,7 +169,7 @@ inline void run_block(unsigned threads, bool is_descending, void (*body)(void *)
       if (fiber.is_done) continue;
       is_running = true;
       threadIdx = {state.current, 0, 0};
-      swapcontext(&state.home, &fiber.context);
+      go(state.home, fiber.place);
     }
   }
 }

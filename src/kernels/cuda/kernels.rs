@@ -150,6 +150,9 @@ impl Kernels {
 
     /// Room for keys and values of one layer; all zero, so that nothing in it is no number.
     pub(crate) fn pages(&self, blocks: usize) -> Result<Pages> {
+        if blocks > u32::MAX as usize / BLOCK {
+            bail!("{blocks} blocks are more than 32 bits can number")
+        }
         let block = self.heads.key_value * BLOCK * self.heads.width * self.element.bytes();
         let memory = || self.machine.allocate_zeros(blocks * block);
         Ok(Pages { keys: memory()?, values: memory()?, blocks })

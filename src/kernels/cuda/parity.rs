@@ -11,7 +11,7 @@ use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{RopeTable, Turn, rope};
 use crate::kernels::swiglu::swiglu;
 use crate::kernels::twin::random;
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 const HEADS: Heads = Heads { query: 4, key_value: 2, width: 32, window: None };
 const ELEMENTS: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
@@ -21,8 +21,8 @@ const POSITIONS: usize = 1400;
 fn rounding(element: Element) -> f64 {
     match element {
         Element::F32 => 0.5f64.powi(24),
-        Element::Bf16 => 0.5f64.powi(9),
-        Element::F16 => 0.5f64.powi(12),
+        Element::Bf16 => 0.5f64.powi(8),
+        Element::F16 => 0.5f64.powi(11),
     }
 }
 
@@ -335,10 +335,14 @@ fn check_attention(tested: &Tested, element: Element, heads: Heads, shapes: &[(u
     for (index, &(length, new)) in shapes.iter().enumerate() {
         let (twin, largest) = sequences.twin(index);
         let found = found.narrow(0, first, new).unwrap();
-        // Weights are rounded once on tensor cores, and results once.
+        // Weights are rounded once on tensor cores, and results once: each by so much at most, and by far less
+        // in the mean.
         let error = 2.0 * rounding(element) + 1e-5;
-        let what = format!("{heads:?}, {new} of {length}");
-        near(&found, &twin, 0.0, error * largest, &sequences.bench.what(&what));
+        let what = sequences.bench.what(&format!("{heads:?}, {new} of {length}"));
+        near(&found, &twin, 0.0, error * largest, &what);
+        let mean = |t: &Tensor| values(t).iter().map(|x| x * x).sum::<f64>();
+        let noise = mean(&(found - &twin).unwrap()) / mean(&twin);
+        assert!(noise < rounding(element).powi(2) + 1e-10, "{what}: noise is {noise:e}");
         first += new;
     }
 }
@@ -404,7 +408,6 @@ fn a_row_attends_to_the_same_bits_alone_in_company_and_in_any_piece() {
                 }
                 first += new;
             }
-            assert!(together.sum(D::Minus1).is_ok());
         }
     }
 }
