@@ -1,9 +1,10 @@
 // Runs the kernels on a CPU, for tests where there is no GPU: the sources are compiled by a C++ compiler with
 // HEADWATER_EMULATED, and src/kernels/cuda/emulator.rs calls emulate_NAME for the kernel called NAME.
 //
-// Each thread of a block is a fiber of its own; it runs until it waits for others. Fibers run in ascending or in
-// descending order: a kernel that forgets a barrier gives different results. Copies that run beside the threads
-// happen as late as they may.
+// Each thread of a block is a fiber of its own; it runs until it waits for others. A warp runs as far as it can
+// before the next one does, in ascending or in descending order: where a barrier is missing, one is far ahead of the
+// others and results are wrong. Copies that run beside the threads happen as late as they may in ascending order,
+// and at once in descending order.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -85,19 +86,26 @@ struct Copy {
   void *to;
   const void *from;
   bool is_there;
-};
 
-struct Fiber {
-  Place place;
-  std::vector<char> stack = std::vector<char>(STACK);
-  bool is_done = true;
-  std::deque<std::vector<Copy>> groups; // closed
-  std::vector<Copy> open;
+  void run() const {
+    if (is_there) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+  }
 };
 
 /// A place where `size` fibers wait for each other.
 struct Barrier {
   unsigned size = 0, arrived = 0, round = 0;
+};
+
+struct Fiber {
+  Place place;
+  const Barrier *waits_at = nullptr;
+  unsigned round = 0; // of the barrier when it came there
+  std::vector<char> stack = std::vector<char>(STACK);
+  bool is_done = true;
+  std::deque<std::vector<Copy>> groups; // closed
+  std::vector<Copy> open;
 };
 
 struct Warp {
@@ -112,21 +120,43 @@ struct State {
   Barrier block;
   Place home;
   unsigned current = 0;
+  bool is_descending = false;
   void (*body)(void *) = nullptr;
   void *argument = nullptr;
 };
 static State state;
 
-inline void pause() { go(state.fibers[state.current]->place, state.home); }
-
 inline void wait_at(Barrier &barrier) {
-  const unsigned round = barrier.round;
+  Fiber &fiber = *state.fibers[state.current];
+  fiber.waits_at = &barrier;
+  fiber.round = barrier.round;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.round;
     return;
   }
-  while (barrier.round == round) pause();
+  go(fiber.place, state.home);
+}
+
+inline bool can_run(const Fiber &fiber) {
+  return !fiber.is_done && !(fiber.waits_at && fiber.waits_at->round == fiber.round);
+}
+
+/// Runs the threads of a warp until each is done or waits for another warp.
+inline bool run_warp(unsigned first, unsigned end) {
+  bool has_run = false;
+  for (bool goes_on = true; goes_on;) {
+    goes_on = false;
+    for (unsigned i = first; i < end; ++i) {
+      state.current = state.is_descending ? first + end - 1 - i : i;
+      Fiber &fiber = *state.fibers[state.current];
+      if (!can_run(fiber)) continue;
+      threadIdx = {state.current, 0, 0};
+      go(state.home, fiber.place);
+      has_run = goes_on = true;
+    }
+  }
+  return has_run;
 }
 
 inline unsigned lane() { return state.current % 32; }
@@ -148,6 +178,7 @@ inline void start() {
 
 /// Runs one block of threads.
 inline void run_block(unsigned threads, bool is_descending, void (*body)(void *), void *argument) {
+  state.is_descending = is_descending;
   state.body = body;
   state.argument = argument;
   state.warps.assign((threads + 31) / 32, Warp());
@@ -157,21 +188,21 @@ inline void run_block(unsigned threads, bool is_descending, void (*body)(void *)
   for (unsigned i = 0; i < threads; ++i) {
     Fiber &fiber = *state.fibers[i];
     fiber.is_done = false;
+    fiber.waits_at = nullptr;
     fiber.groups.clear();
     fiber.open.clear();
     prepare(fiber.place, fiber.stack, start);
   }
-  for (bool is_running = true; is_running;) {
-    is_running = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      state.current = is_descending ? threads - 1 - i : i;
-      Fiber &fiber = *state.fibers[state.current];
-      if (fiber.is_done) continue;
-      is_running = true;
-      threadIdx = {state.current, 0, 0};
-      go(state.home, fiber.place);
+  const unsigned warps = state.warps.size();
+  for (bool has_run = true; has_run;) {
+    has_run = false;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned first = 32 * (is_descending ? warps - 1 - i : i);
+      has_run |= run_warp(first, min(first + 32, threads));
     }
   }
+  for (unsigned i = 0; i < threads; ++i)
+    if (!state.fibers[i]->is_done) std::abort(); // some wait for others that have gone
 }
 
 /// Calls a kernel with arguments that stand behind pointers.
@@ -306,7 +337,9 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void *row) { load_
 
 inline void copy_async(void *to, const void *from, bool is_there) {
   if ((uintptr_t)to % 16 != 0 || (uintptr_t)from % 16 != 0) std::abort();
-  emulation::state.fibers[emulation::state.current]->open.push_back({to, from, is_there});
+  const emulation::Copy copy = {to, from, is_there};
+  if (emulation::state.is_descending) copy.run();
+  else emulation::state.fibers[emulation::state.current]->open.push_back(copy);
 }
 inline void close_copies() {
   emulation::Fiber &fiber = *emulation::state.fibers[emulation::state.current];
@@ -316,10 +349,7 @@ inline void close_copies() {
 template <int N> void await_copies() {
   emulation::Fiber &fiber = *emulation::state.fibers[emulation::state.current];
   while (fiber.groups.size() > N) {
-    for (const emulation::Copy &copy : fiber.groups.front()) {
-      if (copy.is_there) memcpy(copy.to, copy.from, 16);
-      else memset(copy.to, 0, 16);
-    }
+    for (const emulation::Copy &copy : fiber.groups.front()) copy.run();
     fiber.groups.pop_front();
   }
 }
