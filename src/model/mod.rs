@@ -131,7 +131,7 @@ impl Llama {
     ) -> LoadResult<Self> {
         let form = match device.is_cpu() {
             true => Form::PackedAs(precision.packed()),
-            false => Form::Plain,
+            false => precision.tensors().map(|_| Form::Plain)?,
         };
         Self::assemble(config, form, device, &mut Loaded { weights, precision, device })
     }
