@@ -109,7 +109,7 @@ impl Llama {
     ) -> LoadResult<Self> {
         let form = match device.is_cpu() {
             true => Form::PackedAs(precision.packed()),
-            false => Form::Gpu,
+            false => precision.tensors().map(|_| Form::Gpu)?,
         };
         Self::assemble(config, form, device, Loaded { weights, precision })
     }
