@@ -149,12 +149,11 @@ fn a_run_can_be_inspected_and_trained_on() {
 
 #[test]
 fn the_engine_is_measured_on_random_prompts_and_on_chains_of_texts() {
-    let place = tempfile::tempdir().unwrap();
-    let (documents, _) = corpus(place.path());
+    let documents = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples/biomedicine.xml");
     let random =
         "bench synth --model 2m --dtype bf16 --requests 6 --prompt-tokens 40 --output-tokens 5";
     let chains = format!(
-        "bench synth --prompts {} --rounds 2 --requests 8 --output-tokens 30 --sequences 3",
+        "bench synth --prompts {} --rounds 2 --requests 8 --output-tokens 80 --sequences 3",
         documents.display()
     );
     for (arguments, requests, shared) in [(random, 6, false), (&chains, 8, true)] {
