@@ -120,6 +120,11 @@ impl Header {
     }
 }
 
+/// The number that was meant by its nearest f32: 1e-5 and not 9.999999747e-6, as in `config.json`.
+fn decimal(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or(f64::from(number))
+}
+
 /// A tensor as it is listed.
 struct Listed {
     /// Elements of a row first.
@@ -246,7 +251,7 @@ impl<R: Read> Reader<R> {
             3 => Value::Integer(i16::from_le_bytes(self.bytes()?).into()),
             4 => Value::Integer(self.u32()?.into()),
             5 => Value::Integer(i32::from_le_bytes(self.bytes()?).into()),
-            6 => Value::Real(f32::from_le_bytes(self.bytes()?).into()),
+            6 => Value::Real(decimal(f32::from_le_bytes(self.bytes()?))),
             7 => match self.bytes()? {
                 [byte @ (0 | 1)] => Value::Truth(byte == 1),
                 [byte] => return Err(format!("{byte} is no truth value")),
@@ -321,7 +326,7 @@ mod tests {
             (3, vec![255, 255]),
             (4, vec![4, 0, 0, 0]),
             (5, vec![255; 4]),
-            (6, 0.5f32.to_le_bytes().into()),
+            (6, 1e-5f32.to_le_bytes().into()),
             (7, vec![1]),
             (8, [&2u64.to_le_bytes()[..], b"hi"].concat()),
             (9, [&[5, 0, 0, 0, 2][..], &[0; 7], &[1, 0, 0, 0], &[255; 4]].concat()),
@@ -364,7 +369,7 @@ mod tests {
             Value::Integer(-1),
             Value::Integer(4),
             Value::Integer(-1),
-            Value::Real(0.5),
+            Value::Real(1e-5),
             Value::Truth(true),
             Value::Text("hi".into()),
             Value::Numbers(vec![1.0, -1.0]),

@@ -14,7 +14,7 @@ use headwater::model::{Form, Llama};
 use headwater::seed::stream;
 use headwater_pipelines::shell::bundled::synthesizer;
 use headwater_pipelines::shell::models::{BUNDLED, Model};
-use headwater_tests::folders::assert_same;
+use headwater_tests::folders::{assert_same, tree};
 use headwater_tests::gguf::{GgufFile, after_quantising, random};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -126,12 +126,27 @@ fn check_noise(kind: impl Fn(&str) -> GgmlDType + Copy, precision: Precision, mo
 }
 
 #[test]
-fn packing_in_eight_bits_adds_little_noise_to_a_quantised_file() {
-    check_noise(|_| GgmlDType::Q8_0, Precision::Int8, 4e-4);
-    check_noise(q4_k_m, Precision::Int8, 4e-4);
-    check_noise(|_| GgmlDType::Q4_0, Precision::Int8, 4e-4);
-    check_noise(|_| GgmlDType::BF16, Precision::Bf16, 1e-4);
-    check_noise(|_| GgmlDType::F16, Precision::F16, 1e-10);
+fn packing_adds_little_noise_to_a_file() {
+    check_noise(|_| GgmlDType::Q8_0, Precision::Int8, 3e-3);
+    check_noise(q4_k_m, Precision::Int8, 3e-3);
+    check_noise(|_| GgmlDType::Q4_0, Precision::Int8, 3e-3);
+    check_noise(|_| GgmlDType::BF16, Precision::Bf16, 3e-4);
+    check_noise(|_| GgmlDType::F16, Precision::F16, 1e-5); // normalisations are rounded too
+}
+
+#[test]
+fn packing_a_file_in_eight_bits_anew_is_not_far_from_packing_its_checkpoint() {
+    let (_place, path) = place();
+    let config = config(false);
+    let values = random(&config).unwrap();
+    let expected = exact(&config, &values);
+    let noise_of = |kind: GgmlDType| {
+        GgufFile::new(&config, &values, |_| kind).unwrap().write(&path).unwrap();
+        noise(&loaded(&path, Precision::Int8), &expected)
+    };
+    let (once, twice) = (noise_of(GgmlDType::F32), noise_of(GgmlDType::Q8_0));
+    println!("in int8 noise is {once:.1e} of the signal, by way of Q8_0 {twice:.1e}");
+    assert!(twice < 2.0 * once, "{twice} is far more than {once}");
 }
 
 #[test]
@@ -342,6 +357,14 @@ fn bundled(folder: &Path) -> PathBuf {
     path
 }
 
+/// The augmented documents of a run, without the name of their synthesizer.
+fn augmented(run: &Path, synthesizer: &str) -> String {
+    let files = tree(&run.join("augmented")).into_values();
+    let texts =
+        files.map(|bytes| String::from_utf8(zstd::decode_all(&bytes[..]).unwrap()).unwrap());
+    texts.collect::<String>().replace(&format!("{synthesizer:?}"), "")
+}
+
 #[test]
 fn a_run_with_a_gguf_file_leaves_the_bytes_of_a_run_with_its_checkpoint() {
     let place = tempfile::tempdir().unwrap();
@@ -362,7 +385,7 @@ fn a_run_with_a_gguf_file_leaves_the_bytes_of_a_run_with_its_checkpoint() {
             "--length",
             "128",
             "--new-tokens",
-            "24",
+            "96",
             "--no-train",
             "--progress",
             "none",
@@ -371,9 +394,14 @@ fn a_run_with_a_gguf_file_leaves_the_bytes_of_a_run_with_its_checkpoint() {
         check(&[&fixed[..], &own, more].concat(), 0, "");
         out
     };
-    let is_other = |path: &Path| !(path.starts_with("packed") || path.starts_with("augmented"));
     let expected = run(BUNDLED, "bundled", &[]);
-    assert_same(&run(file, "gguf", &[]), &expected, is_other);
+    let found = run(file, "gguf", &[]);
+    // What was generated stands in `rejected` where it is no pair; the account names the model.
+    let is_other = |path: &Path| !(path.starts_with("packed") || path.starts_with("rejected"));
+    assert_same(&found, &expected, is_other);
+    let (found, written) = (augmented(&found, file), augmented(&expected, BUNDLED));
+    assert!(found == written, "augmented documents differ");
+    assert!(written.contains("\"question\""), "no pair was written");
     let eight = run(file, "eight", &["--dtype", "int8", "--agreement", "10", "--judge", file]);
     let settings = std::fs::read_to_string(eight.join("run.json")).unwrap();
     assert!(settings.contains("\"cpu int8\""), "{settings}");
