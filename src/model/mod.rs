@@ -90,7 +90,7 @@ pub struct Stepped<'a> {
 enum SteppedRows {
     /// `(samples, hidden)`
     Host(Tensor),
-    Gpu(GpuStepped),
+    Gpu(Box<GpuStepped>),
 }
 
 impl Llama {
@@ -221,7 +221,9 @@ impl Llama {
     /// If the device fails, or the cache is another model's.
     pub fn step(&self, cache: &mut Cache, rows: &StepRows<'_>) -> Result<Stepped<'_>> {
         let computed = match (&self.layers, &mut cache.store) {
-            (Layers::Gpu(model), Store::Gpu(cache)) => SteppedRows::Gpu(model.step(cache, rows)?),
+            (Layers::Gpu(model), Store::Gpu(cache)) => {
+                SteppedRows::Gpu(Box::new(model.step(cache, rows)?))
+            }
             _ => {
                 let attend = |layer, qkv: &[Tensor; 3]| cache.step(layer, qkv, rows.runs);
                 let x = self.forward(rows.ids, rows.positions, attend)?;

@@ -87,7 +87,7 @@ impl Kernels {
         match &self.attention {
             Attention::Rows(function) => self.attend_rows(function, qkv, step, pages, &out)?,
             Attention::Tiles { split, whole, merge } => {
-                self.attend_tiles(split, whole, qkv, step, pages, &out)?;
+                self.attend_tiles([split, whole], qkv, step, pages, &out)?;
                 self.merge(merge, step, &out)?;
             }
         }
@@ -133,8 +133,7 @@ impl Kernels {
 
     fn attend_tiles(
         &self,
-        split: &Function,
-        whole: &Function,
+        [split, whole]: [&Function; 2],
         qkv: &Matrix,
         step: &DeviceStep,
         pages: &Pages,

@@ -244,8 +244,8 @@ impl Machine for Emulator {
         super::kernels::with_bytes(&out, |bytes| {
             // SAFETY: as the caller has promised.
             unsafe {
-                (product.out as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len())
-            };
+                (product.out as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            }
             Ok(())
         })
     }

@@ -2,6 +2,7 @@
 
 // Reason: whoever launches a kernel promises that its arguments are right.
 #![expect(unsafe_code, reason = "kernels take addresses")]
+#![cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "there is no machine"))]
 
 use candle_core::{DType, Result, bail};
 use std::fmt::Debug;
@@ -61,7 +62,6 @@ impl<T: Debug + Send + Sync> Owner for T {}
 
 impl Memory {
     /// Memory of `bytes` bytes at `pointer`, which lives as long as `owner`.
-    #[cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "there is no machine"))]
     pub(crate) fn new(pointer: u64, bytes: usize, owner: impl Owner + 'static) -> Self {
         Memory { pointer, bytes, _owner: Box::new(owner) }
     }

@@ -261,9 +261,14 @@ impl Sequences {
         (step, qkv)
     }
 
-    /// Pages that hold all that is not new.
+    /// Pages that hold all that is not new. In the rest of each block there is no number.
     fn pages(&self) -> Pages {
         let mut pages = self.bench.kernels.pages(self.limits.blocks).unwrap();
+        let block = self.heads.key_value * BLOCK * self.heads.width * self.bench.element.bytes();
+        let spoiled = vec![0xff; self.limits.blocks * block];
+        for memory in [&pages.keys, &pages.values] {
+            self.bench.tested.machine.upload(&spoiled, memory, 0).unwrap();
+        }
         let before = self.all.iter().enumerate();
         let before: Vec<_> = before
             .map(|(index, (length, new, _))| (index, 0, length - new))
