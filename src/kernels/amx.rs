@@ -106,6 +106,11 @@ fn configure() {
     }
 }
 
+/// What the unit stores: 32 bits of which every pattern is a number.
+trait Sum: Copy {}
+impl Sum for f32 {}
+impl Sum for i32 {}
+
 /// Rows, a panel and what is fetched on the way, cut to whole steps.
 #[derive(Clone, Copy)]
 struct Operands<'a> {
@@ -117,14 +122,16 @@ struct Operands<'a> {
     ahead: Ahead<'a>,
 }
 
-/// `sums[row] = rows · panel` for the first `SQUARES` times 16 rows, in bf16 or in bytes.
+/// `sums[row] = rows · panel` for the first `SQUARES` times 16 rows: in bf16 with sums in f32, or in bytes with
+/// whole numbers.
 ///
 /// # Panics
 /// If rows, panel or sums are too short.
-fn multiply<const SQUARES: usize, const BYTES: bool>(
+fn multiply<const SQUARES: usize, const BYTES: bool, T: Sum>(
     operands: Operands<'_>,
-    sums: &mut [[u32; PANEL]],
+    sums: &mut [[T; PANEL]],
 ) {
+    const { assert!(size_of::<T>() == 4) };
     let Operands { rows, stride, panel, steps, ahead } = operands;
     let count = SQUARES * SQUARE;
     assert!(steps > 0 && rows.len() >= (count - 1) * stride + steps * STEP);
@@ -249,8 +256,9 @@ fn padded(operands: Operands<'_>, count: usize, work: impl FnOnce(Operands<'_>, 
     COPIES.with_borrow_mut(|(rows, panel)| {
         rows.clear();
         rows.resize(squares * SQUARE * whole, 0);
-        for (row, copy) in rows.chunks_exact_mut(whole).take(count).enumerate() {
-            copy[..depth].copy_from_slice(&operands.rows[row * operands.stride..][..depth]);
+        let own = operands.rows.chunks(operands.stride.max(1)).filter_map(|row| row.get(..depth));
+        for (copy, own) in rows.chunks_exact_mut(whole).zip(own).take(count) {
+            copy[..depth].copy_from_slice(own);
         }
         let panel = match depth == whole {
             true => operands.panel,
@@ -266,6 +274,8 @@ fn padded(operands: Operands<'_>, count: usize, work: impl FnOnce(Operands<'_>, 
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row, in bf16; rows are `stride` words apart.
+///
+/// Whole squares are stored in place: rows that are none of the caller's cost nothing if he leaves room.
 pub(crate) fn pairs_tile(
     rows: &[u32],
     stride: usize,
@@ -277,16 +287,24 @@ pub(crate) fn pairs_tile(
         let rows = &rows[index * ROWS * stride..];
         let steps = (panel.len() / PANEL).div_ceil(STEP);
         let ahead = if index == 0 { ahead } else { Ahead::NOTHING };
-        padded(Operands { rows, stride, panel, steps, ahead }, out.len(), |operands, squares| {
-            let mut sums = [[0; PANEL]; ROWS];
-            match squares {
-                1 => multiply::<1, false>(operands, &mut sums),
-                _ => multiply::<2, false>(operands, &mut sums),
-            }
-            for (out, sums) in out.iter_mut().zip(&sums) {
-                *out = sums.map(f32::from_bits);
-            }
-        });
+        padded(
+            Operands { rows, stride, panel, steps, ahead },
+            out.len(),
+            |operands, squares| match (squares, out.len()) {
+                (1, SQUARE) => multiply::<1, false, _>(operands, out),
+                (2, ROWS) => multiply::<2, false, _>(operands, out),
+                (1, count) => {
+                    let mut sums = [[0.0; PANEL]; SQUARE];
+                    multiply::<1, false, _>(operands, &mut sums);
+                    out.copy_from_slice(&sums[..count]);
+                }
+                (_, count) => {
+                    let mut sums = [[0.0; PANEL]; ROWS];
+                    multiply::<2, false, _>(operands, &mut sums);
+                    out.copy_from_slice(&sums[..count]);
+                }
+            },
+        );
     }
 }
 
@@ -308,12 +326,12 @@ pub(crate) fn quads_tile(
         };
         padded(operands, out.len(), |operands, squares| {
             out.fill([0.0; PANEL]);
-            let mut sums = [[0; PANEL]; ROWS];
+            let mut sums = [[0i32; PANEL]; ROWS];
             for (group, scales) in panel.scales.as_chunks::<PANEL>().0.iter().enumerate() {
                 let operands = operands.group(group);
                 match squares {
-                    1 => multiply::<1, true>(operands, &mut sums),
-                    _ => multiply::<2, true>(operands, &mut sums),
+                    1 => multiply::<1, true, _>(operands, &mut sums),
+                    _ => multiply::<2, true, _>(operands, &mut sums),
                 }
                 simd(
                     #[inline(always)]
@@ -321,7 +339,7 @@ pub(crate) fn quads_tile(
                         let groups = groups[group..].iter().step_by(rows.group_stride);
                         for ((out, sums), own) in out.iter_mut().zip(&sums).zip(groups) {
                             for lane in 0..PANEL {
-                                let sum = (sums[lane] as i32).wrapping_add(own.correction);
+                                let sum = sums[lane].wrapping_add(own.correction);
                                 let scale = scales[lane] * own.scale;
                                 out[lane] = (sum as f32).mul_add(scale, out[lane]);
                             }

@@ -22,7 +22,7 @@ use super::pairs;
 use super::real::{LANES, Real, max, simd, sum};
 use super::share::{Target, each};
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, ROWS, rows_at_once};
+use super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
 
@@ -227,7 +227,7 @@ impl Task<'_> {
         let (width, group, padded) = (heads.width, heads.group(), layout.padded());
         let count = self.count * group;
         let (mut queries, mut words) =
-            (Vec::with_capacity(count), vec![0; count.next_multiple_of(16) * stride]);
+            (Vec::with_capacity(count), vec![0; room(layout.kind, count) * stride]);
         for (index, words) in words.chunks_exact_mut(stride).take(count).enumerate() {
             let (row, member) = (self.first + index / group, index % group);
             let at = (self.run.first_row + row) * heads.query + self.head * group + member;
@@ -325,7 +325,7 @@ impl Fold<'_> {
             self.keys.chunks_exact(half).zip(&mut *scores).enumerate().take(end.div_ceil(PANEL))
         {
             let ahead = ahead(self.next_keys, index * half);
-            kind.tile(words, stride, keys, ahead, &mut out[..count]);
+            kind.tile(words, stride, keys, ahead, &mut out[..room(kind, count)]);
         }
         // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros.
         let whole = if rows_at_once(kind) == ROWS { PANEL } else { 1 };
@@ -359,7 +359,13 @@ impl Fold<'_> {
         let padded = self.layout.padded();
         for (index, values) in self.values.chunks_exact(stripe).enumerate() {
             let ahead = ahead(self.next_values, index * stripe);
-            kind.tile(&*weights, BLOCK, &values[..depth * PANEL], ahead, &mut out[..count]);
+            kind.tile(
+                &*weights,
+                BLOCK,
+                &values[..depth * PANEL],
+                ahead,
+                &mut out[..room(kind, count)],
+            );
             simd(
                 #[inline(always)]
                 || {

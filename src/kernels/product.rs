@@ -12,11 +12,11 @@ use super::packed::PackedWeight;
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
-use super::tiles::{PANEL, ROWS, rows_at_once};
+use super::tiles::{PANEL, ROWS, room, rows_at_once};
 use std::ops::Range;
 
-/// Bytes of a block of rows: half of a second-level cache.
-const BLOCK_BYTES: usize = 512 << 10;
+/// Bytes of a block of rows at most: half of a second-level cache, on CPUs with a matrix unit of a larger one.
+const BLOCK_BYTES: [usize; 2] = [512 << 10, 1 << 20];
 /// Tasks that the panels of a block are cut into.
 const TASKS: usize = 24;
 
@@ -46,7 +46,13 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
                 for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
                     let beyond = if panel < last { panel } else { weight.panels() };
                     let ahead = weight.ahead(beyond, tile, tiles);
-                    weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
+                    weight.tile(
+                        panel,
+                        x,
+                        rows.start,
+                        ahead,
+                        &mut out[..room(x.kind(), rows.len())],
+                    );
                 }
                 simd(
                     #[inline(always)]
@@ -87,7 +93,13 @@ fn run<const COUNT: usize>(
                 let beyond = if panel + 1 < own.end { panel } else { weight.panels() };
                 tiles(x, &rows, |tile, tiles, rows| {
                     let ahead = weight.ahead(beyond, tile, tiles);
-                    weight.tile(panel, x, rows.start, ahead, &mut out[..rows.len()]);
+                    weight.tile(
+                        panel,
+                        x,
+                        rows.start,
+                        ahead,
+                        &mut out[..room(x.kind(), rows.len())],
+                    );
                     for (row, values) in rows.zip(&out) {
                         // SAFETY: `share` hands out each row and panel once.
                         let out =
@@ -103,7 +115,10 @@ fn run<const COUNT: usize>(
 /// Calls `work` for every panel and row once, with ranges of both, on the threads of the pool.
 fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
     let at_once = rows_at_once(x.kind());
-    let block = (BLOCK_BYTES / (4 * x.stride())).max(at_once) / at_once * at_once;
+    let has_matrix_unit = usize::from(at_once == ROWS);
+    let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(at_once);
+    let blocks = x.count().div_ceil(most).max(1);
+    let block = x.count().div_ceil(blocks).next_multiple_of(at_once);
     let step = panels.div_ceil(TASKS).max(1);
     for first in (0..x.count()).step_by(block) {
         let rows = first..(first + block).min(x.count());

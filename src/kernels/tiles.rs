@@ -40,6 +40,14 @@ impl Ahead<'_> {
     pub(crate) const NOTHING: Ahead<'static> = Ahead { words: &[], step: 0 };
 }
 
+/// Rows of output that a tile of `count` rows is best given: those behind `count` are of no meaning.
+pub(crate) fn room(kind: WeightType, count: usize) -> usize {
+    match rows_at_once(kind) {
+        ROWS => count.next_multiple_of(ROWS / 2),
+        _ => count,
+    }
+}
+
 /// Cuts `$count` rows into pieces of at most 12 and runs the body for each, with their number as a
 /// constant.
 macro_rules! by_rows {
