@@ -11,8 +11,11 @@ pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// Widths and counts beyond this are no model's.
 const SIZE_MAX: i128 = 1 << 24;
 
-/// Tokens of a context at most.
-const CONTEXT_MAX: i128 = 1 << 21;
+/// Tokens of a context at most: there is a table of so many rotations.
+const CONTEXT_MAX: i128 = 1 << 20;
+
+/// Width of a head at most.
+const HEAD_MAX: usize = 512;
 
 type Result<T> = std::result::Result<T, String>;
 
@@ -48,8 +51,10 @@ pub(super) fn config(header: &Header, factors: Option<Vec<f32>>) -> Result<Model
     }
     let head_dim =
         keys.count("llama.attention.key_length", SIZE_MAX)?.unwrap_or(hidden_size / heads);
-    if head_dim == 0 || head_dim % 2 != 0 {
-        return Err(format!("heads of width {head_dim} cannot be turned in halves"));
+    if head_dim == 0 || head_dim > HEAD_MAX || head_dim % 2 != 0 {
+        return Err(format!(
+            "heads cannot be {head_dim} wide: even numbers to {HEAD_MAX} are supported"
+        ));
     }
     for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
         if let Some(width) = keys.count(key, SIZE_MAX)?.filter(|&width| width != head_dim) {

@@ -156,7 +156,7 @@ impl<'a> Tokens<'a> {
 
     /// Tokens that are found before text is cut, or never.
     fn added(&self) -> Value {
-        let added = self.of_kind(|kind| kind.is_added()).map(|(id, text)| {
+        let added = self.of_kind(Kind::is_added).map(|(id, text)| {
             let special = self.kinds[id] != Kind::UserDefined;
             json!({"id": id, "content": text, "single_word": false, "lstrip": false,
                    "rstrip": false, "normalized": false, "special": special})

@@ -265,6 +265,10 @@ fn what_is_not_supported_is_refused_by_name() {
     check_refused(with("llama.attention.head_count_kv", Value::U32(3)), "do not divide");
     check_refused(with("llama.attention.key_length", Value::U32(64)), "should be [512, 256]");
     check_refused(
+        with("llama.attention.key_length", Value::U32(1024)),
+        "heads cannot be 1024 wide",
+    );
+    check_refused(
         with("tokenizer.ggml.pre", text("qwen2")),
         "put the model's tokenizer.json beside the file",
     );
