@@ -245,3 +245,23 @@ fn ends(directory: &Path, config: &ModelConfig, tokenizer: &Tokenizer) -> Vec<u3
     ends.dedup();
     ends
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(change: impl Fn(&mut ModelConfig), arithmetic: &str) -> Identity {
+        let mut model = Model::trained(BUNDLED).expect("it is in the program");
+        change(&mut model.config);
+        model.identity(arithmetic).expect("nothing is read")
+    }
+
+    #[test]
+    fn an_identity_tells_models_apart_that_answer_differently() {
+        let bundled = identity(|_| {}, "cpu f32");
+        assert_ne!(identity(|_| {}, "cpu bf16"), bundled);
+        assert_ne!(identity(|config| config.eos_token_ids.push(7), "cpu f32"), bundled);
+        assert_ne!(identity(|config| config.rope_theta *= 2.0, "cpu f32"), bundled);
+        assert_eq!(identity(|config| config.max_position_embeddings = 512, "cpu f32"), bundled);
+    }
+}
