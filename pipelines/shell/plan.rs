@@ -89,22 +89,7 @@ impl Plan {
             let count = settings.passed_over.len();
             line("passed over", format!("{count} of no known kind, the first {}", first.display()));
         }
-        let synthesizer = &settings.synthesizer;
-        let parameters = synthesizer.config.parameter_count();
-        let precision = synthesizer.precision;
-        line(
-            "synthesizer",
-            format!(
-                "{}: {} parameters ({} in {}), context {}, {} new tokens a text at most, {}",
-                synthesizer.name,
-                count(parameters),
-                bytes(precision.bytes(parameters, on_cpu(settings))),
-                precision.name(),
-                synthesizer.config.max_position_embeddings,
-                settings.augment.new_tokens,
-                settings.machine.device,
-            ),
-        );
+        line("synthesizer", describe_synthesizer(settings));
         line(
             "rounds",
             format!(
@@ -132,11 +117,7 @@ impl Plan {
             line("published", published.describe());
         }
         line("memory", format!("about {}", bytes(self.memory(settings))));
-        let kept = settings.request_store().map(|folder| {
-            let most = bytes(settings.request_store_bytes());
-            format!("answers are kept in {}, {most} at most", folder.display())
-        });
-        line("requests", kept.unwrap_or("answers are not kept".into()));
+        line("requests", describe_request_store(settings));
         line("output", format!("{}", settings.out.display()));
         text
     }
@@ -183,7 +164,8 @@ impl Plan {
     fn memory(&self, settings: &Settings) -> u64 {
         let synthesizer = &settings.synthesizer.config;
         let parameters = synthesizer.parameter_count();
-        let weights = settings.synthesizer.precision.bytes(parameters, on_cpu(settings));
+        let weights =
+            settings.synthesizer.precision.bytes(parameters, settings.synthesizes_on_cpu());
         let context = synthesizer.max_position_embeddings;
         let training = self.training.as_ref().map_or(0, |training| {
             training_bytes(&settings.model.config, training.micro_batch_tokens)
@@ -202,10 +184,6 @@ impl Plan {
         let engines = settings.synthesizer_devices.len() as u64;
         engines * (weights + cache) + training
     }
-}
-
-fn on_cpu(settings: &Settings) -> bool {
-    settings.synthesizer_devices[0].is_cpu()
 }
 
 /// Parameters with their state, gradients, and the activations of one micro-batch.
@@ -240,6 +218,32 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings 
 /// The constants of the paper's runs (recipe (g), (h)).
 pub const OPTIMIZER: AdamW =
     AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 };
+
+fn describe_synthesizer(settings: &Settings) -> String {
+    let synthesizer = &settings.synthesizer;
+    let parameters = synthesizer.config.parameter_count();
+    let precision = synthesizer.precision;
+    format!(
+        "{}: {} parameters ({} in {}), context {}, {} new tokens a text at most, {}",
+        synthesizer.name,
+        count(parameters),
+        bytes(precision.bytes(parameters, settings.synthesizes_on_cpu())),
+        precision.name(),
+        synthesizer.config.max_position_embeddings,
+        settings.augment.new_tokens,
+        settings.machine.device,
+    )
+}
+
+fn describe_request_store(settings: &Settings) -> String {
+    match settings.request_store() {
+        None => "answers are not kept".into(),
+        Some(folder) => {
+            let most = bytes(settings.request_store_bytes());
+            format!("answers are kept in {}, {most} at most", folder.display())
+        }
+    }
+}
 
 /// Floating-point operations a second in a large matrix product.
 fn matrix_rate(device: &Device) -> Result<f64> {

@@ -19,6 +19,22 @@ const HEAD_MAX: usize = 512;
 
 type Result<T> = std::result::Result<T, String>;
 
+/// The width of a head: what the file says, or `usual`.
+fn head_width(keys: &Keys<'_>, usual: usize) -> Result<usize> {
+    let head_dim = keys.count("llama.attention.key_length", SIZE_MAX)?.unwrap_or(usual);
+    if head_dim == 0 || head_dim > HEAD_MAX || head_dim % 2 != 0 {
+        return Err(format!(
+            "heads cannot be {head_dim} wide: even numbers to {HEAD_MAX} are supported"
+        ));
+    }
+    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
+        if let Some(width) = keys.count(key, SIZE_MAX)?.filter(|&width| width != head_dim) {
+            return Err(format!("{key:?} is {width}, heads are {head_dim} wide: not supported"));
+        }
+    }
+    Ok(head_dim)
+}
+
 /// Reads the shape; `factors` are those of [`ROPE_FACTORS`], if the file has them.
 ///
 /// # Errors
@@ -49,18 +65,7 @@ pub(super) fn config(header: &Header, factors: Option<Vec<f32>>) -> Result<Model
     if key_value == 0 || !heads.is_multiple_of(key_value) {
         return Err(format!("{heads} query heads do not divide into {key_value} groups"));
     }
-    let head_dim =
-        keys.count("llama.attention.key_length", SIZE_MAX)?.unwrap_or(hidden_size / heads);
-    if head_dim == 0 || head_dim > HEAD_MAX || head_dim % 2 != 0 {
-        return Err(format!(
-            "heads cannot be {head_dim} wide: even numbers to {HEAD_MAX} are supported"
-        ));
-    }
-    for key in ["llama.attention.value_length", "llama.rope.dimension_count"] {
-        if let Some(width) = keys.count(key, SIZE_MAX)?.filter(|&width| width != head_dim) {
-            return Err(format!("{key:?} is {width}, heads are {head_dim} wide: not supported"));
-        }
-    }
+    let head_dim = head_width(&keys, hidden_size / heads)?;
     let window =
         keys.count("llama.attention.sliding_window", SIZE_MAX)?.filter(|&window| window > 0);
     let token = |key: &str| -> Result<Option<u32>> {

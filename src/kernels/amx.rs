@@ -165,7 +165,7 @@ fn multiply<const SQUARES: usize, const BYTES: bool, T: Sum>(
                     "3:",
                     "mov {at}, {lines}",
                     "test {at}, {at}",
-                    "jz 5f",
+                    "jz 5f", // nothing to fetch
                     "4:",
                     "prefetcht1 [{ahead}]",
                     "add {ahead}, 64",
@@ -201,10 +201,8 @@ fn multiply<const SQUARES: usize, const BYTES: bool, T: Sum>(
             }
         };
     }
-    match BYTES {
-        false => run!("tdpbf16ps"),
-        true => run!("tdpbsud"), // bytes of rows are signed, those of weights are not
-    }
+    // Bytes of rows are signed, those of weights are not.
+    if BYTES { run!("tdpbsud") } else { run!("tdpbf16ps") }
 }
 
 /// Multiplies what registers hold, `turns` times, in bf16 or in bytes; returns how many operations that were.
