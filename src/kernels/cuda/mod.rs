@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The sources (`*.cu`) are compiled to PTX by build.rs. Products are those of cuBLAS; they add to the f32 stream
-//! themselves. Everything is launched through [`machine::Machine`], which is a GPU, or, in tests, an emulation that
+//! themselves. Everything is launched through `machine::Machine`, which is a GPU, or, in tests, an emulation that
 //! runs the same sources on a CPU: what is not tested by it is tensor cores and cuBLAS.
 
 mod attend;
