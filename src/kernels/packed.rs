@@ -13,7 +13,7 @@
 use super::quads::{self, QuadPanel, QuadRows};
 use super::rows::Rows;
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, PanelTile, ROWS};
+use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once};
 use super::{pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
@@ -49,6 +49,7 @@ impl WeightType {
     ///
     /// # Panics
     /// With 8 bits, which need scales.
+    #[inline]
     pub(crate) fn tile(
         self,
         rows: &[u32],
@@ -210,11 +211,18 @@ impl PackedWeight {
         }
     }
 
-    /// A share of the panel after `panel` for each of `tiles` tiles to fetch.
+    /// What the tile at `tile` of `tiles` of a panel fetches: a share of the next panel. A single tile on a
+    /// matrix unit is faster than memory, and fetches what it is about to read itself.
     pub(crate) fn ahead(&self, panel: usize, tile: usize, tiles: usize) -> Ahead<'_> {
+        const NEAR: usize = 1024; // words: two steps
+        if tiles == 1 && rows_at_once(self.kind) == ROWS {
+            let length = self.kind.words(self.inputs) * PANEL;
+            let words = self.words.get(panel * length + NEAR..).unwrap_or(&[]);
+            return Ahead::new(words, PANEL);
+        }
         let next = self.panel(panel + 1);
         let part = next.len().div_ceil(tiles);
-        Ahead { words: next.get(tile * part..).unwrap_or(&[]), step: PANEL.div_ceil(tiles) }
+        Ahead::new(next.get(tile * part..).unwrap_or(&[]), PANEL.div_ceil(tiles))
     }
 }
 

@@ -61,6 +61,7 @@ pub(super) fn unit() -> &'static str {
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
+#[inline]
 pub(crate) fn tile(
     rows: &[u32],
     stride: usize,
@@ -163,13 +164,13 @@ mod avx512 {
         assert!(rows.len() >= (ROWS - 1) * stride + depth && out.len() >= ROWS);
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
         let starts: [*const u32; ROWS] = std::array::from_fn(|row| rows[row * stride..].as_ptr());
-        let (panel, ahead, step) = (panel.as_ptr(), ahead.words.as_ptr(), ahead.step);
+        let (panel, half) = (panel.as_ptr(), ahead.step() / 2);
         for word in 0..depth {
             // SAFETY: `word < depth`, so the 32 words of the panel and the word of each row are inside
             // their slices, as asserted above. A prefetch may name any address.
             unsafe {
-                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(word * step).cast());
-                _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(word * step + step / 2).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.at(word).cast());
+                _mm_prefetch::<_MM_HINT_T1>(ahead.at(word).wrapping_add(half).cast());
                 let left = _mm512_loadu_ps(panel.add(word * PANEL).cast());
                 let right = _mm512_loadu_ps(panel.add(word * PANEL + 16).cast());
                 let (left, right) = (halves(left), halves(right));

@@ -15,23 +15,30 @@ use super::share::{Target, each};
 use super::tiles::{PANEL, ROWS, room, rows_at_once};
 use std::ops::Range;
 
-/// Bytes of a block of rows at most: half of a second-level cache, on CPUs with a matrix unit of a larger one.
-const BLOCK_BYTES: [usize; 2] = [512 << 10, 1 << 20];
+/// Bytes of a block of rows at most: half of a second-level cache, on CPUs with a matrix unit of a larger one
+/// (256 rows of 4 KiB and what stands between them).
+const BLOCK_BYTES: [usize; 2] = [512 << 10, 1088 << 10];
 /// Tasks that the panels of a block are cut into.
 const TASKS: usize = 24;
 
 /// `out = x W^T` for some weights with the same inputs.
 pub(crate) fn set<const COUNT: usize>(parts: [(&PackedWeight, &mut [f32]); COUNT], x: &Rows) {
-    run(parts, x, |out, values| out.copy_from_slice(values));
+    run(
+        parts,
+        x,
+        #[inline(always)]
+        |out, value| *out = value,
+    );
 }
 
 /// `out += x W^T`.
 pub(crate) fn add(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
-    run([(weight, out)], x, |out, values| {
-        for (out, value) in out.iter_mut().zip(values) {
-            *out += value;
-        }
-    });
+    run(
+        [(weight, out)],
+        x,
+        #[inline(always)]
+        |out, value| *out += value,
+    );
 }
 
 /// `out = silu(x G^T) * x U^T`.
@@ -39,13 +46,11 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
     assert_eq!(gate.outputs(), up.outputs(), "a gate for each");
     let target = Target::new(out, gate.outputs(), x.count());
     share(gate.panels(), x, |panels, rows| {
-        let last = panels.end - 1;
         let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
         for panel in panels {
             tiles(x, &rows, |tile, tiles, rows| {
                 for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
-                    let beyond = if panel < last { panel } else { weight.panels() };
-                    let ahead = weight.ahead(beyond, tile, tiles);
+                    let ahead = weight.ahead(panel, tile, tiles);
                     weight.tile(
                         panel,
                         x,
@@ -68,7 +73,7 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
                 for (row, values) in rows.zip(&gates) {
                     // SAFETY: `share` hands out each row and panel once.
                     let out = unsafe { target.columns(row, panel * PANEL, gate.width(panel)) };
-                    out.copy_from_slice(&values[..out.len()]);
+                    put_row(out, values, |out, value| *out = value);
                 }
             });
         }
@@ -78,7 +83,7 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
 fn run<const COUNT: usize>(
     parts: [(&PackedWeight, &mut [f32]); COUNT],
     x: &Rows,
-    put: impl Fn(&mut [f32], &[f32]) + Send + Sync,
+    put: impl Fn(&mut f32, f32) + Send + Sync,
 ) {
     let parts = parts.map(|(weight, out)| (weight, Target::new(out, weight.outputs(), x.count())));
     let panels = parts.iter().map(|(weight, _)| weight.panels()).sum();
@@ -89,10 +94,9 @@ fn run<const COUNT: usize>(
             first = own.end;
             let own = panels.start.max(own.start) - own.start
                 ..panels.end.min(own.end).max(own.start) - own.start;
-            for panel in own.clone() {
-                let beyond = if panel + 1 < own.end { panel } else { weight.panels() };
+            for panel in own {
                 tiles(x, &rows, |tile, tiles, rows| {
-                    let ahead = weight.ahead(beyond, tile, tiles);
+                    let ahead = weight.ahead(panel, tile, tiles);
                     weight.tile(
                         panel,
                         x,
@@ -100,16 +104,36 @@ fn run<const COUNT: usize>(
                         ahead,
                         &mut out[..room(x.kind(), rows.len())],
                     );
-                    for (row, values) in rows.zip(&out) {
-                        // SAFETY: `share` hands out each row and panel once.
-                        let out =
-                            unsafe { target.columns(row, panel * PANEL, weight.width(panel)) };
-                        put(out, &values[..out.len()]);
-                    }
+                    let width = weight.width(panel);
+                    simd(
+                        #[inline(always)]
+                        || {
+                            for (row, values) in rows.zip(&out) {
+                                // SAFETY: `share` hands out each row and panel once.
+                                let out = unsafe { target.columns(row, panel * PANEL, width) };
+                                put_row(out, values, &put);
+                            }
+                        },
+                    );
                 });
             }
         }
     });
+}
+
+/// Puts a row of a tile where it belongs.
+#[inline(always)]
+fn put_row(out: &mut [f32], values: &[f32; PANEL], put: impl Fn(&mut f32, f32)) {
+    match out.as_mut_array::<PANEL>() {
+        Some(out) => {
+            let mut own = *out;
+            for lane in 0..PANEL {
+                put(&mut own[lane], values[lane]);
+            }
+            *out = own;
+        }
+        None => out.iter_mut().zip(values).for_each(|(out, &value)| put(out, value)),
+    }
 }
 
 /// Calls `work` for every panel and row once, with ranges of both, on the threads of the pool.

@@ -254,9 +254,9 @@ mod avx512 {
                 // SAFETY: `word < depth`, so the 32 words of the panel and the word of each row are
                 // inside their slices, as asserted above. A prefetch may name any address.
                 unsafe {
-                    let next = ahead.words.as_ptr().wrapping_add(word * ahead.step);
+                    let next = ahead.at(word);
                     _mm_prefetch::<_MM_HINT_T1>(next.cast());
-                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(ahead.step / 2).cast());
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(ahead.step() / 2).cast());
                     let left = _mm512_loadu_si512(words.add(word * PANEL).cast());
                     let right = _mm512_loadu_si512(words.add(word * PANEL + 16).cast());
                     for row in 0..ROWS {

@@ -4,10 +4,8 @@ use super::packed::WeightType;
 use super::quads::{self, Group};
 use super::real::simd;
 use super::share::each;
-use super::storage::elements;
 use super::tiles::ROWS;
 use super::{ROWS_PER_TASK, pairs};
-use candle_core::{Result, Tensor};
 use pulp::bytemuck::cast_slice;
 
 /// Rows in words. Its memory is used again for the next ones.
@@ -55,13 +53,6 @@ impl Rows {
     pub(crate) fn set(&mut self, kind: WeightType, x: &[f32], count: usize, inputs: usize) {
         assert!(x.len() == count * inputs, "{} elements in {count} rows of {inputs}", x.len());
         self.fill(kind, count, inputs, |index, row| row.set(&x[index * inputs..][..inputs]));
-    }
-
-    /// Takes the rows of a tensor `(rows, inputs)`.
-    pub(crate) fn set_tensor(&mut self, kind: WeightType, x: &Tensor) -> Result<()> {
-        let (count, inputs) = x.dims2()?;
-        self.set(kind, &elements(x)?, count, inputs);
-        Ok(())
     }
 
     /// Has each of `count` rows written, in a vectorised loop.

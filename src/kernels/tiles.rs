@@ -8,6 +8,7 @@
 use super::amx;
 use super::packed::WeightType;
 use pulp::{Simd, WithSimd};
+use std::marker::PhantomData;
 
 /// Outputs of a panel that lie side by side.
 pub(crate) const PANEL: usize = 32;
@@ -29,15 +30,41 @@ pub(crate) fn rows_at_once(kind: WeightType) -> usize {
 }
 
 /// Words that a tile fetches into the cache on its way, for whoever comes next: one in `step` for each of
-/// its own.
+/// its own. Small enough to travel in registers.
 #[derive(Clone, Copy)]
 pub(crate) struct Ahead<'a> {
-    pub(crate) words: &'a [u32],
-    pub(crate) step: usize,
+    start: *const u32,
+    step: usize,
+    words: PhantomData<&'a [u32]>,
 }
 
-impl Ahead<'_> {
-    pub(crate) const NOTHING: Ahead<'static> = Ahead { words: &[], step: 0 };
+impl<'a> Ahead<'a> {
+    pub(crate) const NOTHING: Ahead<'static> =
+        Ahead { start: std::ptr::null(), step: 0, words: PhantomData };
+
+    pub(crate) fn new(words: &'a [u32], step: usize) -> Self {
+        match words {
+            [] => Ahead::NOTHING,
+            _ => Ahead { start: words.as_ptr(), step, words: PhantomData },
+        }
+    }
+
+    /// Where the words are, as far as a prefetch is concerned: it may name any address.
+    #[inline(always)]
+    pub(crate) fn at(self, word: usize) -> *const u32 {
+        self.start.wrapping_add(word * self.step)
+    }
+
+    /// 0 if there is nothing to fetch.
+    #[inline(always)]
+    pub(crate) fn step(self) -> usize {
+        self.step
+    }
+
+    /// What is fetched after so many words of the tile's own.
+    pub(crate) fn after(self, words: usize) -> Self {
+        Ahead { start: self.at(words), ..self }
+    }
 }
 
 /// Rows of output that a tile of `count` rows is best given: those behind `count` are of no meaning.

@@ -43,4 +43,18 @@ impl Cache {
             Store::Gpu(_) => bail!("a cache on a GPU takes whole steps"),
         }
     }
+
+    /// The same with `[queries, keys, values]` and results in rows.
+    pub(super) fn step_rows(
+        &mut self,
+        layer: usize,
+        qkv: [&[f32]; 3],
+        runs: &[Run],
+        out: &mut [f32],
+    ) -> Result<()> {
+        match &mut self.store {
+            Store::Host(layers) => layers[layer].step_rows(qkv, runs, out),
+            Store::Gpu(_) => bail!("a cache on a GPU takes whole steps"),
+        }
+    }
 }

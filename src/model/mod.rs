@@ -224,6 +224,12 @@ impl Llama {
             (Layers::Gpu(model), Store::Gpu(cache)) => {
                 SteppedRows::Gpu(Box::new(model.step(cache, rows)?))
             }
+            (Layers::Packed(inputs, layers), _) => {
+                let x = run_packed(inputs, layers, rows.ids, rows.positions, |layer, qkv, out| {
+                    cache.step_rows(layer, qkv, rows.runs, out)
+                })?;
+                SteppedRows::Host(x.index_select(&Tensor::new(rows.samples, x.device())?, 0)?)
+            }
             _ => {
                 let attend = |layer, qkv: &[Tensor; 3]| cache.step(layer, qkv, rows.runs);
                 let x = self.forward(rows.ids, rows.positions, attend)?;
@@ -253,11 +259,15 @@ impl Llama {
                 Ok(x)
             }
             Layers::Packed(inputs, layers) => {
-                let x = embed(&inputs.embed_tokens, ids)?;
-                let shape = x.shape().clone();
-                let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-                layers.forward(&mut x, &inputs.table, positions, attend)?;
-                Tensor::from_vec(x, shape, &Device::Cpu)
+                let tensor = |rows: &[f32]| {
+                    let shape = (ids.len(), rows.len() / ids.len());
+                    Tensor::from_slice(rows, shape, &Device::Cpu)
+                };
+                run_packed(inputs, layers, ids, positions, |layer, [q, k, v], out| {
+                    let attended = attend(layer, &[tensor(q)?, tensor(k)?, tensor(v)?])?;
+                    out.copy_from_slice(&attended.flatten_all()?.to_vec1()?);
+                    Ok(())
+                })
             }
             Layers::Gpu(_) => bail!("a model on a GPU attends by itself: it takes steps"),
         }
@@ -314,6 +324,21 @@ impl Stepped<'_> {
             _ => unreachable!("a step is of one model"),
         }
     }
+}
+
+/// Runs all packed blocks over rows of tokens: `(rows, hidden)`.
+fn run_packed(
+    inputs: &Inputs,
+    layers: &PackedLayers,
+    ids: &[u32],
+    positions: &[u32],
+    attend: impl FnMut(usize, [&[f32]; 3], &mut [f32]) -> Result<()> + Send,
+) -> Result<Tensor> {
+    let x = embed(&inputs.embed_tokens, ids)?;
+    let shape = x.shape().clone();
+    let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+    layers.forward(&mut x, &inputs.table, positions, attend)?;
+    Tensor::from_vec(x, shape, &Device::Cpu)
 }
 
 /// Looks parameters up by their names.

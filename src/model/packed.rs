@@ -11,7 +11,7 @@ use crate::kernels::rms_norm::normalise_rows;
 use crate::kernels::rope::{RopeTable, turn_rows};
 use crate::kernels::rows::Rows;
 use crate::kernels::share::each;
-use candle_core::{Device, Result, Tensor};
+use candle_core::Result;
 use std::cell::Cell;
 
 /// The parameters of one block, under the names of the checkpoint.
@@ -43,6 +43,9 @@ pub(crate) struct PackedLayers {
 #[derive(Debug, Default)]
 struct Scratch {
     rows: Rows,
+    /// Queries, keys, values.
+    qkv: [Vec<f32>; 3],
+    attended: Vec<f32>,
     middle: Vec<f32>,
     logits: Vec<f32>,
 }
@@ -61,16 +64,19 @@ fn with_scratch<R: Send>(work: impl FnOnce(&mut Scratch) -> R + Send) -> R {
 
 impl PackedLayers {
     /// Runs all blocks over `x (rows, hidden)`, in place.
+    ///
+    /// `attend(layer, [queries, keys, values], out)` writes rows of attention output.
     pub(crate) fn forward(
         &self,
         x: &mut [f32],
         table: &RopeTable,
         positions: &[u32],
-        mut attend: impl FnMut(usize, &[Tensor; 3]) -> Result<Tensor> + Send,
+        mut attend: impl FnMut(usize, [&[f32]; 3], &mut [f32]) -> Result<()> + Send,
     ) -> Result<()> {
         with_scratch(|scratch| {
             for (layer, block) in self.blocks.iter().enumerate() {
-                block.forward(x, scratch, table, positions, |qkv| attend(layer, qkv))?;
+                let attend = |qkv: [&[f32]; 3], out: &mut [f32]| attend(layer, qkv, out);
+                block.forward(x, scratch, table, positions, attend)?;
             }
             Ok(())
         })
@@ -114,24 +120,24 @@ impl PackedBlock {
     fn forward(
         &self,
         x: &mut [f32],
-        Scratch { rows, middle, .. }: &mut Scratch,
+        Scratch { rows, qkv, attended, middle, .. }: &mut Scratch,
         table: &RopeTable,
         positions: &[u32],
-        attend: impl FnOnce(&[Tensor; 3]) -> Result<Tensor>,
+        attend: impl FnOnce([&[f32]; 3], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
         let (kind, count) = (self.o_proj.kind(), positions.len());
         normalise_rows(x, &self.input_layernorm, self.epsilon, kind, rows);
-        let [mut q, mut k, mut v] = [&self.q_proj, &self.k_proj, &self.v_proj]
-            .map(|weight| vec![0.0; count * weight.outputs()]);
-        let parts = [(&self.q_proj, &mut *q), (&self.k_proj, &mut *k), (&self.v_proj, &mut *v)];
-        product::set(parts, rows);
-        turn_rows([&mut q, &mut k], table, positions)?;
-        let tensor = |values: Vec<f32>| {
-            let width = values.len() / count;
-            Tensor::from_vec(values, (count, width), &Device::Cpu)
-        };
-        let output = attend(&[tensor(q)?, tensor(k)?, tensor(v)?])?;
-        rows.set_tensor(kind, &output)?;
+        let weights = [&self.q_proj, &self.k_proj, &self.v_proj];
+        for (out, weight) in qkv.iter_mut().zip(weights) {
+            out.resize(count * weight.outputs(), 0.0);
+        }
+        let [q, k, v] = qkv;
+        let [q_proj, k_proj, v_proj] = weights;
+        product::set([(q_proj, &mut **q), (k_proj, &mut **k), (v_proj, &mut **v)], rows);
+        turn_rows([q, k], table, positions)?;
+        attended.resize(q.len(), 0.0);
+        attend([q, k, v], attended)?;
+        rows.set(kind, attended, count, self.o_proj.inputs());
         product::add(&self.o_proj, rows, x);
         normalise_rows(x, &self.post_attention_layernorm, self.epsilon, kind, rows);
         middle.resize(count * self.gate_proj.outputs(), 0.0);
@@ -150,6 +156,7 @@ mod tests {
     use crate::kernels::cached::{Run, StepRows};
     use crate::model::shape::Shape;
     use crate::seed;
+    use candle_core::{Device, Tensor};
 
     fn model(form: Form) -> Llama {
         let shape = Shape::named("2m").unwrap();

@@ -16,13 +16,16 @@
 // Reason: threads write different columns of the same rows, which slices cannot express.
 #![expect(unsafe_code, reason = "rows of one output are written by several threads")]
 
+mod attend;
+
 use super::attention::Heads;
 use super::packed::WeightType;
 use super::pairs;
-use super::real::{LANES, Real, max, simd, sum};
+use super::real::LANES;
 use super::share::{Target, each};
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
+use super::tiles::PANEL;
+use attend::Task;
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
 
@@ -72,6 +75,13 @@ struct Pages {
     values: Vec<u32>,
 }
 
+/// Keys and values of one block.
+#[derive(Clone, Copy, Debug)]
+struct Block<'a> {
+    keys: &'a [u32],
+    values: &'a [u32],
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Layout {
     kind: WeightType,
@@ -115,21 +125,38 @@ impl LayerCache {
     /// Stores the rows' keys and values, then attends: `(rows, query heads * width)`.
     ///
     /// # Errors
-    /// If the tensors are not contiguous f32 on the CPU.
+    /// If the tensors are not contiguous f32 on the CPU, or runs overlap.
     ///
     /// # Panics
     /// If a run's table is too short or names a block that does not exist.
     pub fn step(&mut self, [q, k, v]: &[Tensor; 3], runs: &[Run]) -> Result<Tensor> {
-        let rows = q.dim(0)?;
-        let mut end = 0;
+        let shape = q.dims2()?;
+        let mut out = vec![0.0; shape.0 * shape.1];
+        self.step_rows([&elements(q)?, &elements(k)?, &elements(v)?], runs, &mut out)?;
+        tensor(out, shape)
+    }
+
+    /// The same with `[queries, keys, values]` and results in rows.
+    pub(crate) fn step_rows(
+        &mut self,
+        [q, k, v]: [&[f32]; 3],
+        runs: &[Run],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let layout = self.layout;
+        let width = layout.heads.query * layout.heads.width;
+        let rows = q.len() / width;
+        let (mut end, mut covered) = (0, 0);
         for run in runs {
             if run.first_row < end || run.first_row + run.rows > rows {
                 bail!("runs overlap or reach beyond the {rows} rows of the step")
             }
             end = run.first_row + run.rows;
+            covered += run.rows;
         }
-        let (k, v) = (elements(k)?, elements(v)?);
-        let (k, v, layout) = (&*k, &*v, self.layout);
+        if covered < rows {
+            out.fill(0.0);
+        }
         each(self.pages.iter_mut().enumerate(), |(head, pages)| {
             for run in runs {
                 for row in 0..run.rows {
@@ -141,10 +168,8 @@ impl LayerCache {
                 }
             }
         });
-        let width = layout.heads.query * layout.heads.width;
-        let mut out = vec![0.0; rows * width];
-        self.attend(&elements(q)?, Target::new(&mut out, width, rows), runs);
-        tensor(out, (rows, width))
+        self.attend(q, Target::new(out, width, rows), runs);
+        Ok(())
     }
 
     fn attend(&self, q: &[f32], out: Target<'_>, runs: &[Run]) {
@@ -157,13 +182,23 @@ impl LayerCache {
                 (0..key_value).map(move |head| Task { run, first, count, head })
             })
         });
-        each(tasks, |task| {
-            task.attend(self, q, |row, query, values| {
+        let tasks: Vec<Task<'_>> = tasks.collect();
+        each(0..tasks.len(), |index| {
+            let task = &tasks[index];
+            task.attend(self, q, tasks.get(index + 1), |row, query, values| {
                 let at = task.head * columns + query * width;
                 // SAFETY: runs do not overlap, and each of their rows and heads is in one task.
                 unsafe { out.columns(row, at, width) }.copy_from_slice(values);
             });
         });
+    }
+
+    /// A block of a sequence, if it has so many.
+    fn block(&self, run: &Run, head: usize, block: usize) -> Option<Block<'_>> {
+        let at = *run.table.get(block)? as usize;
+        let Pages { keys, values } = &self.pages[head];
+        let (key, value) = (self.layout.key_page(), self.layout.value_page());
+        Some(Block { keys: &keys[at * key..][..key], values: &values[at * value..][..value] })
     }
 }
 
@@ -200,215 +235,6 @@ impl Pages {
             }
         }
     }
-}
-
-/// Some rows of a run and the query heads of one key-value head.
-#[derive(Clone, Copy)]
-struct Task<'a> {
-    run: &'a Run,
-    first: usize,
-    count: usize,
-    head: usize,
-}
-
-/// One query on its way through the blocks.
-struct Query {
-    position: usize,
-    first_visible: usize,
-    top: f32,
-    total: f32,
-}
-
-impl Task<'_> {
-    /// Calls `put(row, query of the group, values)` for each result.
-    fn attend(&self, cache: &LayerCache, q: &[f32], put: impl Fn(usize, usize, &[f32])) {
-        let layout = cache.layout;
-        let (heads, stride) = (layout.heads, layout.key_words());
-        let (width, group, padded) = (heads.width, heads.group(), layout.padded());
-        let count = self.count * group;
-        let (mut queries, mut words) =
-            (Vec::with_capacity(count), vec![0; room(layout.kind, count) * stride]);
-        for (index, words) in words.chunks_exact_mut(stride).take(count).enumerate() {
-            let (row, member) = (self.first + index / group, index % group);
-            let at = (self.run.first_row + row) * heads.query + self.head * group + member;
-            let columns = &q[at * width..][..width];
-            match layout.kind {
-                WeightType::F32 => words.copy_from_slice(cast_slice(columns)),
-                _ => pairs::round_row(columns, words),
-            }
-            let position = self.run.position + row;
-            let first_visible = heads.first_visible(position);
-            queries.push(Query { position, first_visible, top: f32::NEG_INFINITY, total: 0.0 });
-        }
-        let mut sums = vec![0.0; count * padded];
-        let mut scratch = Scratch {
-            scores: [[[0.0; PANEL]; ROWS]; BLOCK / PANEL],
-            weights: [0; ROWS * BLOCK],
-            out: [[0.0; PANEL]; ROWS],
-        };
-        let last = self.run.position + self.first + self.count - 1;
-        let from = queries[0].first_visible / BLOCK;
-        for block in from..=last / BLOCK {
-            let pages = &cache.pages[self.head];
-            let page = |block: usize, all: &'_ [u32], length: usize| {
-                let at = self.run.table.get(block).map_or(0, |&block| block as usize * length);
-                at..at + length.min(all.len())
-            };
-            let (key, value) = (layout.key_page(), layout.value_page());
-            let mut fold = Fold {
-                layout,
-                keys: &pages.keys[page(block, &pages.keys, key)],
-                values: &pages.values[page(block, &pages.values, value)],
-                next_keys: &pages.keys[page(block + 1, &pages.keys, key)],
-                next_values: &pages.values[page(block + 1, &pages.values, value)],
-                start: block * BLOCK,
-            };
-            let at_once = rows_at_once(layout.kind);
-            for first in (0..count).step_by(at_once) {
-                let rows = first..(first + at_once).min(count);
-                let sums = &mut sums[rows.start * padded..rows.end * padded];
-                let words = &words[rows.start * stride..];
-                fold.run(&mut queries[rows], words, sums, &mut scratch);
-                (fold.next_keys, fold.next_values) = (&[], &[]); // they are on their way
-            }
-        }
-        for (index, (query, sums)) in queries.iter().zip(sums.chunks_exact_mut(padded)).enumerate()
-        {
-            let inverse = 1.0 / query.total;
-            simd(
-                #[inline(always)]
-                || sums.iter_mut().for_each(|sum| *sum *= inverse),
-            );
-            let row = self.run.first_row + self.first + index / group;
-            put(row, index % group, &sums[..width]);
-        }
-    }
-}
-
-/// What folding a block needs on the way.
-struct Scratch {
-    /// `[half][query][position]`
-    scores: [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
-    /// `[query][word of positions]`
-    weights: [u32; ROWS * BLOCK],
-    /// `[query][column of a stripe]`
-    out: [[f32; PANEL]; ROWS],
-}
-
-/// One block about to be folded into some queries.
-struct Fold<'a> {
-    layout: Layout,
-    keys: &'a [u32],
-    values: &'a [u32],
-    next_keys: &'a [u32],
-    next_values: &'a [u32],
-    start: usize,
-}
-
-impl Fold<'_> {
-    /// At most [`ROWS`] queries share the loads of the block; each computes as if alone.
-    fn run(&self, queries: &mut [Query], words: &[u32], sums: &mut [f32], scratch: &mut Scratch) {
-        let Layout { kind, .. } = self.layout;
-        let seen = |query: &Query| {
-            let from = query.first_visible.max(self.start) - self.start;
-            let to = (query.position + 1).min(self.start + BLOCK).saturating_sub(self.start);
-            if from < to { from..to } else { 0..0 }
-        };
-        let end = queries.iter().map(|query| seen(query).end).max().unwrap_or(0);
-        if queries.iter().all(|query| seen(query).is_empty()) {
-            return;
-        }
-        let (count, stride) = (queries.len(), self.layout.key_words());
-        let Scratch { scores, weights, out } = scratch;
-        let half = stride * PANEL;
-        for (index, (keys, out)) in
-            self.keys.chunks_exact(half).zip(&mut *scores).enumerate().take(end.div_ceil(PANEL))
-        {
-            let ahead = ahead(self.next_keys, index * half);
-            kind.tile(words, stride, keys, ahead, &mut out[..room(kind, count)]);
-        }
-        // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros.
-        let whole = if rows_at_once(kind) == ROWS { PANEL } else { 1 };
-        let depth = kind.words(end.next_multiple_of(whole));
-        let mut keep = [1.0; ROWS];
-        simd(
-            #[inline(always)]
-            || {
-                for (row, query) in queries.iter_mut().enumerate() {
-                    let mut own = [0.0; BLOCK];
-                    let (left, right) = own.split_at_mut(PANEL);
-                    left.copy_from_slice(&scores[0][row]);
-                    right.copy_from_slice(&scores[1][row]);
-                    let seen = seen(query);
-                    if !seen.is_empty() {
-                        let scale = self.layout.heads.scale() as f32;
-                        keep[row] = weigh(query, &mut own, seen.start, seen.end, scale);
-                    } else {
-                        own.fill(0.0);
-                    }
-                    let weights = &mut weights[row * BLOCK..][..BLOCK];
-                    match kind {
-                        WeightType::F32 => weights.copy_from_slice(cast_slice(&own)),
-                        _ => pairs::round_row(&own, weights),
-                    }
-                }
-            },
-        );
-        // Behind the last visible position weights are zero, and values those of nobody.
-        let stripe = kind.words(BLOCK) * PANEL;
-        let padded = self.layout.padded();
-        for (index, values) in self.values.chunks_exact(stripe).enumerate() {
-            let ahead = ahead(self.next_values, index * stripe);
-            kind.tile(
-                &*weights,
-                BLOCK,
-                &values[..depth * PANEL],
-                ahead,
-                &mut out[..room(kind, count)],
-            );
-            simd(
-                #[inline(always)]
-                || {
-                    let rows = sums.chunks_exact_mut(padded).zip(&*out);
-                    for ((sums, out), keep) in rows.zip(keep) {
-                        let sums = &mut sums[index * PANEL..][..PANEL];
-                        for lane in 0..PANEL {
-                            sums[lane] = sums[lane].mul_add(keep, out[lane]);
-                        }
-                    }
-                },
-            );
-        }
-    }
-}
-
-/// The words of the next block from `at`, to be fetched on the way.
-fn ahead(next: &[u32], at: usize) -> Ahead<'_> {
-    next.get(at..).map_or(Ahead::NOTHING, |words| Ahead { words, step: PANEL })
-}
-
-/// Turns scores of positions `from..to` into weights, the others into zeros; returns what earlier blocks
-/// are to be multiplied with.
-#[inline(always)]
-fn weigh(query: &mut Query, weights: &mut [f32; BLOCK], from: usize, to: usize, scale: f32) -> f32 {
-    for lane in 0..BLOCK {
-        weights[lane] *= scale;
-    }
-    weights[..from].fill(f32::NEG_INFINITY);
-    weights[to..].fill(f32::NEG_INFINITY);
-    let top = max(&weights[..]).max(query.top);
-    let keep = match query.top == f32::NEG_INFINITY {
-        true => 0.0,
-        false => Real::exp(query.top - top),
-    };
-    for lane in 0..BLOCK {
-        weights[lane] = Real::exp(weights[lane] - top);
-    }
-    weights[..from].fill(0.0);
-    weights[to..].fill(0.0);
-    query.top = top;
-    query.total = query.total * keep + sum(&weights[..]);
-    keep
 }
 
 #[cfg(test)]

@@ -4,24 +4,26 @@
 //! 32 rows × 16 words   ·   16 words × 32 outputs   =   four squares of 16 × 16 sums      per step
 //! ```
 //!
-//! One step takes 16 words of each row: 32 inputs in bf16, 64 in 8 bits, and is some eight times as fast as
-//! with vectors. Rows that are not there are computed as well, from whatever stands behind the last one, and
+//! One step takes 16 words of each row: 32 inputs in bf16, 64 in 8 bits. Rows that are not there are computed as well, from whatever stands behind the last one, and
 //! thrown away; a row's sums depend on no other row. Within a step the unit adds the products of a word to
 //! its sum in a fixed order, word after word.
 //!
 //! Sums in 8 bits are whole numbers, and equal those of `quads` bit for bit. Those in bf16 are in
 //! f32 like those of `pairs`, with another order of roundings.
 
-// Reason: Rust has no stable functions for the unit, so its instructions are written out; they take raw
-// pointers, whose bounds are asserted. Its tile registers are never used by compiled code.
-#![expect(unsafe_code, reason = "instructions of the matrix unit have no stable functions")]
+// Reason: whether the unit is there is asked in instructions and a system call of its own.
+#![expect(unsafe_code, reason = "the CPU and the system are asked for the unit")]
+
+mod unit;
+
+pub(crate) use unit::chains;
 
 use super::quads::{self, QuadPanel, QuadRows};
 use super::real::simd;
 use super::tiles::{self, Ahead, PANEL};
-use std::arch::asm;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::sync::LazyLock;
+use unit::{Operands, one_square, two_squares};
 
 /// Rows that are taken at a time.
 pub(crate) const ROWS: usize = tiles::ROWS;
@@ -75,167 +77,14 @@ fn is_permitted() -> bool {
     false
 }
 
-/// Shapes of the eight tile registers: each 16 rows of 64 bytes.
-#[repr(C, align(64))]
-struct Shapes {
-    palette: u8,
-    start: u8,
-    reserved: [u8; 14],
-    row_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-static SHAPES: Shapes = Shapes {
-    palette: 1,
-    start: 0,
-    reserved: [0; 14],
-    row_bytes: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
-
-/// Sets the shapes of this thread's tiles, once: no other code of the program has tiles.
-fn configure() {
-    thread_local! {
-        static DONE: Cell<bool> = const { Cell::new(false) };
+impl Operands<'_> {
+    /// Whether rows and panel of so many squares are whole steps as they are.
+    #[inline(always)]
+    fn are_whole(&self, squares: usize) -> bool {
+        let depth = self.panel.len() / PANEL;
+        depth.is_multiple_of(STEP)
+            && self.rows.len() >= (squares * SQUARE - 1) * self.stride + depth
     }
-    if !DONE.get() {
-        assert!(is_there());
-        // SAFETY: the unit is there, and the shapes are 64 bytes.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, readonly)) };
-        DONE.set(true);
-    }
-}
-
-/// What the unit stores: 32 bits of which every pattern is a number.
-trait Sum: Copy {}
-impl Sum for f32 {}
-impl Sum for i32 {}
-
-/// Rows, a panel and what is fetched on the way, cut to whole steps.
-#[derive(Clone, Copy)]
-struct Operands<'a> {
-    rows: &'a [u32],
-    /// Words from one row to the next.
-    stride: usize,
-    panel: &'a [u32],
-    steps: usize,
-    ahead: Ahead<'a>,
-}
-
-/// `sums[row] = rows · panel` for the first `SQUARES` times 16 rows: in bf16 with sums in f32, or in bytes with
-/// whole numbers.
-///
-/// # Panics
-/// If rows, panel or sums are too short.
-fn multiply<const SQUARES: usize, const BYTES: bool, T: Sum>(
-    operands: Operands<'_>,
-    sums: &mut [[T; PANEL]],
-) {
-    const { assert!(size_of::<T>() == 4) };
-    let Operands { rows, stride, panel, steps, ahead } = operands;
-    let count = SQUARES * SQUARE;
-    assert!(steps > 0 && rows.len() >= (count - 1) * stride + steps * STEP);
-    assert!(panel.len() >= steps * STEP * PANEL && sums.len() >= count);
-    configure();
-    let second = if SQUARES == 2 { SQUARE * stride } else { 0 };
-    // Lines of 64 bytes to fetch in each step, where there is something.
-    let lines = if ahead.words.is_empty() { 0 } else { ahead.step };
-    macro_rules! run {
-        ($multiply:literal) => {
-            // SAFETY: the unit is there and configured. Loads stay within rows and panel and stores within
-            // the sums, as asserted above; a prefetch may name any address.
-            unsafe {
-                asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
-                    "2:",
-                    "tileloadd tmm6, [{panel} + {panel_stride}]",
-                    "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
-                    "tileloadd tmm4, [{rows} + {stride}]",
-                    concat!($multiply, " tmm0, tmm4, tmm6"),
-                    concat!($multiply, " tmm1, tmm4, tmm7"),
-                    "test {second}, {second}",
-                    "jz 3f",
-                    "lea {at}, [{rows} + {second}]",
-                    "tileloadd tmm5, [{at} + {stride}]",
-                    concat!($multiply, " tmm2, tmm5, tmm6"),
-                    concat!($multiply, " tmm3, tmm5, tmm7"),
-                    "3:",
-                    "mov {at}, {lines}",
-                    "test {at}, {at}",
-                    "jz 5f", // nothing to fetch
-                    "4:",
-                    "prefetcht1 [{ahead}]",
-                    "add {ahead}, 64",
-                    "dec {at}",
-                    "jnz 4b",
-                    "5:",
-                    "add {rows}, 64",
-                    "add {panel}, 2048",
-                    "dec {steps}",
-                    "jnz 2b",
-                    "tilestored [{sums} + {panel_stride}], tmm0",
-                    "tilestored [{sums} + {panel_stride} + 64], tmm1",
-                    "test {second}, {second}",
-                    "jz 6f",
-                    "add {sums}, 2048",
-                    "tilestored [{sums} + {panel_stride}], tmm2",
-                    "tilestored [{sums} + {panel_stride} + 64], tmm3",
-                    "6:",
-                    rows = inout(reg) rows.as_ptr() => _,
-                    panel = inout(reg) panel.as_ptr() => _,
-                    sums = inout(reg) sums.as_mut_ptr() => _,
-                    steps = inout(reg) steps => _,
-                    ahead = inout(reg) ahead.words.as_ptr() => _,
-                    stride = in(reg) 4 * stride,
-                    panel_stride = in(reg) PANEL_BYTES,
-                    second = in(reg) 4 * second,
-                    lines = in(reg) lines,
-                    at = out(reg) _,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack),
-                );
-            }
-        };
-    }
-    // Bytes of rows are signed, those of weights are not.
-    if BYTES { run!("tdpbsud") } else { run!("tdpbf16ps") }
-}
-
-/// Multiplies what registers hold, `turns` times, in bf16 or in bytes; returns how many operations that were.
-pub(crate) fn chains<const BYTES: bool>(turns: usize) -> usize {
-    configure();
-    macro_rules! run {
-        ($multiply:literal) => {
-            // SAFETY: the unit is there and configured; no memory is touched.
-            unsafe {
-                asm!(
-                    "tilezero tmm6",
-                    "tilezero tmm7",
-                    "2:",
-                    concat!($multiply, " tmm0, tmm6, tmm7"),
-                    concat!($multiply, " tmm1, tmm6, tmm7"),
-                    concat!($multiply, " tmm2, tmm6, tmm7"),
-                    concat!($multiply, " tmm3, tmm6, tmm7"),
-                    "dec {turns}",
-                    "jnz 2b",
-                    turns = inout(reg) turns => _,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                    options(nostack, nomem),
-                );
-            }
-        };
-    }
-    match BYTES {
-        false => run!("tdpbf16ps"),
-        true => run!("tdpbsud"),
-    }
-    let inputs = STEP * if BYTES { 4 } else { 2 };
-    4 * turns * 2 * SQUARE * SQUARE * inputs
 }
 
 /// Runs `work` with rows and panel of whole steps and squares: as they are, or copied with zeros behind
@@ -244,13 +93,12 @@ fn padded(operands: Operands<'_>, count: usize, work: impl FnOnce(Operands<'_>, 
     thread_local! {
         static COPIES: RefCell<(Vec<u32>, Vec<u32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
     }
-    let depth = operands.panel.len() / PANEL;
     let squares = count.div_ceil(SQUARE);
-    let whole = depth.next_multiple_of(STEP);
-    let has_room = operands.rows.len() >= (squares * SQUARE - 1) * operands.stride + whole;
-    if depth == whole && has_room {
+    if operands.are_whole(squares) {
         return work(operands, squares);
     }
+    let depth = operands.panel.len() / PANEL;
+    let whole = depth.next_multiple_of(STEP);
     COPIES.with_borrow_mut(|(rows, panel)| {
         rows.clear();
         rows.resize(squares * SQUARE * whole, 0);
@@ -285,25 +133,25 @@ pub(crate) fn pairs_tile(
         let rows = &rows[index * ROWS * stride..];
         let steps = (panel.len() / PANEL).div_ceil(STEP);
         let ahead = if index == 0 { ahead } else { Ahead::NOTHING };
-        padded(
-            Operands { rows, stride, panel, steps, ahead },
-            out.len(),
-            |operands, squares| match (squares, out.len()) {
-                (1, SQUARE) => multiply::<1, false, _>(operands, out),
-                (2, ROWS) => multiply::<2, false, _>(operands, out),
-                (1, count) => {
-                    let mut sums = [[0.0; PANEL]; SQUARE];
-                    multiply::<1, false, _>(operands, &mut sums);
-                    out.copy_from_slice(&sums[..count]);
-                }
-                (_, count) => {
-                    let mut sums = [[0.0; PANEL]; ROWS];
-                    multiply::<2, false, _>(operands, &mut sums);
-                    out.copy_from_slice(&sums[..count]);
-                }
-            },
-        );
+        let operands = Operands { rows, stride, panel, steps, ahead };
+        // Written out here: operands that go through memory wait for the sums that are stored before them.
+        match out.len() {
+            SQUARE if operands.are_whole(1) => one_square::<false, _>(operands, out),
+            ROWS if operands.are_whole(2) => two_squares::<false, _>(operands, out),
+            _ => part_of_tile(operands, out),
+        }
     }
+}
+
+/// The same for rows that are no whole squares, or words that are no whole steps.
+#[cold]
+fn part_of_tile(operands: Operands<'_>, out: &mut [[f32; PANEL]]) {
+    let mut sums = [[0.0; PANEL]; ROWS];
+    padded(operands, out.len(), |operands, squares| match squares {
+        1 => one_square::<false, _>(operands, &mut sums),
+        _ => two_squares::<false, _>(operands, &mut sums),
+    });
+    out.copy_from_slice(&sums[..out.len()]);
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row, in 8 bits.
@@ -328,8 +176,8 @@ pub(crate) fn quads_tile(
             for (group, scales) in panel.scales.as_chunks::<PANEL>().0.iter().enumerate() {
                 let operands = operands.group(group);
                 match squares {
-                    1 => multiply::<1, true, _>(operands, &mut sums),
-                    _ => multiply::<2, true, _>(operands, &mut sums),
+                    1 => one_square::<true, _>(operands, &mut sums),
+                    _ => two_squares::<true, _>(operands, &mut sums),
                 }
                 simd(
                     #[inline(always)]
@@ -354,15 +202,11 @@ impl<'a> Operands<'a> {
     fn group(self, group: usize) -> Self {
         const STEPS: usize = quads::GROUP / STEP;
         let words = group * quads::GROUP;
-        let ahead = match self.ahead.words.get(words * self.ahead.step..) {
-            Some(words) => Ahead { words, ..self.ahead },
-            None => Ahead::NOTHING,
-        };
         Operands {
             rows: &self.rows[words..],
             panel: &self.panel[words * PANEL..],
             steps: STEPS.min(self.steps - group * STEPS),
-            ahead,
+            ahead: self.ahead.after(words),
             ..self
         }
     }

@@ -1,0 +1,321 @@
+//! Attention of some queries to the blocks of their sequence.
+
+use super::super::attention::Heads;
+use super::super::packed::WeightType;
+use super::super::pairs;
+use super::super::real::{Real, max, simd, sum};
+use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
+use super::{BLOCK, Block, LayerCache, Layout, Run};
+use pulp::bytemuck::cast_slice;
+use std::cell::RefCell;
+use std::ops::Range;
+
+/// Some rows of a run and the query heads of one key-value head.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    pub(super) run: &'a Run,
+    /// First row of the run.
+    pub(super) first: usize,
+    pub(super) count: usize,
+    pub(super) head: usize,
+}
+
+/// One query on its way through the blocks.
+struct Query {
+    position: usize,
+    first_visible: usize,
+    top: f32,
+    /// Sum of the weights so far, in lanes that are added at the end.
+    total: [f32; BLOCK],
+}
+
+impl Query {
+    /// What of the block from `start` it sees.
+    fn seen(&self, start: usize) -> Range<usize> {
+        let from = self.first_visible.max(start) - start;
+        let to = (self.position + 1).min(start + BLOCK).saturating_sub(start);
+        if from < to { from..to } else { 0..0 }
+    }
+}
+
+impl Task<'_> {
+    /// The first block that any of its queries sees.
+    fn first_block(&self, heads: Heads) -> usize {
+        heads.first_visible(self.run.position + self.first) / BLOCK
+    }
+
+    /// Calls `put(row, query of the group, values)` for each result; what `next` begins with is fetched.
+    pub(super) fn attend(
+        &self,
+        cache: &LayerCache,
+        q: &[f32],
+        next: Option<&Task<'_>>,
+        put: impl Fn(usize, usize, &[f32]),
+    ) {
+        BUFFERS.with_borrow_mut(|Buffers { queries, words, sums, scratch }| {
+            let layout = cache.layout;
+            let (heads, stride, padded) = (layout.heads, layout.key_words(), layout.padded());
+            let count = self.count * heads.group();
+            self.prepare(layout, q, queries, words);
+            sums.clear();
+            sums.resize(count * padded, 0.0);
+            // The scores of a fold are computed before the weights of the one before it: nothing waits.
+            let mut scored: Option<Fold<'_>> = None;
+            for fold in self.folds(cache, next, queries) {
+                fold.score(&words[fold.rows.start * stride..], scratch);
+                if let Some(before) = scored.replace(fold) {
+                    before.add(queries, sums, scratch);
+                }
+            }
+            if let Some(last) = scored {
+                last.add(queries, sums, scratch);
+            }
+            let (width, group) = (heads.width, heads.group());
+            let results = queries.iter().zip(sums.chunks_exact_mut(padded));
+            for (index, (query, sums)) in results.enumerate() {
+                simd(
+                    #[inline(always)]
+                    || {
+                        let inverse = 1.0 / sum(&query.total);
+                        sums.iter_mut().for_each(|sum| *sum *= inverse);
+                    },
+                );
+                let row = self.run.first_row + self.first + index / group;
+                put(row, index % group, &sums[..width]);
+            }
+        });
+    }
+
+    /// The blocks in their order, and the queries that see something of each, in tiles.
+    fn folds<'a>(
+        &'a self,
+        cache: &'a LayerCache,
+        next: Option<&'a Task<'_>>,
+        queries: &[Query],
+    ) -> Vec<Fold<'a>> {
+        let (layout, heads) = (cache.layout, cache.layout.heads);
+        let last = (self.run.position + self.first + self.count - 1) / BLOCK;
+        let mut folds = Vec::with_capacity(last + 1);
+        for block in self.first_block(heads)..=last {
+            let mut following = match next {
+                _ if block < last => cache.block(self.run, self.head, block + 1),
+                Some(next) => cache.block(next.run, next.head, next.first_block(heads)),
+                None => None,
+            };
+            let own = cache.block(self.run, self.head, block).expect("a table of all blocks");
+            let at_once = rows_at_once(layout.kind);
+            for first in (0..queries.len()).step_by(at_once) {
+                let rows = first..(first + at_once).min(queries.len());
+                let start = block * BLOCK;
+                let seen = queries[rows.clone()].iter().map(|query| query.seen(start).end);
+                let end = seen.max().unwrap_or(0);
+                if end > 0 {
+                    let (next, side) = (following.take(), folds.len() % 2);
+                    folds.push(Fold { layout, block: own, next, start, rows, end, side });
+                }
+            }
+        }
+        folds
+    }
+
+    /// The queries of the task, and their words for the first product.
+    fn prepare(&self, layout: Layout, q: &[f32], queries: &mut Vec<Query>, words: &mut Vec<u32>) {
+        let (heads, stride) = (layout.heads, layout.key_words());
+        let (width, group) = (heads.width, heads.group());
+        let count = self.count * group;
+        queries.clear();
+        words.resize(room(layout.kind, count) * stride, 0);
+        for (index, words) in words.chunks_exact_mut(stride).take(count).enumerate() {
+            let (row, member) = (self.first + index / group, index % group);
+            let at = (self.run.first_row + row) * heads.query + self.head * group + member;
+            let columns = &q[at * width..][..width];
+            match layout.kind {
+                WeightType::F32 => words.copy_from_slice(cast_slice(columns)),
+                _ => pairs::round_row(columns, words),
+            }
+            let position = self.run.position + row;
+            let first_visible = heads.first_visible(position);
+            let total = [0.0; BLOCK];
+            queries.push(Query { position, first_visible, top: f32::NEG_INFINITY, total });
+        }
+    }
+}
+
+/// Memory of a task, used again by the next one of the thread.
+struct Buffers {
+    queries: Vec<Query>,
+    /// `[query][word of columns]`
+    words: Vec<u32>,
+    /// `[query][column]`
+    sums: Vec<f32>,
+    scratch: Box<Scratch>,
+}
+
+/// What folding a block needs on the way.
+struct Scratch {
+    /// `[side][half][query][position]`
+    scores: [[[[f32; PANEL]; ROWS]; BLOCK / PANEL]; 2],
+    /// `[query][word of positions]`
+    weights: [u32; ROWS * BLOCK],
+    /// `[query][column of a stripe]`
+    out: [[f32; PANEL]; ROWS],
+}
+
+thread_local! {
+    static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers {
+        queries: Vec::new(),
+        words: Vec::new(),
+        sums: Vec::new(),
+        scratch: Box::new(Scratch {
+            scores: [[[[0.0; PANEL]; ROWS]; BLOCK / PANEL]; 2],
+            weights: [0; ROWS * BLOCK],
+            out: [[0.0; PANEL]; ROWS],
+        }),
+    });
+}
+
+/// One block about to be folded into some queries, at most [`ROWS`]. They share its loads; each computes as
+/// if alone.
+struct Fold<'a> {
+    layout: Layout,
+    block: Block<'a>,
+    /// To be fetched on the way.
+    next: Option<Block<'a>>,
+    /// Position of the block in the sequence.
+    start: usize,
+    /// Which of the queries.
+    rows: Range<usize>,
+    /// Positions of the block that any of them sees.
+    end: usize,
+    /// Which of the two buffers holds the scores.
+    side: usize,
+}
+
+impl Fold<'_> {
+    /// Multiplies queries and keys.
+    fn score(&self, words: &[u32], scratch: &mut Scratch) {
+        let (kind, stride) = (self.layout.kind, self.layout.key_words());
+        let room = room(kind, self.rows.len());
+        let half = stride * PANEL;
+        let halves = self.block.keys.chunks_exact(half).zip(&mut scratch.scores[self.side]);
+        for (index, (keys, out)) in halves.enumerate().take(self.end.div_ceil(PANEL)) {
+            let ahead = ahead(self.next.map(|next| next.keys), index * half);
+            kind.tile(words, stride, keys, ahead, &mut out[..room]);
+        }
+    }
+
+    /// Turns scores into weights, and adds the values.
+    fn add(&self, queries: &mut [Query], sums: &mut [f32], scratch: &mut Scratch) {
+        let kind = self.layout.kind;
+        let Scratch { scores, weights, out } = scratch;
+        let queries = &mut queries[self.rows.clone()];
+        let room = room(kind, queries.len());
+        // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros.
+        let whole = if rows_at_once(kind) == ROWS { PANEL } else { 1 };
+        let depth = kind.words(self.end.next_multiple_of(whole));
+        let keep = simd(
+            #[inline(always)]
+            || self.weigh(queries, &mut scores[self.side], weights),
+        );
+        // Behind the last visible position weights are zero, and values those of nobody.
+        let stripe = kind.words(BLOCK) * PANEL;
+        let padded = self.layout.padded();
+        let sums = &mut sums[self.rows.start * padded..self.rows.end * padded];
+        for (index, values) in self.block.values.chunks_exact(stripe).enumerate() {
+            let ahead = ahead(self.next.map(|next| next.values), index * stripe);
+            let values = &values[..depth * PANEL];
+            kind.tile(&*weights, BLOCK, values, ahead, &mut out[..room]);
+            simd(
+                #[inline(always)]
+                || {
+                    let stripes = sums.as_chunks_mut::<PANEL>().0.iter_mut();
+                    let stripes = stripes.skip(index).step_by(padded / PANEL);
+                    for ((sums, &out), keep) in stripes.zip(&*out).zip(keep) {
+                        let mut own = *sums;
+                        for lane in 0..PANEL {
+                            own[lane] = own[lane].mul_add(keep, out[lane]);
+                        }
+                        *sums = own;
+                    }
+                },
+            );
+        }
+    }
+
+    /// Turns scores into weights, and those that a query does not see into zeros; returns what the earlier
+    /// blocks of each query are to be multiplied with.
+    #[inline(always)]
+    fn weigh(
+        &self,
+        queries: &mut [Query],
+        scores: &mut [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
+        weights: &mut [u32; ROWS * BLOCK],
+    ) -> [f32; ROWS] {
+        let (kind, start) = (self.layout.kind, self.start);
+        let scale = self.layout.heads.scale() as f32;
+        let (mut before, mut after) = ([0.0; ROWS], [0.0; ROWS]);
+        let mut keep = [1.0; ROWS];
+        let [left, right] = scores;
+        for (row, query) in queries.iter_mut().enumerate() {
+            let seen = query.seen(start);
+            let mut own = [0.0; BLOCK];
+            for lane in 0..PANEL {
+                own[lane] = left[row][lane] * scale;
+                own[lane + PANEL] = right[row][lane] * scale;
+            }
+            hide(&mut own, &seen, f32::NEG_INFINITY);
+            (left[row], right[row]) = halves(&own);
+            before[row] = query.top;
+            query.top = max(&own[..]).max(query.top);
+            after[row] = query.top;
+        }
+        for row in 0..ROWS {
+            keep[row] = Real::exp(before[row] - after[row]);
+        }
+        for (row, query) in queries.iter_mut().enumerate() {
+            let seen = query.seen(start);
+            if seen.is_empty() {
+                keep[row] = 1.0; // nothing may have been seen before either, which is not a number here
+            }
+            let mut own = [0.0; BLOCK];
+            for lane in 0..PANEL {
+                own[lane] = Real::exp(left[row][lane] - after[row]);
+                own[lane + PANEL] = Real::exp(right[row][lane] - after[row]);
+            }
+            hide(&mut own, &seen, 0.0);
+            let (mut total, keep) = (query.total, keep[row]);
+            for lane in 0..BLOCK {
+                total[lane] = total[lane].mul_add(keep, own[lane]);
+            }
+            query.total = total;
+            let weights = &mut weights[row * BLOCK..][..BLOCK];
+            match kind {
+                WeightType::F32 => weights.copy_from_slice(cast_slice(&own)),
+                _ => pairs::round_row(&own, weights),
+            }
+        }
+        keep
+    }
+}
+
+/// The words of the next block from `at`, half of which are fetched on the way: the CPU then fetches the others
+/// by itself, and all of them asked for at once keep the tile waiting.
+fn ahead(next: Option<&[u32]>, at: usize) -> Ahead<'_> {
+    next.and_then(|next| next.get(at..))
+        .map_or(Ahead::NOTHING, |words| Ahead::new(words, PANEL / 2))
+}
+
+/// Puts `value` wherever nothing is seen.
+#[inline(always)]
+fn hide(own: &mut [f32; BLOCK], seen: &Range<usize>, value: f32) {
+    let (from, count) = (seen.start as u32, seen.len() as u32);
+    for lane in 0..BLOCK {
+        let is_seen = (lane as u32).wrapping_sub(from) < count;
+        own[lane] = if is_seen { own[lane] } else { value };
+    }
+}
+
+#[inline(always)]
+fn halves(own: &[f32; BLOCK]) -> ([f32; PANEL], [f32; PANEL]) {
+    (std::array::from_fn(|lane| own[lane]), std::array::from_fn(|lane| own[lane + PANEL]))
+}
