@@ -36,16 +36,28 @@ impl Ceiling {
     /// # Errors
     /// If the device fails.
     pub(super) fn of_device(device: &Device, dtype: DType) -> Result<Self> {
-        const SIDE: usize = 8192;
         let matrix = Tensor::ones((SIDE, SIDE), dtype, device)?;
-        let product = best(device, || matrix.matmul(&matrix))?;
         let copy = best(device, || &matrix + 1.0)?;
         let bytes = 2 * SIDE * SIDE * dtype.size_in_bytes();
         Ok(Ceiling {
-            operations_per_s: 2.0 * (SIDE as f64).powi(3) / product,
+            operations_per_s: matrix_rate(device, dtype)?,
             bytes_per_s: bytes as f64 / copy,
         })
     }
+}
+
+/// Side of a matrix that keeps a GPU busy.
+const SIDE: usize = 8192;
+
+/// Operations a second in large products of square matrices.
+///
+/// # Errors
+/// If the device fails.
+pub(super) fn matrix_rate(device: &Device, dtype: DType) -> Result<f64> {
+    let side = if device.is_cpu() { 2048 } else { SIDE };
+    let matrix = Tensor::ones((side, side), dtype, device)?;
+    let product = best(device, || matrix.matmul(&matrix))?;
+    Ok(2.0 * (side as f64).powi(3) / product)
 }
 
 /// Seconds of the best of some turns, behind one that does not count.

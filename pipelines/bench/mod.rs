@@ -5,6 +5,7 @@
 mod ceiling;
 mod synth;
 mod text;
+mod train;
 mod workload;
 
 use anyhow::Result;
@@ -23,6 +24,7 @@ pub struct Bench {
 enum What {
     Text(Box<text::Text>),
     Synth(Box<synth::Synth>),
+    Train(Box<train::Train>),
 }
 
 /// Measures.
@@ -33,5 +35,6 @@ pub fn run(args: Bench) -> Result<ExitCode> {
     match args.what {
         What::Text(text) => text::run(*text),
         What::Synth(synth) => synth::run(&synth),
+        What::Train(train) => train::run(&train),
     }
 }
