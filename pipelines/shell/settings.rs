@@ -16,6 +16,8 @@ use headwater::format::documents::{Kind, files};
 use headwater::format::input;
 use headwater::format::jsonl::Fields;
 use headwater::gate::{DocumentRules, PairRules};
+use headwater::kernels::bf16_unit;
+use headwater::kernels::packed::WeightType;
 use headwater::model::device;
 use headwater::model::precision::Precision;
 use headwater::pack::PackMode;
@@ -201,8 +203,14 @@ impl Settings {
 
     /// How a model that generates computes, as far as it decides the output.
     pub fn arithmetic(&self, model: &Model) -> String {
-        let kind = if self.synthesizes_on_cpu() { "cpu" } else { "cuda" };
-        format!("{kind} {}", model.precision.name())
+        let precision = model.precision;
+        match (self.synthesizes_on_cpu(), precision.packed()) {
+            (false, _) => format!("cuda {}", precision.name()),
+            (true, WeightType::F32) => format!("cpu {}", precision.name()),
+            (true, WeightType::Bf16 | WeightType::Int8) => {
+                format!("cpu {} ({})", precision.name(), bf16_unit())
+            }
+        }
     }
 
     /// What a request store may hold, in bytes.

@@ -56,7 +56,13 @@ use dispatch;
 pub fn instruction_set() -> String {
     let all = format!("{:?}", pulp::Arch::new());
     let widest = all.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default();
-    format!("{widest}{}", pairs::unit())
+    format!("{widest}, {}", pairs::unit())
+}
+
+/// What products of bf16 run on. In f32 all CPUs compute the same bits; in bf16, and in 8 bits, whose keys and
+/// values are bf16, CPUs with the same unit do.
+pub fn bf16_unit() -> &'static str {
+    pairs::unit()
 }
 
 /// Rows that one task of a parallel loop works on. Fixed, so that partial sums always cover the same

@@ -53,11 +53,11 @@ pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
 pub(super) fn unit() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     match (amx::is_there(), avx512::is_there()) {
-        (true, _) => return " with bf16 matrices",
-        (false, true) => return " with bf16",
+        (true, _) => return "bf16 matrices",
+        (false, true) => return "bf16 vectors",
         (false, false) => {}
     }
-    ""
+    "bf16 widened to f32"
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
