@@ -6,12 +6,12 @@
 //!           bytes = weights once, keys and values of each sequence once
 //! ```
 
+use crate::shell::plan::{best_seconds, matrix_rate};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use headwater::kernels::packed::WeightType;
 use headwater::kernels::peak;
 use headwater::model::config::ModelConfig;
-use std::time::Instant;
 
 /// The ceilings of a device.
 #[derive(Clone, Copy, Debug)]
@@ -37,42 +37,21 @@ impl Ceiling {
     /// If the device fails.
     pub(super) fn of_device(device: &Device, dtype: DType) -> Result<Self> {
         let matrix = Tensor::ones((SIDE, SIDE), dtype, device)?;
-        let copy = best(device, || &matrix + 1.0)?;
+        let copy = best_seconds(8, device, || &matrix + 1.0)?;
         let bytes = 2 * SIDE * SIDE * dtype.size_in_bytes();
-        Ok(Ceiling {
-            operations_per_s: matrix_rate(device, dtype)?,
-            bytes_per_s: bytes as f64 / copy,
-        })
+        Ok(Ceiling { operations_per_s: products(device, dtype)?, bytes_per_s: bytes as f64 / copy })
     }
 }
 
 /// Side of a matrix that keeps a GPU busy.
 const SIDE: usize = 8192;
 
-/// Operations a second in large products of square matrices.
+/// Operations a second in large products.
 ///
 /// # Errors
 /// If the device fails.
-pub(super) fn matrix_rate(device: &Device, dtype: DType) -> Result<f64> {
-    let side = if device.is_cpu() { 2048 } else { SIDE };
-    let matrix = Tensor::ones((side, side), dtype, device)?;
-    let product = best(device, || matrix.matmul(&matrix))?;
-    Ok(2.0 * (side as f64).powi(3) / product)
-}
-
-/// Seconds of the best of some turns, behind one that does not count.
-fn best(device: &Device, work: impl Fn() -> candle_core::Result<Tensor>) -> Result<f64> {
-    let mut best = f64::INFINITY;
-    for turn in 0..8 {
-        device.synchronize()?;
-        let start = Instant::now();
-        work()?;
-        device.synchronize()?;
-        if turn > 0 {
-            best = best.min(start.elapsed().as_secs_f64());
-        }
-    }
-    Ok(best)
+pub(super) fn products(device: &Device, dtype: DType) -> Result<f64> {
+    matrix_rate(device, dtype, if device.is_cpu() { 2048 } else { SIDE })
 }
 
 /// What a model costs: operations and bytes of one token.

@@ -8,7 +8,7 @@
 //! the book, whatever was computed again, over what the device can do. Two ceilings are named: the peak, and the
 //! rate of a large product through the library that trains.
 
-use super::ceiling::matrix_rate;
+use super::ceiling;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
 use crate::shell::summary::peak_memory;
@@ -169,7 +169,7 @@ impl Setup {
     fn ceilings(&self) -> Result<Ceilings> {
         let is_cpu = self.device.is_cpu();
         Ok(Ceilings {
-            products: matrix_rate(&self.device, self.compute)?,
+            products: ceiling::products(&self.device, self.compute)?,
             peak: is_cpu.then(|| peak::operations_per_second(WeightType::F32)),
         })
     }

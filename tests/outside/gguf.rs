@@ -408,7 +408,8 @@ fn a_run_with_a_gguf_file_leaves_the_bytes_of_a_run_with_its_checkpoint() {
     assert!(written.contains("\"question\""), "no pair was written");
     let eight = run(file, "eight", &["--dtype", "int8", "--agreement", "10", "--judge", file]);
     let settings = std::fs::read_to_string(eight.join("run.json")).unwrap();
-    assert!(settings.contains("\"cpu int8\""), "{settings}");
+    let eight_bits = format!("\"cpu int8 ({})\"", headwater::kernels::bf16_unit());
+    assert!(settings.contains(&eight_bits), "{settings}");
     let settings = std::fs::read_to_string(expected.join("run.json")).unwrap();
     assert!(settings.contains("\"cpu f32\""), "{settings}");
 }
