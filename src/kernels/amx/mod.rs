@@ -4,9 +4,9 @@
 //! 32 rows × 16 words   ·   16 words × 32 outputs   =   four squares of 16 × 16 sums      per step
 //! ```
 //!
-//! One step takes 16 words of each row: 32 inputs in bf16, 64 in 8 bits. Rows that are not there are computed as well, from whatever stands behind the last one, and
-//! thrown away; a row's sums depend on no other row. Within a step the unit adds the products of a word to
-//! its sum in a fixed order, word after word.
+//! One step takes 16 words of each row: 32 inputs in bf16, 64 in 8 bits. Rows that are not there are computed
+//! as well, from whatever stands behind the last one, and thrown away; a row's sums depend on no other row.
+//! Within a step the unit adds the products of a word to its sum in a fixed order, word after word.
 //!
 //! Sums in 8 bits are whole numbers, and equal those of `quads` bit for bit. Those in bf16 are in
 //! f32 like those of `pairs`, with another order of roundings.
@@ -134,7 +134,7 @@ pub(crate) fn pairs_tile(
         let steps = (panel.len() / PANEL).div_ceil(STEP);
         let ahead = if index == 0 { ahead } else { Ahead::NOTHING };
         let operands = Operands { rows, stride, panel, steps, ahead };
-        // Written out here: operands that go through memory wait for the sums that are stored before them.
+        // What is usual takes no copies and no further calls.
         match out.len() {
             SQUARE if operands.are_whole(1) => one_square::<false, _>(operands, out),
             ROWS if operands.are_whole(2) => two_squares::<false, _>(operands, out),
@@ -242,6 +242,12 @@ mod tests {
                 let error = (f64::from(*ours) - exact).abs();
                 assert!(error <= 1e-6 * size, "{rows} rows, {depth} words: {ours} is not {exact}");
             }
+        }
+        // What is fetched on the way changes nothing: once for each way to fetch.
+        for step in [2, 8, PANEL] {
+            let mut again = vec![[0.0; PANEL]; rows];
+            pairs_tile(&x, stride, &panel, Ahead::new(&panel, step), &mut again);
+            assert_eq!(again, ours);
         }
         // A row alone is what it is among others.
         for row in [0, rows / 2, rows - 1] {

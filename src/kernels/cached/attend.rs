@@ -59,7 +59,8 @@ impl Task<'_> {
             self.prepare(layout, q, queries, words);
             sums.clear();
             sums.resize(count * padded, 0.0);
-            // The scores of a fold are computed before the weights of the one before it: nothing waits.
+            // The scores of a fold are computed before the weights of the one before it, which they can hide
+            // the latency of.
             let mut scored: Option<Fold<'_>> = None;
             for fold in self.folds(cache, next, queries) {
                 fold.score(&words[fold.rows.start * stride..], scratch);
@@ -298,8 +299,8 @@ impl Fold<'_> {
     }
 }
 
-/// The words of the next block from `at`, half of which are fetched on the way: the CPU then fetches the others
-/// by itself, and all of them asked for at once keep the tile waiting.
+/// The words of the next block from `at`, half of which are fetched on the way (docs/engine.md has what was
+/// tried).
 fn ahead(next: Option<&[u32]>, at: usize) -> Ahead<'_> {
     next.and_then(|next| next.get(at..))
         .map_or(Ahead::NOTHING, |words| Ahead::new(words, PANEL / 2))

@@ -288,6 +288,20 @@ mod tests {
         }
     }
 
+    #[test]
+    fn rows_that_belong_to_no_sequence_are_zeros_whatever_stood_there() {
+        let widths = [HEADS.query, HEADS.key_value, HEADS.key_value].map(|n| n * HEADS.width);
+        let qkv = widths.map(|width| vec![1.0; 3 * width]);
+        let mut out = vec![7.0; 3 * widths[0]];
+        let mut cache = LayerCache::new(1, HEADS, DType::F32);
+        let run = Run { first_row: 1, rows: 1, position: 0, table: vec![0] };
+        cache.step_rows(qkv.each_ref().map(|rows| &rows[..]), &[run], &mut out).unwrap();
+        let (first, rest) = out.split_at(widths[0]);
+        let (second, third) = rest.split_at(widths[0]);
+        assert!(first.iter().chain(third).all(|&x| x == 0.0));
+        assert!(second.iter().all(|&x| x == 1.0), "it sees itself only: {second:?}");
+    }
+
     fn check_chunks(heads: Heads, dtype: DType) {
         let (wide, narrow) = (heads.query * heads.width, heads.key_value * heads.width);
         let qkv = [wide, narrow, narrow].map(|width| random(&[180, width], DType::F32));
