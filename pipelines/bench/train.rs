@@ -70,11 +70,10 @@ enum Compute {
 }
 
 impl Compute {
-    fn dtype(self, device: &Device) -> Result<DType> {
+    fn dtype(self, device: &Device) -> DType {
         match (self, device.is_cpu()) {
-            (Compute::Bf16, true) => anyhow::bail!("--dtype bf16 trains on a GPU only"),
-            (Compute::Auto, false) | (Compute::Bf16, _) => Ok(DType::BF16),
-            (Compute::Auto, true) | (Compute::F32, _) => Ok(DType::F32),
+            (Compute::Auto, false) | (Compute::Bf16, _) => DType::BF16,
+            (Compute::Auto, true) | (Compute::F32, _) => DType::F32,
         }
     }
 }
@@ -138,7 +137,7 @@ struct Measured {
 impl Setup {
     fn new(args: &Train) -> Result<Self> {
         let device = device::device(&args.device)?;
-        let compute = args.dtype.dtype(&device)?;
+        let compute = args.dtype.dtype(&device);
         ensure!(args.batch > 0, "--batch must be 1 at least");
         ensure!(args.steps > 0, "--steps must be 1 at least");
         ensure!(args.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
@@ -168,9 +167,10 @@ impl Setup {
 
     fn ceilings(&self) -> Result<Ceilings> {
         let is_cpu = self.device.is_cpu();
+        let kind = if self.compute == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
         Ok(Ceilings {
             products: ceiling::products(&self.device, self.compute)?,
-            peak: is_cpu.then(|| peak::operations_per_second(WeightType::F32)),
+            peak: is_cpu.then(|| peak::operations_per_second(kind)),
         })
     }
 

@@ -8,6 +8,7 @@ use headwater::block::Converted;
 use headwater::engine::blocks_wanted;
 use headwater::format::census::{Census, census};
 use headwater::kernels::cuda::free_bytes;
+use headwater::kernels::packed::{PackedWeight, WeightType};
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
 use headwater::train::TrainSettings;
@@ -245,14 +246,21 @@ fn describe_request_store(settings: &Settings) -> String {
     }
 }
 
-/// Operations a second in products of square matrices: the best of some turns, behind one that does not count.
+/// Operations a second in products of square matrices, in bf16 on a CPU with a weight that is laid out: the best of
+/// some turns, behind one that does not count.
 ///
 /// # Errors
 /// If the device fails.
 pub fn matrix_rate(device: &Device, dtype: DType, side: usize) -> Result<f64> {
     const TURNS: usize = 8;
-    let matrix = Tensor::ones((side, side), dtype, device)?;
-    let seconds = best_seconds(TURNS, device, || matrix.matmul(&matrix))?;
+    let seconds = if device.is_cpu() && dtype == DType::BF16 {
+        let matrix = Tensor::ones((side, side), DType::F32, device)?;
+        let weight = PackedWeight::of_type(&matrix, WeightType::Bf16)?;
+        best_seconds(TURNS, device, || weight.multiply(&matrix))?
+    } else {
+        let matrix = Tensor::ones((side, side), dtype, device)?;
+        best_seconds(TURNS, device, || matrix.matmul(&matrix))?
+    };
     Ok(2.0 * (side as f64).powi(3) / seconds)
 }
 

@@ -9,6 +9,7 @@
 
 use super::{
     dispatch,
+    linear::{self, Branch, Weight, sized},
     matmul::{Into, View, multiply_parallel},
     real::{Real, max, simd, sum},
     storage::{elements, tensor},
@@ -101,6 +102,48 @@ fn kernel<T: Real>(
         }
     };
     Ok(HeadLoss { losses, gradients })
+}
+
+/// Losses of `hidden (rows, width)` under a head in training, added to `losses`. With `gradients`, the scale of the
+/// losses in them, the gradient of the hidden rows, and what that of the head is added to.
+///
+/// # Errors
+/// If the head is not a matrix of the CPU.
+pub(crate) fn learn_rows(
+    head: &Weight,
+    hidden: &[f32],
+    targets: &[u32],
+    mut gradients: Option<(f64, &mut [f32], &Tensor)>,
+    (memory, scratch): (&mut HeadMemory, &mut linear::Scratch),
+) -> Result<()> {
+    let (vocabulary, width) = (head.outputs(), head.inputs());
+    let HeadMemory { logits, losses } = memory;
+    for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
+        let rows = chunk * CHUNK * width..(chunk * CHUNK + targets.len()) * width;
+        let hidden = &hidden[rows.clone()];
+        let logits = sized(logits, targets.len() * vocabulary);
+        linear::forward([(head, &mut *logits)], hidden, scratch)?;
+        let wanted = gradients.as_ref().map_or(Gradients::Skip, |own| Gradients::Scaled(own.0));
+        losses.par_extend(logits.par_chunks_mut(vocabulary).zip(targets).map(|(row, &target)| {
+            simd(
+                #[inline(always)]
+                || loss_of_row(row, target as usize, wanted),
+            )
+        }));
+        if let Some((_, of_hidden, of_head)) = &mut gradients {
+            let branch = Branch { weight: head, of_output: logits, of_weight: of_head };
+            linear::backward(&[branch], hidden, &mut of_hidden[rows], scratch)?;
+        }
+    }
+    Ok(())
+}
+
+/// Memory of a head in training.
+#[derive(Debug, Default)]
+pub(crate) struct HeadMemory {
+    logits: Vec<f32>,
+    /// One loss for each row so far, in nats.
+    pub(crate) losses: Vec<f64>,
 }
 
 /// The loss of one row; its logits become their own gradient.

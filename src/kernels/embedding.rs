@@ -29,17 +29,33 @@ pub fn embed_backward(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Resu
 
 fn kernel<T: Real>(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<Tensor> {
     let width = gradient.dim(1)?;
-    let rows = elements::<T>(gradient)?;
-    let rows = &*rows;
     let mut out = vec![T::ZERO; vocabulary * width];
-    let per_stripe = vocabulary.div_ceil(STRIPES).max(1);
+    add_rows(&elements::<T>(gradient)?, ids, &mut out);
+    tensor(out, (vocabulary, width))
+}
+
+/// Writes the rows of `table` for `ids`.
+pub(crate) fn copy_rows(table: &[f32], ids: &[u32], out: &mut [f32]) {
+    let width = out.len() / ids.len().max(1);
+    out.par_chunks_exact_mut(width.max(1)).zip(ids).for_each(|(out, &id)| {
+        out.copy_from_slice(&table[id as usize * width..][..width]);
+    });
+}
+
+/// Adds the rows of `gradient` to those of `out` by token id, in their order.
+pub(crate) fn add_rows<T: Real>(gradient: &[T], ids: &[u32], out: &mut [T]) {
+    if ids.is_empty() {
+        return;
+    }
+    let width = gradient.len() / ids.len();
+    let per_stripe = (out.len() / width).div_ceil(STRIPES).max(1);
     out.par_chunks_mut(per_stripe * width).enumerate().for_each(|(stripe, out)| {
         let first = stripe * per_stripe;
         let mine = first..first + out.len() / width;
         simd(
             #[inline(always)]
             || {
-                for (id, row) in ids.iter().zip(rows.chunks_exact(width)) {
+                for (id, row) in ids.iter().zip(gradient.chunks_exact(width)) {
                     if mine.contains(&(*id as usize)) {
                         let sum = &mut out[(*id as usize - first) * width..][..width];
                         for i in 0..width {
@@ -50,7 +66,6 @@ fn kernel<T: Real>(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<
             },
         );
     });
-    tensor(out, (vocabulary, width))
 }
 
 fn composed(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Result<Tensor> {

@@ -17,6 +17,8 @@ pub mod cross_entropy;
 pub mod cuda;
 pub mod embedding;
 pub(crate) mod fetch;
+mod layout;
+pub(crate) mod linear;
 mod matmul;
 pub mod packed;
 mod pairs;
@@ -28,7 +30,7 @@ pub mod rms_norm;
 pub mod rope;
 pub(crate) mod rows;
 pub(crate) mod share;
-mod storage;
+pub(crate) mod storage;
 pub mod swiglu;
 mod tiles;
 #[cfg(test)]

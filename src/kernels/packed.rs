@@ -10,11 +10,13 @@
 //! cut into tiles, or how many threads share the work. This is what makes generation independent of its
 //! batch.
 
+use super::matmul::View;
 use super::quads::{self, QuadPanel, QuadRows};
+use super::real::simd;
 use super::rows::Rows;
 use super::storage::{elements, tensor};
 use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once};
-use super::{pairs, product};
+use super::{layout, pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
 use rayon::prelude::*;
@@ -70,10 +72,10 @@ impl WeightType {
 }
 
 /// A weight `(out, in)` in panels.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PackedWeight {
     kind: WeightType,
-    words: Arc<[u32]>,
+    words: Arc<Vec<u32>>,
     /// `[panel][group][32]`, for 8 bits.
     scales: Arc<[f32]>,
     outputs: usize,
@@ -120,10 +122,8 @@ impl PackedWeight {
             WeightType::Int8 => depth.div_ceil(quads::GROUP),
             _ => 0,
         };
-        // Written where they stay: weights are too large to be copied on the way.
-        let mut words: Arc<[u32]> = repeat_n(0, panels * depth * PANEL).collect();
+        let mut all_words = vec![0; panels * depth * PANEL];
         let mut scales: Arc<[f32]> = repeat_n(0.0, panels * groups * PANEL).collect();
-        let all_words = Arc::get_mut(&mut words).expect("it was just made");
         let all_scales = Arc::get_mut(&mut scales).expect("it was just made");
         let own_scales = all_scales.chunks_mut((groups * PANEL).max(1)).map(Some);
         let own_scales = own_scales.chain(std::iter::repeat_with(|| None));
@@ -134,7 +134,47 @@ impl PackedWeight {
             let outputs = first..outputs.min(first + PANEL);
             lay_out(kind, outputs, inputs, &read, words, scales)
         })?;
-        Ok(PackedWeight { kind, words, scales, outputs, inputs })
+        Ok(PackedWeight { kind, words: Arc::new(all_words), scales, outputs, inputs })
+    }
+
+    /// Lays out the rows of `x` anew as outputs, in the memory that is there already.
+    pub(crate) fn set_rows(&mut self, kind: WeightType, x: View<'_, f32>) {
+        let length = (kind.words(x.columns) * PANEL).max(1);
+        let words = self.reshape(kind, x.rows, x.columns);
+        words.par_chunks_mut(length).enumerate().for_each(|(panel, words)| {
+            simd(
+                #[inline(always)]
+                || layout::panel_of_rows(kind, x, panel * PANEL, words),
+            );
+        });
+    }
+
+    /// The same for its columns: rows are the inputs, with zeros behind them up to whole steps.
+    pub(crate) fn set_columns(&mut self, kind: WeightType, x: View<'_, f32>) {
+        let inputs = x.rows.next_multiple_of(layout::INPUTS);
+        let length = (kind.words(inputs) * PANEL).max(1);
+        let words = self.reshape(kind, x.columns, inputs);
+        words.par_chunks_mut(length).enumerate().for_each(|(panel, words)| {
+            simd(
+                #[inline(always)]
+                || layout::panel_of_columns(kind, x, panel * PANEL, words),
+            );
+        });
+    }
+
+    /// The words of a weight of another shape: all of them are to be written.
+    pub(crate) fn reshape(
+        &mut self,
+        kind: WeightType,
+        outputs: usize,
+        inputs: usize,
+    ) -> &mut [u32] {
+        (self.kind, self.outputs, self.inputs) = (kind, outputs, inputs);
+        let words = Arc::make_mut(&mut self.words);
+        let wanted = self.outputs.div_ceil(PANEL) * kind.words(inputs) * PANEL;
+        words.reserve_exact(wanted.saturating_sub(words.len()));
+        words.resize(wanted, 0);
+        words
     }
 
     /// What the weight is made of.

@@ -8,6 +8,7 @@
 // Reason: threads write different columns of the same rows, which slices cannot express.
 #![expect(unsafe_code, reason = "tiles of one output are written by several threads")]
 
+use super::layout::{self, SQUARE};
 use super::packed::PackedWeight;
 use super::real::{Real, simd};
 use super::rows::Rows;
@@ -39,6 +40,52 @@ pub(crate) fn add(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
         #[inline(always)]
         |out, value| *out += value,
     );
+}
+
+/// `out += W x^T`: an output of the weight is a row, and a row of `x` a column.
+pub(crate) fn add_turned(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
+    let target = Target::new(out, x.count(), weight.outputs());
+    share(weight.panels(), x, |panels, rows| {
+        let mut own = [[0.0; PANEL]; ROWS];
+        for panel in panels {
+            tiles(x, &rows, |tile, tiles, rows| {
+                let ahead = weight.ahead(panel, tile, tiles);
+                weight.tile(panel, x, rows.start, ahead, &mut own[..room(x.kind(), rows.len())]);
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (lane, values) in
+                            turned(&own).iter().take(weight.width(panel)).enumerate()
+                        {
+                            let row = panel * PANEL + lane;
+                            // SAFETY: `share` hands out each row and panel once.
+                            let out = unsafe { target.columns(row, rows.start, rows.len()) };
+                            put_row(out, values, |out, value| *out += value);
+                        }
+                    },
+                );
+            });
+        }
+    });
+}
+
+/// A tile with rows and columns exchanged.
+#[inline(always)]
+fn turned(tile: &[[f32; PANEL]; ROWS]) -> [[f32; ROWS]; PANEL] {
+    let mut out = [[0.0; ROWS]; PANEL];
+    for row in [0, SQUARE] {
+        for column in [0, SQUARE] {
+            let mut square = [[0.0; SQUARE]; SQUARE];
+            for index in 0..SQUARE {
+                square[index].copy_from_slice(&tile[row + index][column..column + SQUARE]);
+            }
+            let square = layout::turned(&square);
+            for index in 0..SQUARE {
+                out[column + index][row..row + SQUARE].copy_from_slice(&square[index]);
+            }
+        }
+    }
+    out
 }
 
 /// `out = silu(x G^T) * x U^T`.

@@ -33,10 +33,16 @@ pub fn rms_norm_backward(
 
 fn forward<T: Real>(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
     let (input, weight) = (elements::<T>(x)?, elements::<T>(weight)?);
-    let (width, weight) = (weight.len(), &*weight);
     let mut out = vec![T::ZERO; input.len()];
+    normalise(&input, &weight, epsilon, &mut out);
+    tensor(out, x.shape())
+}
+
+/// [`rms_norm`] in memory that is there already.
+pub(crate) fn normalise<T: Real>(x: &[T], weight: &[T], epsilon: f64, out: &mut [T]) {
+    let width = weight.len();
     let task = ROWS_PER_TASK * width;
-    out.par_chunks_mut(task).zip(input.par_chunks(task)).for_each(|(out, x)| {
+    out.par_chunks_mut(task).zip(x.par_chunks(task)).for_each(|(out, x)| {
         simd(
             #[inline(always)]
             || {
@@ -49,7 +55,6 @@ fn forward<T: Real>(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor>
             },
         );
     });
-    tensor(out, x.shape())
 }
 
 /// Normalises the rows of `x` as [`rms_norm`] does, for a product with a weight of type `kind`.
@@ -89,49 +94,58 @@ fn backward<T: Real>(
 ) -> Result<(Tensor, Tensor)> {
     let (input, scale, gradient) =
         (elements::<T>(x)?, elements::<T>(weight)?, elements::<T>(gradient)?);
-    let (width, scale) = (scale.len(), &*scale);
-    let mut input_gradient = vec![T::ZERO; input.len()];
+    let mut of_input = vec![T::ZERO; input.len()];
+    let mut of_weight = vec![T::ZERO; scale.len()];
+    normalise_backward(&input, &scale, epsilon, &gradient, [&mut of_input, &mut of_weight]);
+    Ok((tensor(of_input, x.shape())?, tensor(of_weight, weight.shape())?))
+}
+
+/// Adds the gradients of `x` and `weight` to what is there already.
+pub(crate) fn normalise_backward<T: Real>(
+    x: &[T],
+    weight: &[T],
+    epsilon: f64,
+    gradient: &[T],
+    [of_x, of_weight]: [&mut [T]; 2],
+) {
+    let width = weight.len();
     let task = ROWS_PER_TASK * width;
-    let partial: Vec<Vec<T>> = input_gradient
+    let partial: Vec<Vec<T>> = of_x
         .par_chunks_mut(task)
-        .zip(input.par_chunks(task).zip(gradient.par_chunks(task)))
-        .map(|(out, (x, dy))| {
-            let mut weight_gradient = vec![T::ZERO; width];
+        .zip(x.par_chunks(task).zip(gradient.par_chunks(task)))
+        .map(|(of_x, (x, dy))| {
+            let mut of_weight = vec![T::ZERO; width];
             simd(
                 #[inline(always)]
-                || backward_rows(out, x, dy, scale, epsilon, &mut weight_gradient),
+                || backward_rows([x, dy, weight], epsilon, of_x, &mut of_weight),
             );
-            weight_gradient
+            of_weight
         })
         .collect();
-    let mut weight_gradient = vec![T::ZERO; width];
     for part in &partial {
-        weight_gradient.iter_mut().zip(part).for_each(|(sum, &x)| *sum += x);
+        of_weight.iter_mut().zip(part).for_each(|(sum, &x)| *sum += x);
     }
-    Ok((tensor(input_gradient, x.shape())?, tensor(weight_gradient, weight.shape())?))
 }
 
 #[inline(always)]
 fn backward_rows<T: Real>(
-    out: &mut [T],
-    x: &[T],
-    gradient: &[T],
-    weight: &[T],
+    [x, gradient, weight]: [&[T]; 3],
     epsilon: f64,
-    weight_gradient: &mut [T],
+    of_x: &mut [T],
+    of_weight: &mut [T],
 ) {
     let width = weight.len();
     let mut scaled = vec![T::ZERO; width];
     let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
-    for (out, (x, dy)) in out.chunks_exact_mut(width).zip(rows) {
+    for (of_x, (x, dy)) in of_x.chunks_exact_mut(width).zip(rows) {
         let scale = inverse_rms(x, epsilon);
         for i in 0..width {
             scaled[i] = dy[i] * weight[i];
-            weight_gradient[i] += dy[i] * x[i] * scale;
+            of_weight[i] += dy[i] * x[i] * scale;
         }
         let along = dot(&scaled, x) * scale * scale * scale / T::real(width as f64);
         for i in 0..width {
-            out[i] = scaled[i] * scale - x[i] * along;
+            of_x[i] += scaled[i] * scale - x[i] * along;
         }
     }
 }

@@ -109,7 +109,7 @@ fn kernel<T: Real>(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn)
     tensor(out, x.shape())
 }
 
-/// Turns rows of queries and of keys forward, in place.
+/// Turns rows of queries and of keys, in place.
 ///
 /// # Panics
 /// If a position lies beyond the table.
@@ -117,7 +117,9 @@ pub(crate) fn turn_rows(
     parts: [&mut [f32]; 2],
     table: &RopeTable,
     positions: &[u32],
+    turn: Turn,
 ) -> Result<()> {
+    let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
     let (cosines, sines) = (elements::<f32>(&table.cosines)?, elements::<f32>(&table.sines)?);
     let (cosines, sines) = (&*cosines, &*sines);
     let half = table.cosines.dim(1)?;
@@ -136,9 +138,9 @@ pub(crate) fn turn_rows(
                     for head in row.chunks_exact_mut(2 * half) {
                         let (left, right) = head.split_at_mut(half);
                         for i in 0..half {
-                            let (x, y) = (left[i], right[i]);
-                            left[i] = x * cos[i] - y * sin[i];
-                            right[i] = y * cos[i] + x * sin[i];
+                            let (x, y, sin) = (left[i], right[i], sin[i] * sign);
+                            left[i] = x * cos[i] - y * sin;
+                            right[i] = y * cos[i] + x * sin;
                         }
                     }
                 }

@@ -1,10 +1,15 @@
 //! Rows of a step, brought to the type of the weight that they are about to meet.
 
-use super::packed::WeightType;
+// Reason: threads write different words of the same rows and panels, which slices cannot express.
+#![expect(unsafe_code, reason = "words of one matrix are written by several threads")]
+
+use super::layout::{self, INPUTS, SQUARE, panel_of_columns, square_of_columns};
+use super::matmul::View;
+use super::packed::{PackedWeight, WeightType};
 use super::quads::{self, Group};
 use super::real::simd;
-use super::share::each;
-use super::tiles::ROWS;
+use super::share::{Target, each};
+use super::tiles::{PANEL, ROWS};
 use super::{ROWS_PER_TASK, pairs};
 use pulp::bytemuck::cast_slice;
 
@@ -48,11 +53,25 @@ impl RowMut<'_> {
     }
 }
 
+/// The rows of a matrix, so many for each task, with the index of the first.
+fn parts(x: View<'_, f32>) -> impl Iterator<Item = (usize, View<'_, f32>)> {
+    (0..x.rows).step_by(ROWS_PER_TASK).map(move |first| {
+        let rows = ROWS_PER_TASK.min(x.rows - first);
+        (first, View { data: &x.data[first * x.row_stride..], rows, ..x })
+    })
+}
+
 impl Rows {
     /// Takes the rows of `x`.
     pub(crate) fn set(&mut self, kind: WeightType, x: &[f32], count: usize, inputs: usize) {
         assert!(x.len() == count * inputs, "{} elements in {count} rows of {inputs}", x.len());
-        self.fill(kind, count, inputs, |index, row| row.set(&x[index * inputs..][..inputs]));
+        self.fill(
+            kind,
+            count,
+            inputs,
+            #[inline(always)]
+            |index, row| row.set(&x[index * inputs..][..inputs]),
+        );
     }
 
     /// Has each of `count` rows written, in a vectorised loop.
@@ -84,6 +103,67 @@ impl Rows {
                             buffer: &mut buffer,
                         };
                         write(index * task + row, row_mut);
+                    }
+                },
+            );
+        });
+    }
+
+    /// Takes the columns of `x` as rows; rows are the inputs, with zeros behind them up to whole steps.
+    pub(crate) fn set_columns(&mut self, kind: WeightType, x: View<'_, f32>) {
+        self.shape(kind, x.columns, x.rows.next_multiple_of(INPUTS));
+        let stride = self.stride;
+        let target = Target::new(&mut self.words[..x.columns * stride], stride, x.columns);
+        each(parts(x), |(first, x)| {
+            let (at, depth) = (kind.words(first), kind.words(x.rows.next_multiple_of(INPUTS)));
+            simd(
+                #[inline(always)]
+                || {
+                    for column in (0..x.columns).step_by(SQUARE) {
+                        for word in (0..depth).step_by(SQUARE) {
+                            let square = square_of_columns(kind, x, word, column);
+                            let rows = x.columns.min(column + SQUARE) - column;
+                            for (row, square) in square.iter().take(rows).enumerate() {
+                                // SAFETY: a part of the rows of `x` has words of its own.
+                                let out =
+                                    unsafe { target.columns(column + row, at + word, SQUARE) };
+                                out.copy_from_slice(square);
+                            }
+                        }
+                    }
+                },
+            );
+        });
+    }
+
+    /// Takes the rows of `x` as they are, and its columns as the outputs of `panels`, in one pass over it.
+    pub(crate) fn set_with_panels(
+        &mut self,
+        kind: WeightType,
+        x: View<'_, f32>,
+        panels: &mut PackedWeight,
+    ) {
+        self.shape(kind, x.rows, x.columns);
+        let inputs = x.rows.next_multiple_of(INPUTS);
+        let words = panels.reshape(kind, x.columns, inputs);
+        let (count, length) = (x.columns.div_ceil(PANEL), kind.words(inputs) * PANEL);
+        let target = Target::new(words, length, count);
+        let (stride, depth) = (self.stride, self.depth);
+        let rows = self.words.chunks_mut(ROWS_PER_TASK * stride);
+        each(parts(x).zip(rows), |((first, x), rows)| {
+            let inputs = x.rows.next_multiple_of(INPUTS);
+            let (at, length) = (kind.words(first) * PANEL, kind.words(inputs) * PANEL);
+            simd(
+                #[inline(always)]
+                || {
+                    for (row, words) in rows.chunks_mut(stride).take(x.rows).enumerate() {
+                        let own = &x.data[row * x.row_stride..][..x.columns];
+                        layout::row(kind, own, &mut words[..depth]);
+                    }
+                    for panel in 0..count {
+                        // SAFETY: a part of the rows of `x` has words of its own.
+                        let words = unsafe { target.columns(panel, at, length) };
+                        panel_of_columns(kind, x, panel * PANEL, words);
                     }
                 },
             );

@@ -17,19 +17,19 @@ pub(crate) fn each<T: Send>(tasks: impl Iterator<Item = T>, work: impl Fn(T) + S
     }
 }
 
-/// An output that several threads write to.
-pub(crate) struct Target<'a> {
-    start: *mut f32,
+/// A matrix that several threads write to.
+pub(crate) struct Target<'a, T = f32> {
+    start: *mut T,
     rows: usize,
     width: usize,
-    output: PhantomData<&'a mut [f32]>,
+    output: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: it is a mutable borrow of numbers; who writes where is up to `columns`.
-unsafe impl Sync for Target<'_> {}
+unsafe impl<T: Copy + Send> Sync for Target<'_, T> {}
 
-impl<'a> Target<'a> {
-    pub(crate) fn new(out: &'a mut [f32], width: usize, rows: usize) -> Self {
+impl<'a, T> Target<'a, T> {
+    pub(crate) fn new(out: &'a mut [T], width: usize, rows: usize) -> Self {
         assert_eq!(out.len(), width * rows, "the output has another size");
         Target { start: out.as_mut_ptr(), rows, width, output: PhantomData }
     }
@@ -39,7 +39,7 @@ impl<'a> Target<'a> {
     /// # Safety
     /// No other borrow of the same columns may be alive.
     #[expect(clippy::mut_from_ref, reason = "the caller promises that borrows do not overlap")]
-    pub(crate) unsafe fn columns(&self, row: usize, at: usize, length: usize) -> &mut [f32] {
+    pub(crate) unsafe fn columns(&self, row: usize, at: usize, length: usize) -> &mut [T] {
         assert!(row < self.rows && at + length <= self.width);
         // SAFETY: within the output, as asserted; not borrowed elsewhere, as promised.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(row * self.width + at), length) }

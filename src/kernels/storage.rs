@@ -1,8 +1,10 @@
 //! Tensors seen as slices.
 
 use super::real::Real;
-use candle_core::{Device, Result, Storage, StorageRef, Tensor, bail};
-use std::{marker::PhantomData, ops::Deref};
+use candle_core::{
+    CpuStorage, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, bail,
+};
+use std::{cell::Cell, marker::PhantomData, ops::Deref};
 
 /// The elements of a contiguous CPU tensor, borrowed for as long as this lives.
 pub(crate) struct Elements<'a, T> {
@@ -35,6 +37,29 @@ impl<T: Real> Deref for Elements<'_, T> {
                 &all[self.start..self.end]
             }
             _ => unreachable!("checked when it was borrowed"),
+        }
+    }
+}
+
+/// Has `change` work on the elements of a contiguous f32 CPU tensor, in place.
+pub(crate) fn change(tensor: &Tensor, change: impl FnOnce(&mut [f32])) -> Result<()> {
+    tensor.inplace_op1(&Change(Cell::new(Some(change))))
+}
+
+struct Change<F>(Cell<Option<F>>);
+
+impl<F: FnOnce(&mut [f32])> InplaceOp1 for Change<F> {
+    fn name(&self) -> &'static str {
+        "change"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match (storage, layout.contiguous_offsets(), self.0.take()) {
+            (CpuStorage::F32(all), Some((start, end)), Some(change)) => {
+                change(&mut all[start..end]);
+                Ok(())
+            }
+            _ => bail!("what is changed in place is contiguous and f32"),
         }
     }
 }

@@ -29,8 +29,14 @@ pub fn swiglu_backward(gate: &Tensor, up: &Tensor, gradient: &Tensor) -> Result<
 fn forward<T: Real>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     let (gates, ups) = (elements::<T>(gate)?, elements::<T>(up)?);
     let mut out = vec![T::ZERO; gates.len()];
+    gated(&gates, &ups, &mut out);
+    tensor(out, gate.shape())
+}
+
+/// [`swiglu`] in memory that is there already.
+pub(crate) fn gated<T: Real>(gate: &[T], up: &[T], out: &mut [T]) {
     out.par_chunks_mut(ELEMENTS_PER_TASK)
-        .zip(gates.par_chunks(ELEMENTS_PER_TASK).zip(ups.par_chunks(ELEMENTS_PER_TASK)))
+        .zip(gate.par_chunks(ELEMENTS_PER_TASK).zip(up.par_chunks(ELEMENTS_PER_TASK)))
         .for_each(|(out, (gate, up))| {
             simd(
                 #[inline(always)]
@@ -41,33 +47,35 @@ fn forward<T: Real>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
                 },
             );
         });
-    tensor(out, gate.shape())
 }
 
 fn backward<T: Real>(gate: &Tensor, up: &Tensor, gradient: &Tensor) -> Result<(Tensor, Tensor)> {
-    let (gates, ups, gradients) =
-        (elements::<T>(gate)?, elements::<T>(up)?, elements::<T>(gradient)?);
-    let mut gate_gradient = vec![T::ZERO; gates.len()];
-    let mut up_gradient = vec![T::ZERO; gates.len()];
-    gate_gradient
+    let (gates, ups) = (elements::<T>(gate)?, elements::<T>(up)?);
+    let mut of_gate = vec![T::ZERO; gates.len()];
+    let mut of_up = elements::<T>(gradient)?.to_vec();
+    gated_backward(&gates, &ups, &mut of_gate, &mut of_up);
+    Ok((tensor(of_gate, gate.shape())?, tensor(of_up, up.shape())?))
+}
+
+/// Writes the gradient of the gate, and that of `up` over that of the output, which `of_up` holds.
+pub(crate) fn gated_backward<T: Real>(gate: &[T], up: &[T], of_gate: &mut [T], of_up: &mut [T]) {
+    of_gate
         .par_chunks_mut(ELEMENTS_PER_TASK)
-        .zip(up_gradient.par_chunks_mut(ELEMENTS_PER_TASK))
-        .zip(gates.par_chunks(ELEMENTS_PER_TASK).zip(ups.par_chunks(ELEMENTS_PER_TASK)))
-        .zip(gradients.par_chunks(ELEMENTS_PER_TASK))
-        .for_each(|(((gate_out, up_out), (gate, up)), dy)| {
+        .zip(of_up.par_chunks_mut(ELEMENTS_PER_TASK))
+        .zip(gate.par_chunks(ELEMENTS_PER_TASK).zip(up.par_chunks(ELEMENTS_PER_TASK)))
+        .for_each(|((of_gate, of_up), (gate, up))| {
             simd(
                 #[inline(always)]
                 || {
-                    for i in 0..dy.len() {
-                        let open = sigmoid(gate[i]);
+                    for i in 0..gate.len() {
+                        let (open, dy) = (sigmoid(gate[i]), of_up[i]);
                         let silu = gate[i] * open;
-                        gate_out[i] = dy[i] * up[i] * (open + silu * (T::ONE - open));
-                        up_out[i] = dy[i] * silu;
+                        of_gate[i] = dy * up[i] * (open + silu * (T::ONE - open));
+                        of_up[i] = dy * silu;
                     }
                 },
             );
         });
-    Ok((tensor(gate_gradient, gate.shape())?, tensor(up_gradient, up.shape())?))
 }
 
 #[inline(always)]

@@ -11,8 +11,10 @@ use crate::kernels::cross_entropy::{self, cross_entropy};
 use crate::kernels::embedding::{embed, embed_backward};
 use crate::kernels::rms_norm::{rms_norm, rms_norm_backward};
 use crate::kernels::rope::{RopeTable, Turn, rope};
+use crate::kernels::storage::change;
 use crate::kernels::swiglu::{swiglu, swiglu_backward};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -58,6 +60,32 @@ impl Gradients {
             None => drop(self.by_name.insert(name.to_owned(), gradient)),
         }
         Ok(())
+    }
+
+    /// Zeros for every parameter, in f32 on the CPU.
+    pub(crate) fn zeros(parameters: &[(String, Vec<usize>)]) -> Result<Self> {
+        let zero = |(name, shape): &(String, Vec<usize>)| {
+            Ok((name.clone(), Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))
+        };
+        Ok(Gradients { by_name: parameters.iter().map(zero).collect::<Result<_>>()? })
+    }
+
+    /// Sets all to zero, in their memory.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        let zero = |gradient: &Tensor| {
+            change(gradient, |values| {
+                values.par_chunks_mut(1 << 16).for_each(|values| values.fill(0.0));
+            })
+        };
+        self.by_name.values().try_for_each(zero)
+    }
+
+    /// The gradient of one parameter, which is there.
+    pub(crate) fn of(&self, name: &str) -> Result<&Tensor> {
+        match self.by_name.get(name) {
+            Some(gradient) => Ok(gradient),
+            None => bail!("parameter {name:?} has no gradient"),
+        }
     }
 
     /// The gradients in the order of their names.
@@ -280,7 +308,6 @@ mod tests {
     use super::super::shape::Shape;
     use super::*;
     use crate::seed;
-    use candle_core::Device;
 
     fn config(tied: bool) -> ModelConfig {
         ModelConfig {

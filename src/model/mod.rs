@@ -9,6 +9,7 @@ pub mod cache;
 pub mod config;
 pub mod device;
 mod gpu;
+pub(crate) mod host;
 pub mod layers;
 mod load;
 mod packed;

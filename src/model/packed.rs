@@ -8,7 +8,7 @@ use crate::kernels::first_of_largest;
 use crate::kernels::packed::{PackedWeight, WeightType};
 use crate::kernels::product;
 use crate::kernels::rms_norm::normalise_rows;
-use crate::kernels::rope::{RopeTable, turn_rows};
+use crate::kernels::rope::{RopeTable, Turn, turn_rows};
 use crate::kernels::rows::Rows;
 use crate::kernels::share::each;
 use candle_core::Result;
@@ -134,7 +134,7 @@ impl PackedBlock {
         let [q, k, v] = qkv;
         let [q_proj, k_proj, v_proj] = weights;
         product::set([(q_proj, &mut **q), (k_proj, &mut **k), (v_proj, &mut **v)], rows);
-        turn_rows([q, k], table, positions)?;
+        turn_rows([q, k], table, positions, Turn::Forward)?;
         attended.resize(q.len(), 0.0);
         attend([q, k, v], attended)?;
         rows.set(kind, attended, count, self.o_proj.inputs());

@@ -58,7 +58,7 @@ impl Trainer {
     /// If the disk refuses.
     pub fn export(&self, directory: &Path, tokenizer: &Tokenizer, dtype: DType) -> Result<()> {
         fs::create_dir_all(directory).map_err(Error::file("create", directory))?;
-        let mut config = self.model.config.to_json();
+        let mut config = self.config.to_json();
         config["torch_dtype"] = match dtype {
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",
@@ -66,7 +66,7 @@ impl Trainer {
         }
         .into();
         write_json(&directory.join("config.json"), &config)?;
-        let generation = self.model.config.generation_json();
+        let generation = self.config.generation_json();
         write_json(&directory.join("generation_config.json"), &generation)?;
         let files = tokenizer.files();
         for (name, text) in

@@ -9,6 +9,7 @@
 
 pub mod checkpoint;
 pub mod feed;
+mod learner;
 pub mod optimizer;
 pub mod schedule;
 pub mod tuning;
@@ -17,10 +18,10 @@ use crate::error::{Context, Error, Result};
 use crate::model::backward::{Batch, Gradients, Keep};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
-use crate::model::{Form, Llama};
 use crate::record::Sequence;
 use crate::seed;
 use candle_core::{DType, Device, Tensor};
+use learner::Learner;
 use optimizer::{AdamW, Parameters};
 use rayon::prelude::*;
 use schedule::Schedule;
@@ -68,10 +69,10 @@ pub struct StepReport {
 /// A model in training.
 #[derive(Debug)]
 pub struct Trainer {
-    model: Llama,
+    config: ModelConfig,
+    learner: Learner,
     parameters: Parameters,
-    /// Parameters in the type of the computation, where that is not f32.
-    copies: Vec<(String, Tensor)>,
+    gradients: Gradients,
     settings: TrainSettings,
     progress: Progress,
 }
@@ -100,23 +101,10 @@ impl Trainer {
         device: &Device,
     ) -> Result<Self> {
         let parameters = Parameters::new(values)?;
-        let mut copies = Vec::new();
-        let model = Llama::build(config, Form::Plain, device, |name, _| {
-            let missing = || Error::Setting(format!("the model has no parameter {name:?}"));
-            let value = parameters.get(name).ok_or_else(missing)?.value()?;
-            if compute == DType::F32 {
-                return Ok(value);
-            }
-            let copy = value.to_dtype(compute)?;
-            copies.push((name.to_owned(), copy.clone()));
-            Ok(copy)
-        })?;
-        Ok(Trainer { model, parameters, copies, settings, progress: Progress::default() })
-    }
-
-    /// The model as it is now.
-    pub fn model(&self) -> &Llama {
-        &self.model
+        let learner = Learner::new(config, &parameters, compute, device)?;
+        let gradients = learner.gradients(config)?;
+        let (config, progress) = (config.clone(), Progress::default());
+        Ok(Trainer { config, learner, parameters, gradients, settings, progress })
     }
 
     /// How far training has come.
@@ -138,26 +126,26 @@ impl Trainer {
         let targets: usize = sequences.iter().map(|sequence| batch([sequence]).rows.len()).sum();
         let tokens: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
         let keep = if self.settings.recompute { Keep::Inputs } else { Keep::Everything };
-        let (mut gradients, mut total) = (Gradients::default(), 0.0);
+        self.learner.clear(&mut self.gradients)?;
+        let mut total = 0.0;
         for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
             let scale = 1.0 / targets.max(1) as f64;
-            let losses = self.model.learn(&batch(group), scale, keep, &mut gradients);
+            let losses = self.learner.learn(&batch(group), scale, keep, &mut self.gradients);
             total += losses.context("training step")?.iter().sum::<f64>();
         }
         let loss = total / targets.max(1) as f64;
         let step = self.progress.step + 1;
         let rate = self.settings.schedule.rate(step);
         let grad_norm = match loss.is_finite() {
-            true => self.parameters.update(&gradients, &self.settings.optimizer, rate, step)?,
+            true => {
+                self.parameters.update(&self.gradients, &self.settings.optimizer, rate, step)?
+            }
             false => f64::NAN,
         };
         if !(loss.is_finite() && grad_norm.is_finite()) {
             return Err(self.diverged(loss, grad_norm, sequences));
         }
-        for (name, copy) in &self.copies {
-            let value = self.parameters.get(name).expect("copied from there").value()?;
-            copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)?;
-        }
+        self.learner.follow(&self.parameters)?;
         self.progress.step = step;
         self.progress.next_sequence += sequences.len() as u64;
         self.progress.tokens += tokens as u64;
@@ -177,10 +165,10 @@ impl Trainer {
     ///
     /// # Errors
     /// If the device fails.
-    pub fn evaluate(&self, sequences: &[Sequence]) -> Result<f64> {
+    pub fn evaluate(&mut self, sequences: &[Sequence]) -> Result<f64> {
         let (mut total, mut count) = (0.0, 0);
         for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
-            let losses = self.model.losses(&batch(group)).context("evaluation")?;
+            let losses = self.learner.losses(&batch(group)).context("evaluation")?;
             total += losses.iter().sum::<f64>();
             count += losses.len();
         }

@@ -11,6 +11,7 @@
 
 mod composed;
 mod kernel;
+pub(crate) mod tiled;
 
 use super::dispatch;
 use candle_core::{Result, Tensor};

@@ -1,0 +1,248 @@
+//! Matrices of f32 in the words that tiles take, by rows or by columns.
+//!
+//! ```text
+//! row                as it is: the words of a row side by side
+//! rows of columns    a row of words for each column; rows of the matrix are the inputs
+//! panel of columns   [word][32 columns]; rows of the matrix are the inputs
+//! panel of rows      [word][32 rows]; columns of the matrix are the inputs
+//! ```
+//!
+//! Training multiplies every matrix both ways round. What is not there is zero. To be inlined into vectorised
+//! loops.
+
+use super::matmul::View;
+use super::packed::WeightType;
+use super::pairs;
+use super::tiles::PANEL;
+use pulp::bytemuck::cast_slice;
+
+/// Columns or rows, and words, that are turned round at a time.
+pub(crate) const SQUARE: usize = 16;
+
+/// Inputs that words are padded to: whole steps of a matrix unit.
+pub(crate) const INPUTS: usize = 32;
+
+/// The words of a row; those behind it are zeros.
+#[inline(always)]
+pub(crate) fn row(kind: WeightType, x: &[f32], words: &mut [u32]) {
+    let own = kind.words(x.len());
+    match kind {
+        WeightType::F32 => words[..own].copy_from_slice(cast_slice(x)),
+        WeightType::Bf16 => pairs::round_row(x, &mut words[..own]),
+        WeightType::Int8 => unreachable!("8 bits have scales"),
+    }
+    words[own..].fill(0);
+}
+
+/// The panel of 32 columns of `x` from `first`.
+#[inline(always)]
+pub(crate) fn panel_of_columns(
+    kind: WeightType,
+    x: View<'_, f32>,
+    first: usize,
+    panel: &mut [u32],
+) {
+    for (word, out) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+        *out = word_of_columns(kind, x, word, first);
+    }
+}
+
+/// Rows of words for the columns of `x` from `first`, as many as there are rows of `stride` words.
+#[inline(always)]
+pub(crate) fn rows_of_columns(
+    kind: WeightType,
+    x: View<'_, f32>,
+    first: usize,
+    words: &mut [u32],
+    stride: usize,
+) {
+    let (count, depth) = (words.len() / stride, kind.words(x.rows.next_multiple_of(INPUTS)));
+    for at in (0..depth).step_by(SQUARE) {
+        for column in (0..count).step_by(SQUARE) {
+            let square = square_of_columns(kind, x, at, first + column);
+            let rows = words[column * stride..].chunks_mut(stride).take(SQUARE);
+            for (row, turned) in rows.zip(&square) {
+                let own = depth.min(at + SQUARE) - at;
+                row[at..at + own].copy_from_slice(&turned[..own]);
+            }
+        }
+    }
+}
+
+/// 16 words from `word` of each of 16 columns from `first`.
+#[inline(always)]
+pub(crate) fn square_of_columns(
+    kind: WeightType,
+    x: View<'_, f32>,
+    word: usize,
+    first: usize,
+) -> [[u32; SQUARE]; SQUARE] {
+    let mut square = [[0; SQUARE]; SQUARE];
+    for row in 0..SQUARE {
+        square[row] = word_of_columns(kind, x, word + row, first);
+    }
+    turned(&square)
+}
+
+/// The panel of 32 rows of `x` from `first`.
+#[inline(always)]
+pub(crate) fn panel_of_rows(kind: WeightType, x: View<'_, f32>, first: usize, panel: &mut [u32]) {
+    let depth = panel.len() / PANEL;
+    for half in [0, SQUARE] {
+        for at in (0..depth).step_by(SQUARE) {
+            let mut square = [[0; SQUARE]; SQUARE];
+            for row in 0..SQUARE {
+                square[row] = words_of_row(kind, x, first + half + row, at);
+            }
+            let words = panel[at * PANEL..].chunks_exact_mut(PANEL);
+            for (word, turned) in words.zip(&turned(&square)) {
+                word[half..half + SQUARE].copy_from_slice(turned);
+            }
+        }
+    }
+}
+
+/// Rows exchanged with columns. A square fits the registers of a 512-bit unit.
+#[inline(always)]
+pub(crate) fn turned<T: Copy + Default>(square: &[[T; SQUARE]; SQUARE]) -> [[T; SQUARE]; SQUARE] {
+    let mut out = [[T::default(); SQUARE]; SQUARE];
+    for row in 0..SQUARE {
+        for column in 0..SQUARE {
+            out[column][row] = square[row][column];
+        }
+    }
+    out
+}
+
+/// One word of `COUNT` columns from `first`.
+#[inline(always)]
+fn word_of_columns<const COUNT: usize>(
+    kind: WeightType,
+    x: View<'_, f32>,
+    word: usize,
+    first: usize,
+) -> [u32; COUNT] {
+    match kind {
+        WeightType::F32 => bits(columns(x, word, first)),
+        _ => {
+            let low = columns::<COUNT>(x, 2 * word, first);
+            let high = columns::<COUNT>(x, 2 * word + 1, first);
+            let mut out = [0; COUNT];
+            for lane in 0..COUNT {
+                out[lane] = pairs::pair(low[lane], high[lane]);
+            }
+            out
+        }
+    }
+}
+
+/// 16 words of a row.
+#[inline(always)]
+fn words_of_row(kind: WeightType, x: View<'_, f32>, row: usize, word: usize) -> [u32; SQUARE] {
+    match kind {
+        WeightType::F32 => bits(columns(x, row, word)),
+        _ => {
+            let own = columns::<{ 2 * SQUARE }>(x, row, 2 * word);
+            let mut out = [0; SQUARE];
+            for lane in 0..SQUARE {
+                out[lane] = pairs::pair(own[2 * lane], own[2 * lane + 1]);
+            }
+            out
+        }
+    }
+}
+
+#[inline(always)]
+fn bits<const COUNT: usize>(x: [f32; COUNT]) -> [u32; COUNT] {
+    let mut out = [0; COUNT];
+    for lane in 0..COUNT {
+        out[lane] = x[lane].to_bits();
+    }
+    out
+}
+
+/// `COUNT` columns of a row.
+#[inline(always)]
+fn columns<const COUNT: usize>(x: View<'_, f32>, row: usize, first: usize) -> [f32; COUNT] {
+    debug_assert_eq!(x.column_stride, 1);
+    if row >= x.rows || first >= x.columns {
+        return [0.0; COUNT];
+    }
+    let own = &x.data[row * x.row_stride + first..];
+    if first + COUNT <= x.columns {
+        return *own.first_chunk().expect("a row holds its columns");
+    }
+    let mut out = [0.0; COUNT];
+    let there = x.columns - first;
+    out[..there].copy_from_slice(&own[..there]);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::twin::random;
+    use super::*;
+    use candle_core::DType;
+
+    const KINDS: [WeightType; 2] = [WeightType::F32, WeightType::Bf16];
+
+    /// Element `input` of a chain of words `[word][lane]`.
+    fn element(kind: WeightType, input: usize, word: impl Fn(usize) -> u32) -> f32 {
+        match kind {
+            WeightType::F32 => f32::from_bits(word(input)),
+            _ if input % 2 == 0 => f32::from_bits(word(input / 2) << 16),
+            _ => f32::from_bits(word(input / 2) & 0xffff_0000),
+        }
+    }
+
+    fn rounded(kind: WeightType, x: f32) -> f32 {
+        match kind {
+            WeightType::F32 => x,
+            _ => f32::from_bits(pairs::round(x) << 16),
+        }
+    }
+
+    fn check(rows: usize, columns: usize) {
+        let stride = columns + 3;
+        let data: Vec<f32> = random(&[rows * stride], DType::F32).to_vec1().unwrap();
+        let x = View::rows(&data, rows, columns, stride);
+        let at = |row: usize, column: usize| match row < rows && column < columns {
+            true => data[row * stride + column],
+            false => 0.0,
+        };
+        for kind in KINDS {
+            let depth = kind.words(rows.next_multiple_of(INPUTS));
+            let (mut panel, mut turned) = (vec![7; depth * PANEL], vec![7; 20 * (depth + 1)]);
+            panel_of_columns(kind, x, 5, &mut panel);
+            rows_of_columns(kind, x, 5, &mut turned, depth + 1);
+            for input in 0..rows.next_multiple_of(INPUTS) {
+                for lane in 0..20 {
+                    let exact = rounded(kind, at(input, 5 + lane));
+                    let ours = element(kind, input, |word| panel[word * PANEL + lane]);
+                    assert_eq!(ours, exact, "panel of columns: {input}, {lane}");
+                    let ours = element(kind, input, |word| turned[lane * (depth + 1) + word]);
+                    assert_eq!(ours, exact, "rows of columns: {input}, {lane}");
+                }
+            }
+            let inputs = columns.next_multiple_of(INPUTS);
+            let depth = kind.words(inputs);
+            let (mut panel, mut own) = (vec![7; depth * PANEL], vec![7; depth]);
+            panel_of_rows(kind, x, 3, &mut panel);
+            row(kind, &data[..columns], &mut own);
+            for input in 0..inputs {
+                for lane in 0..PANEL {
+                    let ours = element(kind, input, |word| panel[word * PANEL + lane]);
+                    assert_eq!(ours, rounded(kind, at(3 + lane, input)), "panel of rows");
+                }
+                assert_eq!(element(kind, input, |word| own[word]), rounded(kind, at(0, input)));
+            }
+        }
+    }
+
+    #[test]
+    fn every_element_stands_in_its_place_and_zeros_behind_them() {
+        for (rows, columns) in [(1, 1), (5, 33), (32, 32), (64, 25), (70, 100), (33, 64)] {
+            check(rows, columns);
+        }
+    }
+}

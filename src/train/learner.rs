@@ -1,0 +1,111 @@
+//! What computes losses and gradients: on a CPU in memory of its own, on other devices in tensors.
+
+use super::optimizer::Parameters;
+use crate::error::{Error, Result};
+use crate::kernels::packed::WeightType;
+use crate::model::backward::{Batch, Gradients, Keep};
+use crate::model::config::ModelConfig;
+use crate::model::host::HostModel;
+use crate::model::{Form, Llama};
+use candle_core::{DType, Device, Tensor};
+
+/// A model in training.
+#[derive(Debug)]
+pub(super) enum Learner {
+    /// On a CPU.
+    Host(Box<HostModel>),
+    /// On any device, with its parameters in the type of the computation where that is not f32.
+    Tensors { model: Box<Llama>, copies: Vec<(String, Tensor)> },
+}
+
+impl Learner {
+    /// A model that follows `parameters` and computes in `compute`.
+    ///
+    /// # Errors
+    /// If a parameter of `config` is missing, or the device does not compute in that type.
+    pub(super) fn new(
+        config: &ModelConfig,
+        parameters: &Parameters,
+        compute: DType,
+        device: &Device,
+    ) -> Result<Self> {
+        let value = |name: &str| -> Result<Tensor> {
+            let missing = || Error::Setting(format!("the model has no parameter {name:?}"));
+            Ok(parameters.get(name).ok_or_else(missing)?.value()?)
+        };
+        if device.is_cpu() {
+            let kind = match compute {
+                DType::F32 => WeightType::F32,
+                DType::BF16 => WeightType::Bf16,
+                other => {
+                    let what = format!("a CPU trains in f32 or bf16, not in {}", other.as_str());
+                    return Err(Error::Setting(what));
+                }
+            };
+            return Ok(Learner::Host(Box::new(HostModel::new(config, kind, value)?)));
+        }
+        let mut copies = Vec::new();
+        let model = Llama::build(config, Form::Plain, device, |name, _| {
+            let value = value(name)?;
+            if compute == DType::F32 {
+                return Ok(value);
+            }
+            let copy = value.to_dtype(compute)?;
+            copies.push((name.to_owned(), copy.clone()));
+            Ok(copy)
+        })?;
+        Ok(Learner::Tensors { model: Box::new(model), copies })
+    }
+
+    /// Gradients that [`Learner::learn`] can add to.
+    pub(super) fn gradients(&self, config: &ModelConfig) -> candle_core::Result<Gradients> {
+        match self {
+            Learner::Host(_) => Gradients::zeros(&config.parameters()),
+            Learner::Tensors { .. } => Ok(Gradients::default()),
+        }
+    }
+
+    /// Makes gradients those of nothing.
+    pub(super) fn clear(&self, gradients: &mut Gradients) -> candle_core::Result<()> {
+        match self {
+            Learner::Host(_) => gradients.clear(),
+            Learner::Tensors { .. } => {
+                *gradients = Gradients::default();
+                Ok(())
+            }
+        }
+    }
+
+    /// The loss of each target, with the gradient of `scale` times their sum added to `gradients`.
+    pub(super) fn learn(
+        &mut self,
+        batch: &Batch,
+        scale: f64,
+        keep: Keep,
+        gradients: &mut Gradients,
+    ) -> candle_core::Result<Vec<f64>> {
+        match self {
+            Learner::Host(model) => model.learn(batch, scale, keep, gradients),
+            Learner::Tensors { model, .. } => model.learn(batch, scale, keep, gradients),
+        }
+    }
+
+    /// The loss of each target.
+    pub(super) fn losses(&mut self, batch: &Batch) -> candle_core::Result<Vec<f64>> {
+        match self {
+            Learner::Host(model) => model.losses(batch),
+            Learner::Tensors { model, .. } => model.losses(batch),
+        }
+    }
+
+    /// Follows the parameters, which have moved.
+    pub(super) fn follow(&mut self, parameters: &Parameters) -> candle_core::Result<()> {
+        match self {
+            Learner::Host(model) => model.follow(),
+            Learner::Tensors { copies, .. } => copies.iter().try_for_each(|(name, copy)| {
+                let value = parameters.get(name).expect("copied from there").value()?;
+                copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)
+            }),
+        }
+    }
+}
