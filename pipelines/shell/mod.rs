@@ -4,6 +4,8 @@ pub mod args;
 pub mod bundled;
 pub mod evaluation;
 mod gates;
+pub(crate) mod held_out;
+mod logs;
 pub mod models;
 pub mod parts;
 pub mod plan;
@@ -15,6 +17,7 @@ pub mod settings;
 pub mod sources;
 pub mod stop;
 pub mod summary;
+pub mod train_args;
 pub mod training;
 
 use anyhow::Result;

@@ -1,8 +1,10 @@
 //! What a run came to: the account, the figures, and where everything lies.
 
+use super::held_out::{describe_evaluations, describe_rejected};
 use super::parts::Parts;
 use super::plan::{bytes, count, seconds};
 use super::settings::Settings;
+use super::training::Trained;
 use anyhow::Result;
 use headwater::augment::Augmented;
 use headwater::format::durable;
@@ -10,7 +12,6 @@ use headwater::ledger::Ledger;
 use headwater::manifest::Manifest;
 use headwater::mix::Mixer;
 use headwater::run::RunFolder;
-use headwater::train::StepReport;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 pub struct Summary {
     ledger: Ledger,
     manifest: Manifest,
-    training: Option<(StepReport, StepReport)>,
+    training: Option<Trained>,
     seconds: f64,
     generated: u64,
     engine: BTreeMap<&'static str, u64>,
@@ -38,13 +39,16 @@ impl Summary {
         settings: &Settings,
         parts: &Parts,
         manifest: Manifest,
-        training: Option<(StepReport, StepReport)>,
+        training: Option<Trained>,
         seconds: f64,
     ) -> Result<Self> {
-        let last = training.map(|(_, last)| last);
-        let (sequences, tokens) =
-            last.map_or((0, 0), |last| (last.next_sequence, last.tokens_total));
-        let ledger = manifest.account(sequences, tokens);
+        let (sequences, tokens) = training
+            .as_ref()
+            .map_or((0, 0), |trained| (trained.last.next_sequence, trained.last.tokens_total));
+        let mut ledger = manifest.account(sequences, tokens);
+        if let Some(trained) = &training {
+            ledger.merge(&trained.ledger);
+        }
         Ok(Summary {
             ledger,
             manifest,
@@ -89,7 +93,10 @@ impl Summary {
             "utilisation": self.utilisation(),
             "mix_error_tokens": self.mix_errors(),
             "peak_memory_bytes": peak_memory(),
-            "training": self.training.map(|(first, last)| json!({ "first": first, "last": last })),
+            "training": self.training.as_ref().map(|trained| {
+                let Trained { first, last, evaluations, ledger: _ } = trained;
+                json!({ "first": first, "last": last, "held_out": evaluations })
+            }),
             "run": self.out,
         })
     }
@@ -100,6 +107,10 @@ impl Summary {
         let mut lines = self.describe_texts();
         lines.extend(self.describe_tokens());
         lines.push(("train", self.describe_training()));
+        if let Some(trained) = self.training.as_ref().filter(|it| !it.evaluations.is_empty()) {
+            let rejected = describe_rejected(ledger);
+            lines.push(("held out", describe_evaluations(&trained.evaluations) + &rejected));
+        }
         lines.push(("unknown", ledger.unknown().to_string()));
         let run = format!(
             "{}, {:.1} documents/s synthesized, {} peak memory",
@@ -242,8 +253,8 @@ impl Summary {
     /// Where everything lies.
     pub fn places(&self) -> String {
         let out = self.out.display();
-        let model = match self.training {
-            Some((_, last)) => {
+        let model = match &self.training {
+            Some(Trained { last, .. }) => {
                 format!("\n  the model      {out}/checkpoints/step-{:08}/", last.step)
             }
             None => String::new(),
@@ -278,15 +289,16 @@ impl Summary {
     }
 
     fn describe_training(&self) -> String {
-        match self.training {
+        match &self.training {
             None => format!("nothing; {} sequences wait", self.ledger.get("train/waiting")),
-            Some((first, last)) => format!(
-                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end",
+            Some(Trained { first, last, .. }) => format!(
+                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end{}",
                 last.step,
                 last.next_sequence,
                 count(last.tokens_total),
                 first.loss,
                 last.loss,
+                describe_skipped(last.skipped_total),
             ),
         }
     }
@@ -324,6 +336,11 @@ fn reasons(ledger: &Ledger, prefix: &str) -> String {
         true => String::new(),
         false => format!(" ({})", counts.join(", ")),
     }
+}
+
+/// How many updates were skipped; nothing if none was.
+pub(crate) fn describe_skipped(updates: u64) -> String {
+    if updates == 0 { String::new() } else { format!("; {updates} updates skipped") }
 }
 
 /// Reasons that say so if there are none.

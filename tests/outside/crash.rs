@@ -39,12 +39,34 @@ fn assert_same_run(left: &Path, right: &Path) {
     };
     assert_eq!(last(left).file_name(), last(right).file_name());
     assert_same(&last(left), &last(right), |_| false);
-    let losses = |run: &Path| -> Vec<(Value, Value)> {
+    assert_same_steps(left, right);
+}
+
+/// What `metrics.jsonl` says of a step, but for clocks.
+const OF_A_STEP: [&str; 11] = [
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "learned",
+    "tokens_total",
+    "next_sequence",
+    "skipped",
+    "skipped_total",
+    "sources",
+];
+
+/// The same steps with the same figures, but for clocks.
+pub(crate) fn assert_same_steps(left: &Path, right: &Path) {
+    let steps = |run: &Path| -> Vec<Vec<Value>> {
         let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
         let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.map(|line| (line["step"].clone(), line["loss"].clone())).collect()
+        lines.map(|line| OF_A_STEP.map(|name| line[name].clone()).to_vec()).collect()
     };
-    assert_eq!(losses(left), losses(right));
+    let (left, right) = (steps(left), steps(right));
+    assert!(!left.is_empty());
+    assert_eq!(left, right);
 }
 
 fn check(signal: &str) {
