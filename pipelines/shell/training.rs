@@ -1,5 +1,6 @@
 //! Drives a trainer: steps, measures, checkpoints, stops.
 
+use super::metrics::{Measured, Metrics};
 use super::stop;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
@@ -8,9 +9,8 @@ use headwater::record::Sequence;
 use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
 use headwater::train::{StepReport, Trainer, checkpoint};
-use serde_json::json;
 use std::collections::VecDeque;
-use std::io::{BufRead, Write};
+use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,7 @@ pub struct Drive<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Where to write.
     pub folder: TrainingFolder,
-    metrics: std::fs::File,
+    metrics: Metrics,
     first: Option<StepReport>,
     last: Option<StepReport>,
 }
@@ -77,34 +77,32 @@ impl<'a> Drive<'a> {
         std::fs::create_dir_all(&checkpoints).context("could not create the checkpoints folder")?;
         let path = folder.run.join("metrics.jsonl");
         let reports = keep_metrics(&path, trainer.progress().step)?;
-        let metrics = std::fs::OpenOptions::new().create(true).append(true).open(&path)?;
+        let metrics = Metrics::open(&folder.run, &trainer)?;
         let (first, last) = (reports.first().copied(), reports.last().copied());
         Ok(Drive { trainer, tokenizer, folder, metrics, first, last })
     }
 
-    /// Learns from one batch; `watch` sees the report and the seconds the step took.
+    /// Learns from one batch; `watch` sees the report and what the step took.
     ///
     /// # Errors
     /// If training diverges or the disk refuses.
     pub fn step(
         &mut self,
         batch: &[Sequence],
-        watch: &mut impl FnMut(&StepReport, f64),
+        watch: &mut impl FnMut(&StepReport, &Measured),
     ) -> Result<Ended> {
         let start = Instant::now();
         let report = self.trainer.step(batch)?;
-        let seconds = start.elapsed().as_secs_f64();
-        let mut line = serde_json::to_value(report)?;
-        line["tokens_per_s"] = json!((report.tokens as f64 / seconds * 10.0).round() / 10.0);
-        line["step_ms"] = json!((seconds * 1e4).round() / 10.0);
-        writeln!(self.metrics, "{line}")?;
+        let measured = self.metrics.measure(batch, start);
+        self.metrics.note(serde_json::to_value(report)?, &measured)?;
         self.first.get_or_insert(report);
         self.last = Some(report);
-        watch(&report, seconds);
+        watch(&report, &measured);
         let stop = stop::asked();
         if stop || report.step.is_multiple_of(self.folder.checkpoint_every) {
             self.checkpoint()?;
         }
+        self.metrics.wait();
         Ok(if stop { Ended::Stopped } else { Ended::Done })
     }
 
@@ -113,7 +111,7 @@ impl<'a> Drive<'a> {
     /// # Errors
     /// If the disk refuses.
     pub fn checkpoint(&mut self) -> Result<PathBuf> {
-        self.metrics.sync_all()?;
+        self.metrics.sync()?;
         let folder = self.folder.checkpoints();
         let path = self.trainer.save(&folder, self.tokenizer)?;
         checkpoint::prune(&folder, CHECKPOINTS_KEPT)?;
@@ -136,7 +134,7 @@ pub fn train_on(
     folder: &RunFolder,
     epochs: &[EpochRecord],
     feed: &Receiver<Vec<Sequence>>,
-    mut watch: impl FnMut(&StepReport, f64),
+    mut watch: impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
     let behind = drive.trainer.progress().next_sequence;
@@ -172,7 +170,7 @@ pub fn train_on(
 fn learn(
     drive: &mut Drive<'_>,
     waiting: &mut VecDeque<Sequence>,
-    watch: &mut impl FnMut(&StepReport, f64),
+    watch: &mut impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
     let size = drive.trainer.settings().batch_sequences;
     while waiting.len() >= size {

@@ -1,6 +1,7 @@
 //! Runs that are killed or stopped go on and end with the same bytes.
 
 use crate::program::{command, corpus, small_run};
+use headwater_pipelines::shell::metrics;
 use headwater_tests::folders::assert_same;
 use serde_json::Value;
 use std::path::Path;
@@ -31,20 +32,22 @@ fn interrupt(arguments: &[String], after: Duration, signal: &str) -> bool {
 fn assert_same_run(left: &Path, right: &Path) {
     let is_checkpoint = |name: &Path| name.starts_with("checkpoints");
     let is_store = |name: &Path| name.starts_with("requests");
-    let clocks = |name: &Path| name == Path::new("metrics.jsonl") || is_checkpoint(name);
-    assert_same(left, right, |name| clocks(name) || is_store(name));
+    let clocks = |name: &Path| {
+        let names = ["metrics.jsonl", "report.html"].map(Path::new);
+        names.contains(&name) || name.starts_with("tensorboard")
+    };
+    assert_same(left, right, |name| clocks(name) || is_checkpoint(name) || is_store(name));
     let last = |run: &Path| {
         let folder = std::fs::read_dir(run.join("checkpoints")).unwrap();
         folder.map(|entry| entry.unwrap().path()).max().unwrap()
     };
     assert_eq!(last(left).file_name(), last(right).file_name());
     assert_same(&last(left), &last(right), |_| false);
-    let losses = |run: &Path| -> Vec<(Value, Value)> {
-        let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.map(|line| (line["step"].clone(), line["loss"].clone())).collect()
+    let steps = |run: &Path| -> Vec<Value> {
+        let lines = metrics::lines(run).unwrap().into_iter();
+        lines.map(|line| serde_json::to_value(line.report).unwrap()).collect()
     };
-    assert_eq!(losses(left), losses(right));
+    assert_eq!(steps(left), steps(right));
 }
 
 fn check(signal: &str) {
