@@ -6,7 +6,7 @@
 //! ```
 
 use crate::shell::models::{BUNDLED, Model};
-use crate::shell::training::TrainingFolder;
+use crate::shell::training::latest;
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
@@ -75,7 +75,7 @@ pub fn run(args: &Inspect) -> Result<ExitCode> {
 
 fn overview(folder: &RunFolder, manifest: &Manifest) -> Result<(Value, String)> {
     let configuration = folder.configuration()?;
-    let latest = TrainingFolder { run: folder.path().to_owned(), checkpoint_every: 1 }.latest()?;
+    let latest = latest(folder.path())?;
     let trained = latest.as_deref().map(checkpoint::progress).transpose()?;
     let (sequences, tokens) =
         trained.map_or((0, 0), |trained| (trained.next_sequence, trained.tokens));
@@ -323,7 +323,7 @@ fn tokenizer(args: &Inspect, folder: &RunFolder) -> Result<Tokenizer> {
     let configuration = folder.configuration()?;
     let wanted = configuration["model"]["tokenizer"].as_str().context("run.json names none")?;
     let named = configuration["model"]["name"].as_str().unwrap_or_default();
-    let latest = TrainingFolder { run: args.run.clone(), checkpoint_every: 1 }.latest()?;
+    let latest = latest(&args.run)?;
     let directories = [args.tokenizer.clone(), latest, Some(named.into())];
     let read = |directory: PathBuf| Tokenizer::read(Path::new(&directory)).ok();
     let found = directories.into_iter().flatten().filter_map(read);

@@ -5,26 +5,33 @@
 //!                                                                  tensorboard/, report.html
 //! ```
 
-use crate::shell::args::{MachineArgs, TrainArgs, check_progress};
+use crate::shell::args::{MachineArgs, check_progress};
+use crate::shell::held_out;
 use crate::shell::metrics::{self, Totals};
 use crate::shell::models::Model;
 use crate::shell::plan::{self, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
 use crate::shell::report;
 use crate::shell::running::abort_on_panic;
+use crate::shell::sources::FLOW;
 use crate::shell::stop::STOPPED;
-use crate::shell::training::{Drive, Ended, TrainingFolder, train_on};
-use crate::shell::wrong_use;
+use crate::shell::summary::describe_skipped;
+use crate::shell::train_args::TrainArgs;
+use crate::shell::training::{Drive, Ended, Told, Trained, latest, train_on};
+use crate::shell::{has_rejected, wrong_use};
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use clap::Args;
 use headwater::format::durable;
+use headwater::format::jsonl::Fields;
+use headwater::ledger::Ledger;
 use headwater::manifest::{EpochRecord, Manifest};
 use headwater::meter::Meters;
 use headwater::model::device;
 use headwater::run::RunFolder;
 use headwater::train::feed::Feed;
-use headwater::train::{StepReport, TrainSettings, Trainer};
+use headwater::train::held_out::HeldOut;
+use headwater::train::{TrainSettings, Trainer};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -69,10 +76,8 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     }
     abort_on_panic();
     let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
-    let folder =
-        TrainingFolder { run: args.out.clone(), checkpoint_every: args.train.checkpoint_every };
     let compute = if source.device.is_cpu() { DType::F32 } else { DType::BF16 };
-    let trainer = match folder.latest()? {
+    let trainer = match latest(&args.out)? {
         Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, &source.device)?,
         None => {
             let values = source.model.parameters(args.machine.seed, &source.device)?;
@@ -90,7 +95,9 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     };
     let how = &args.machine.progress;
     let progress = Progress::start(how, meters.clone(), meter.clone(), expected);
-    let mut drive = Drive::new(trainer, &source.model.tokenizer, folder)?;
+    let trainer = trainer.with_guards(args.train.guards());
+    let folder = args.train.folder(&args.out);
+    let mut drive = Drive::new(trainer, &source.model.tokenizer, folder, source.told(args))?;
     let (_, nothing_more) = Feed::new();
     let passes = passes(&source.manifest, args.epochs);
     let ended =
@@ -104,9 +111,10 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         eprintln!("stopped; run the same command again to go on");
         return Ok(ExitCode::from(STOPPED));
     }
-    let (first, last) = drive.span().context("there was nothing to learn")?;
-    close(args, sequences, &(first, last), start.elapsed().as_secs_f64())?;
-    Ok(ExitCode::SUCCESS)
+    let trained = drive.trained().context("there was nothing to learn")?;
+    close(args, sequences, &trained, start.elapsed().as_secs_f64())?;
+    let rejected = trained.ledger.sum("held_out/rejected/");
+    Ok(has_rejected(rejected > 0, args.machine.strict))
 }
 
 /// What is trained on, and what is trained.
@@ -116,6 +124,9 @@ struct Source {
     length: usize,
     model: Model,
     device: Device,
+    /// Names of the sources of the sequences.
+    mixed: Vec<String>,
+    held_out: HeldOut,
 }
 
 impl Source {
@@ -137,13 +148,16 @@ impl Source {
             args.shards,
             args.train.model
         );
-        Ok(Source { shards, manifest, length, model, device })
+        let held_out = args.train.held_out(&Fields::detected(), &model, length)?;
+        let mixed = mixed(&origin);
+        Ok(Source { shards, manifest, length, model, device, mixed, held_out })
     }
 
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
         format!(
             "  sequences     {} of {} tokens at most, {} passes\n  training      {}: {} parameters, {} \
-             steps of {} sequences, peak rate {:.1e}, warm-up {}\n  output        {}\n",
+             steps of {} sequences, peak rate {:.1e}, {}, warm-up {}\n  held out      {}\n  output        \
+             {}\n",
             self.manifest.sequences(),
             self.length,
             args.epochs,
@@ -152,9 +166,19 @@ impl Source {
             settings.schedule.total_steps,
             settings.batch_sequences,
             settings.schedule.peak,
+            settings.schedule.decay,
             settings.schedule.warmup_steps,
+            held_out::describe(&self.held_out, args.train.eval_every),
             args.out.display(),
         )
+    }
+
+    fn told(&self, args: &Train) -> Told {
+        Told {
+            sources: self.mixed.clone(),
+            held_out: self.held_out.clone(),
+            eval_every: args.train.eval_every,
+        }
     }
 
     fn configuration(&self, args: &Train, settings: &TrainSettings) -> Result<Value> {
@@ -176,8 +200,16 @@ impl Source {
                 "tokenizer": digest(&self.model),
             },
             "training": settings,
+            "held_out": args.train.held_out_configuration()?,
         }))
     }
+}
+
+/// Names of the sources of a run's sequences, by their index, as its `run.json` has them.
+fn mixed(origin: &Value) -> Vec<String> {
+    let sides = origin["mix"]["sources"].as_array().map_or(&[][..], Vec::as_slice);
+    let names = sides.iter().filter_map(|side| side["name"].as_str()).map(str::to_owned);
+    std::iter::once(FLOW.to_owned()).chain(names).collect()
 }
 
 fn digest(model: &Model) -> Value {
@@ -196,37 +228,46 @@ fn passes(manifest: &Manifest, passes: u64) -> Vec<EpochRecord> {
 }
 
 /// Writes `ledger.json` and says what came of it.
-fn close(args: &Train, sequences: u64, span: &(StepReport, StepReport), spent: f64) -> Result<()> {
-    let (first, last) = span;
-    let ledger = json!({
-        "unknown": sequences.abs_diff(last.next_sequence),
-        "counts": {
-            "train/given": sequences,
-            "train/sequences": last.next_sequence,
-            "train/tokens": last.tokens_total,
-        },
-    });
+fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<()> {
+    let Trained { first, last, evaluations, ledger: also } = trained;
+    let mut counts = Ledger::default();
+    counts.add("train/given", sequences);
+    counts.add("train/sequences", last.next_sequence);
+    counts.add("train/tokens", last.tokens_total);
+    counts.merge(also);
+    let unknown = sequences.abs_diff(last.next_sequence);
+    let ledger = json!({ "unknown": unknown, "counts": counts });
     durable::write(&args.out.join("ledger.json"), format!("{ledger:#}\n").as_bytes())?;
     let totals = Totals::of(&metrics::lines(&args.out)?).context("there was nothing to learn")?;
     let figures = [("given", format!("{sequences} sequences")), ("time", seconds(spent))];
     report::write(&args.out, &figures)?;
     if args.machine.json {
         let summary = json!({
-            "ledger": ledger, "seconds": spent, "first": first, "last": last, "totals": totals,
+            "ledger": ledger,
+            "seconds": spent,
+            "first": first,
+            "last": last,
+            "held_out": evaluations,
+            "totals": totals,
         });
         println!("{summary:#}");
         return Ok(());
     }
     println!(
-        "trained on {} sequences, {} tokens, in {} steps and {}; loss {:.3} at the start, {:.3} at the end\n{}",
+        "trained on {} sequences, {} tokens, in {} steps and {}; loss {:.3} at the start, {:.3} at the end{}\n{}",
         last.next_sequence,
         count(last.tokens_total),
         last.step,
         seconds(spent),
         first.loss,
         last.loss,
-        totals.describe()
+        describe_skipped(last.skipped_total),
+        totals.describe(),
     );
+    if !evaluations.is_empty() {
+        let rejected = held_out::describe_rejected(also);
+        println!("held out: {}{rejected}", held_out::describe_evaluations(evaluations));
+    }
     let out = args.out.display();
     println!(
         "the model is in {out}/checkpoints/step-{:08}/, the curves in {out}/report.html",

@@ -4,7 +4,7 @@
 //! task rows ─▶ lessons (few-shot, one dataset an item) ─▶ packed sequences ─▶ trainer ─▶ model/ ─▶ exam
 //! ```
 
-use crate::shell::args::{MachineArgs, check_progress, check_rate};
+use crate::shell::args::{MachineArgs, check_progress};
 use crate::shell::evaluation::{CONTEXT_MAX, evaluate};
 use crate::shell::models::Model;
 use crate::shell::plan::{OPTIMIZER, count, seconds};
@@ -14,7 +14,8 @@ use crate::shell::report;
 use crate::shell::running::abort_on_panic;
 use crate::shell::settings::digests;
 use crate::shell::stop::STOPPED;
-use crate::shell::training::{Drive, Ended, TrainingFolder};
+use crate::shell::train_args::check_rate;
+use crate::shell::training::{Drive, Ended, Told, Trained, TrainingFolder, latest};
 use crate::shell::{has_rejected, wrong_use};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
@@ -30,7 +31,8 @@ use headwater::prompt::PromptWriter;
 use headwater::record::{Rejected, Sequence};
 use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
-use headwater::train::schedule::Schedule;
+use headwater::train::checkpoint::Retention;
+use headwater::train::schedule::{Decay, Schedule};
 use headwater::train::tuning::{LessonSettings, Lessons, LossOn};
 use headwater::train::{StepReport, TrainSettings, Trainer};
 use serde_json::{Value, json};
@@ -143,7 +145,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     class.write_rejected(args)?;
     let start = Instant::now();
     let folder = class.folder(args);
-    let trainer = match folder.latest()? {
+    let trainer = match latest(&args.out)? {
         Some(checkpoint) => {
             Trainer::resume(&checkpoint, class.training, compute(&class.device), &class.device)?
         }
@@ -153,12 +155,12 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
             Trainer::new(config, values, training, compute(&class.device), &class.device)?
         }
     };
-    let mut drive = Drive::new(trainer, &class.model.tokenizer, folder)?;
+    let mut drive = Drive::new(trainer, &class.model.tokenizer, folder, Told::default())?;
     let model = args.out.join("model");
     let scores = match class.teach(&mut drive, args)? {
         Ended::Stopped => None,
         Ended::Done => {
-            drive.checkpoint()?;
+            drive.finish()?;
             let dtype = tensors(&args.dtype, &class.device)?;
             drive.trainer.export(&model, &class.model.tokenizer, dtype)?;
             evaluate(&class.exam(args)?, &model, &class.device)?
@@ -172,7 +174,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         true => None,
         false => Some(drive.trainer.evaluate(&class.held_out)?),
     };
-    let (first, last) = drive.span().context("there was nothing to learn")?;
+    let Trained { first, last, .. } = drive.trained().context("there was nothing to learn")?;
     let report =
         Report { first, last, held_out_loss, scores, spent: start.elapsed().as_secs_f64() };
     report.close(args, &class)?;
@@ -298,7 +300,11 @@ impl Class {
     }
 
     fn folder(&self, args: &Tune) -> TrainingFolder {
-        TrainingFolder { run: args.out.clone(), checkpoint_every: args.checkpoint_every }
+        TrainingFolder {
+            run: args.out.clone(),
+            checkpoint_every: args.checkpoint_every,
+            retention: Retention { last: CHECKPOINTS_KEPT, every: None },
+        }
     }
 
     fn write_rejected(&self, args: &Tune) -> Result<()> {
@@ -319,7 +325,7 @@ impl Class {
     }
 
     /// Goes through the lessons from where the trainer stands.
-    fn teach(&self, drive: &mut Drive<'_>, args: &Tune) -> Result<Ended> {
+    fn teach(&self, drive: &mut Drive, args: &Tune) -> Result<Ended> {
         let done = drive.trainer.progress().next_sequence as usize;
         let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
         let sequences = self.training.schedule.total_steps * args.batch() as u64;
@@ -357,6 +363,9 @@ impl Class {
     }
 }
 
+/// Checkpoints that are kept, the latest.
+const CHECKPOINTS_KEPT: usize = 2;
+
 /// Tokens that an exam lets the synthesizer write for a text.
 const EXAM_NEW_TOKENS: usize = 400;
 
@@ -389,8 +398,7 @@ fn tokenizer(args: &Tune, rows: &[tasks::Task]) -> Result<Tokenizer> {
     if Shape::named(&args.base).is_none() {
         return Ok(Model::trained(&args.base).context("--base")?.tokenizer);
     }
-    let folder = TrainingFolder { run: args.out.clone(), checkpoint_every: 1 };
-    Ok(match folder.latest()? {
+    Ok(match latest(&args.out)? {
         Some(checkpoint) => Tokenizer::read(&checkpoint)?,
         None => Tokenizer::train(
             rows.iter().map(written).collect::<Vec<_>>().into_iter(),
@@ -408,6 +416,7 @@ fn training(args: &Tune, tokens: u64) -> TrainSettings {
             warmup_steps: args.warmup(),
             total_steps: (tokens * args.epochs()).div_ceil((args.length() * args.batch()) as u64),
             floor_share: 0.1,
+            decay: Decay::Cosine,
         },
         optimizer: OPTIMIZER,
         recompute: false,

@@ -22,7 +22,7 @@ use headwater::model::device;
 use headwater::model::shape::Shape;
 use headwater::record::{Segment, Sequence};
 use headwater::seed;
-use headwater::train::schedule::Schedule;
+use headwater::train::schedule::{Decay, Schedule};
 use headwater::train::{TrainSettings, Trainer};
 use serde_json::{Value, json};
 use std::process::ExitCode;
@@ -183,6 +183,7 @@ impl Setup {
                 warmup_steps: 0,
                 total_steps: u64::MAX,
                 floor_share: 0.1,
+                decay: Decay::Cosine,
             },
             optimizer: OPTIMIZER,
             recompute: args.recompute,
@@ -190,11 +191,11 @@ impl Setup {
         let config = &self.model.config;
         let values = self.model.parameters(9, &self.device)?;
         let mut trainer = Trainer::new(config, values, settings, self.compute, &self.device)?;
-        let first = trainer.step(&self.sequences)?;
+        let first = trainer.step(&self.sequences)?.loss;
         let (mut steps, mut last) = (Vec::with_capacity(args.steps), first);
         for _ in 0..args.steps {
             let start = Instant::now();
-            last = trainer.step(&self.sequences)?;
+            last = trainer.step(&self.sequences)?.loss;
             steps.push(1e3 * start.elapsed().as_secs_f64());
         }
         let tokens = args.batch * args.length;
@@ -203,7 +204,7 @@ impl Setup {
         let sequence = whole as f64 * per_item(self.item_tokens) + per_item(rest);
         let seconds = steps.iter().sum::<f64>() / 1e3;
         let operations_per_s = sequence * (args.batch * args.steps) as f64 / seconds;
-        Ok(Measured { tokens, steps, operations_per_s, losses: [first.loss, last.loss] })
+        Ok(Measured { tokens, steps, operations_per_s, losses: [first, last] })
     }
 
     fn figures(&self, args: &Train, measured: &Measured, ceilings: &Ceilings) -> Value {

@@ -1,7 +1,7 @@
 //! Flags that several commands share.
 
-use super::models::{BUNDLED, Model};
-use super::published::Published;
+use super::models::BUNDLED;
+use super::train_args::TrainArgs;
 use anyhow::{Result, bail, ensure};
 use clap::{Args, Command, FromArgMatches};
 use headwater::engine::EngineSettings;
@@ -183,42 +183,6 @@ pub struct AugmentArgs {
     pub epochs_in_flight: u64,
 }
 
-/// What is trained on it.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Training")]
-pub struct TrainArgs {
-    /// A published set-up: its model, sequences, steps and rates are taken where no flag says otherwise
-    #[arg(long, value_name = "NAME")]
-    pub published: Option<String>,
-    /// The model to train: a Hugging Face directory, "bundled", or a shape for random weights [default: 10m]
-    #[arg(long, value_name = "DIR|SHAPE")]
-    pub model: Option<String>,
-    /// The directory of the tokenizer for a shape [default: the bundled one]
-    #[arg(long, value_name = "DIR")]
-    pub tokenizer: Option<String>,
-    /// Sequences of one step [default: 8]
-    #[arg(long, value_name = "N")]
-    pub batch: Option<usize>,
-    /// Peak learning rate [default: 1e-3 for random weights, 1e-5 for a loaded model]
-    #[arg(long, value_name = "X")]
-    pub rate: Option<f64>,
-    /// Steps of warm-up [default: a tenth of the steps, at most 1000]
-    #[arg(long, value_name = "N")]
-    pub warmup: Option<u64>,
-    /// Steps over which the rate falls [default: as many as the input is estimated to give]
-    #[arg(long, value_name = "N")]
-    pub steps: Option<u64>,
-    /// Tokens whose activations are held at a time
-    #[arg(long, default_value_t = 4096, value_name = "N")]
-    pub micro_batch_tokens: usize,
-    /// Run blocks again in the backward pass instead of keeping their activations
-    #[arg(long)]
-    pub recompute: bool,
-    /// Steps between checkpoints
-    #[arg(long, default_value_t = 100, value_name = "N")]
-    pub checkpoint_every: u64,
-}
-
 /// How texts are synthesized. None of this changes the output, but for the type of the weights.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Synthesis engine")]
@@ -368,76 +332,6 @@ impl InputArgs {
     pub fn fields(&self) -> Fields {
         Fields { id: self.id_field.clone(), text: self.text_field.clone() }
     }
-}
-
-impl TrainArgs {
-    /// Takes what a published set-up says where no flag does.
-    ///
-    /// # Errors
-    /// If there is no such set-up among `known`.
-    pub fn resolve(&mut self, known: &'static [Published]) -> Result<Option<&'static Published>> {
-        let Some(name) = &self.published else { return Ok(None) };
-        let published = known.iter().find(|published| published.name == name);
-        let Some(published) = published else {
-            let names: Vec<&str> = known.iter().map(|published| published.name).collect();
-            bail!("--published takes {} here, not {name:?}", names.join(" or "));
-        };
-        self.model.get_or_insert_with(|| published.shape.into());
-        self.batch.get_or_insert(published.batch_sequences());
-        self.rate.get_or_insert(published.rate);
-        self.warmup.get_or_insert(published.warmup);
-        self.steps.get_or_insert(published.steps);
-        Ok(Some(published))
-    }
-
-    /// What the model is called.
-    pub fn model_name(&self) -> &str {
-        self.model.as_deref().unwrap_or("10m")
-    }
-
-    /// Sequences of one step.
-    pub fn batch(&self) -> usize {
-        self.batch.unwrap_or(8)
-    }
-
-    /// The model to train, with its tokenizer.
-    ///
-    /// # Errors
-    /// If it cannot be found.
-    pub fn model(&self, length: usize) -> Result<Model> {
-        let tokenizer = Model::trained(self.tokenizer.as_deref().unwrap_or(BUNDLED))?.tokenizer;
-        Model::named(self.model_name(), &tokenizer, length)
-    }
-
-    /// Checks the flags against each other and the model, for sequences of `length` tokens.
-    ///
-    /// # Errors
-    /// Says which flag cannot work, and why.
-    pub fn check(&self, model: &Model, length: usize) -> Result<()> {
-        ensure!(self.batch() > 0, "--batch must be 1 at least");
-        ensure!(self.steps != Some(0), "--steps must be 1 at least");
-        ensure!(self.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
-        ensure!(self.checkpoint_every > 0, "--checkpoint-every must be 1 at least");
-        if let Some(rate) = self.rate {
-            check_rate(rate)?;
-        }
-        let context = model.config.max_position_embeddings;
-        ensure!(
-            length <= context,
-            "sequences of {length} tokens do not fit the context of {:?}, {context} tokens",
-            model.name
-        );
-        model.check_trainable()
-    }
-}
-
-/// Checks a learning rate.
-///
-/// # Errors
-/// If nothing can be learned at it.
-pub fn check_rate(rate: f64) -> Result<()> {
-    ensure!(rate.is_finite() && rate > 0.0, "--rate must be a number above 0, not {rate}");
-    Ok(())
 }
 
 /// Checks how progress is to be shown.

@@ -1,12 +1,11 @@
-//! What people watch while a model trains: a line of `metrics.jsonl` and TensorBoard's scalars for each step.
+//! What a step took, and what `metrics.jsonl` says of it.
 //!
 //! ```text
-//! what the step did (the same in every run) ─┬─▶ metrics.jsonl
-//! what it took here (Measured)              ─┴─▶ tensorboard/
+//! what the step did (the same in every run) ─┬─▶ a line ─┬─▶ metrics.jsonl
+//! what it took here (Measured)              ─┘           └─▶ tensorboard/
 //! ```
 
 use super::summary::peak_memory;
-use super::tensorboard::Board;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use headwater::kernels::packed::WeightType;
@@ -17,8 +16,7 @@ use headwater::record::Sequence;
 use headwater::train::{StepReport, Trainer};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -55,32 +53,38 @@ pub struct Line {
     /// What the step did.
     #[serde(flatten)]
     pub report: StepReport,
+    /// The loss of each source, by name, where several are mixed.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub sources: BTreeMap<String, OfSource>,
     /// What that took.
     #[serde(flatten)]
     pub measured: Measured,
 }
 
-/// Measures steps and writes what they did.
-pub struct Metrics {
-    file: File,
-    board: Board,
+/// What a step did for one source.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OfSource {
+    /// Mean loss of its learned tokens, in nats; none if it is not finite.
+    pub loss: Option<f64>,
+    /// Its learned tokens.
+    pub learned: u64,
+}
+
+/// Measures steps.
+pub(super) struct Gauge {
     config: ModelConfig,
     peak_operations_per_s: Option<f64>,
     /// When the trainer last had nothing to do but wait for sequences.
     idle: Instant,
 }
 
-impl Metrics {
-    /// Goes on behind the lines that are in the folder of a run.
+impl Gauge {
+    /// For a trainer that waits for its first sequences.
     ///
     /// # Errors
-    /// If the folder cannot be read or written.
-    pub fn open(run: &Path, trainer: &Trainer) -> Result<Self> {
-        let path = run.join(NAME);
-        let file = OpenOptions::new().create(true).append(true).open(&path)?;
-        Ok(Metrics {
-            file,
-            board: Board::open(run, &values(&path)?, now())?,
+    /// If the trainer cannot be looked at.
+    pub(super) fn new(trainer: &Trainer) -> Result<Self> {
+        Ok(Gauge {
             config: trainer.model().config.clone(),
             peak_operations_per_s: peak(&trainer.device()?, trainer.model().dtype()),
             idle: Instant::now(),
@@ -88,12 +92,12 @@ impl Metrics {
     }
 
     /// From now on, the trainer waits for sequences.
-    pub fn wait(&mut self) {
+    pub(super) fn wait(&mut self) {
         self.idle = Instant::now();
     }
 
     /// What a step on `batch` took that began at `start` and has just ended.
-    pub fn measure(&self, batch: &[Sequence], start: Instant) -> Measured {
+    pub(super) fn measure(&self, batch: &[Sequence], start: Instant) -> Measured {
         let (spent, waited) = (start.elapsed(), start.duration_since(self.idle));
         let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         let rate = operations(&self.config, batch) / spent.as_secs_f64();
@@ -107,24 +111,16 @@ impl Metrics {
             memory_bytes: peak_memory(),
         }
     }
+}
 
-    /// Writes the line of a step: what `report` holds, and what was measured.
+impl Measured {
+    /// Adds its fields to the line of a step.
     ///
-    /// # Errors
-    /// If the disk refuses.
-    pub fn note(&mut self, mut report: Value, measured: &Measured) -> Result<()> {
-        let Value::Object(measured) = json!(measured) else { unreachable!("it has fields") };
-        report.as_object_mut().context("a report has fields")?.extend(measured);
-        writeln!(self.file, "{report}")?;
-        self.board.note(&report)
-    }
-
-    /// Brings what was written to the disk.
-    ///
-    /// # Errors
-    /// If the disk refuses.
-    pub fn sync(&self) -> Result<()> {
-        Ok(self.file.sync_all()?)
+    /// # Panics
+    /// If the line is no object.
+    pub(super) fn add_to(&self, line: &mut Value) {
+        let Value::Object(fields) = json!(self) else { unreachable!("it has fields") };
+        line.as_object_mut().expect("a report has fields").extend(fields);
     }
 }
 
@@ -182,7 +178,7 @@ fn rounded(number: f64, decimals: i32) -> f64 {
 }
 
 /// Seconds since 1970.
-fn now() -> f64 {
+pub(super) fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |passed| passed.as_secs_f64())
 }
 
@@ -254,7 +250,8 @@ mod tests {
             "tokens_total": 100, "next_sequence": 1, "skipped_total": 0,
         });
         let measured = Measured { step_ms, mfu, data_wait_share, ..Measured::default() };
-        Line { report: serde_json::from_value(report).unwrap(), measured }
+        let report = serde_json::from_value(report).unwrap();
+        Line { report, sources: BTreeMap::new(), measured }
     }
 
     #[test]

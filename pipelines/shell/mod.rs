@@ -4,6 +4,8 @@ pub mod args;
 pub mod bundled;
 pub mod evaluation;
 mod gates;
+pub(crate) mod held_out;
+mod logs;
 pub mod metrics;
 pub mod models;
 pub mod parts;
@@ -19,6 +21,7 @@ pub mod sources;
 pub mod stop;
 pub mod summary;
 mod tensorboard;
+pub mod train_args;
 pub mod training;
 
 use anyhow::Result;

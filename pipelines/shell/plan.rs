@@ -1,7 +1,8 @@
 //! What a run would do: counted and estimated before anything is spent.
 
-use super::args::TrainArgs;
+use super::held_out;
 use super::settings::Settings;
+use super::train_args::TrainArgs;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use headwater::block::Converted;
@@ -113,6 +114,9 @@ impl Plan {
             format!("about {} sequences of {} tokens", count(self.sequences), settings.length),
         );
         line("training", self.describe_training(settings));
+        if let Some(train) = settings.train.as_ref().filter(|_| !settings.held_out.is_empty()) {
+            line("held out", held_out::describe(&settings.held_out, train.eval_every));
+        }
         if let Some(published) = settings.published {
             line("published", published.describe());
         }
@@ -150,12 +154,13 @@ impl Plan {
         let config = &settings.model.config;
         let flops = config.training_flops_per_token(settings.length);
         format!(
-            "{}: {} parameters, {} steps of {} sequences, peak rate {:.1e}, warm-up {}; {:.2e} FLOPs",
+            "{}: {} parameters, {} steps of {} sequences, peak rate {:.1e}, {}, warm-up {}; {:.2e} FLOPs",
             settings.model.name,
             count(config.parameter_count()),
             training.schedule.total_steps,
             training.batch_sequences,
             training.schedule.peak,
+            training.schedule.decay,
             training.schedule.warmup_steps,
             flops * self.mix_tokens as f64,
         )
@@ -170,6 +175,7 @@ impl Plan {
         let training = self.training.as_ref().map_or(0, |training| {
             training_bytes(&settings.model.config, training.micro_batch_tokens)
         });
+        let snapshot = self.training.map_or(0, |_| snapshot_bytes(&settings.model.config));
         let device = &settings.synthesizer_devices[0];
         // A GPU that does not say what is free fails when it is used; this is an estimate.
         let free = free_bytes(device).unwrap_or(None);
@@ -182,7 +188,7 @@ impl Plan {
         };
         let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
         let engines = settings.synthesizer_devices.len() as u64;
-        engines * (weights + cache) + training
+        engines * (weights + cache) + training + snapshot
     }
 }
 
@@ -197,6 +203,11 @@ pub fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
     state + 4 * (rows as u64 * row * config.num_hidden_layers as u64 + logits)
 }
 
+/// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host.
+fn snapshot_bytes(config: &ModelConfig) -> u64 {
+    config.parameter_count() * 3 * 4
+}
+
 /// How to train a model on so many sequences.
 pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings {
     let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch() as u64)).max(1);
@@ -209,6 +220,7 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings 
             warmup_steps: args.warmup.unwrap_or_else(|| (total_steps / 10).min(1000)),
             total_steps,
             floor_share: 0.1,
+            decay: args.decay(),
         },
         optimizer: OPTIMIZER,
         recompute: args.recompute,

@@ -15,7 +15,7 @@ const DOTS_MAX: usize = 40;
 
 /// Room for the labels of the axes, in the units of the picture.
 const LEFT: f64 = 62.0;
-const RIGHT: f64 = 14.0;
+const RIGHT: f64 = 22.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 40.0;
 
@@ -196,7 +196,7 @@ impl Frame {
                 Scale::Logarithmic => (10f64.powf(low), 10f64.powf(high)),
                 _ => self.values,
             };
-            return ticks(range, (self.size.1 - TOP - BOTTOM) / 42.0, 0.0);
+            return ticks(range, (self.size.1 - TOP - BOTTOM) / 34.0, 0.0);
         }
         let factors: &[f64] = if high - low > 2.5 { &[1.0] } else { &[1.0, 2.0, 5.0] };
         let mut found = Vec::new();
@@ -240,7 +240,7 @@ fn ticks((low, high): (f64, f64), count: f64, least: f64) -> Vec<(f64, String)> 
     let power = 10f64.powf(rough.log10().floor());
     let factor = [1.0, 2.0, 5.0, 10.0].into_iter().find(|factor| factor * power >= rough * 0.999);
     let distance = factor.unwrap_or(10.0) * power;
-    let numbers = (low / distance).ceil() as i64..=(high / distance).floor() as i64;
+    let numbers = (low / distance - 1e-9).ceil() as i64..=(high / distance + 1e-9).floor() as i64;
     numbers
         .map(|number| number as f64 * distance)
         .map(|value| (value, label(value, distance)))
@@ -250,7 +250,7 @@ fn ticks((low, high): (f64, f64), count: f64, least: f64) -> Vec<(f64, String)> 
 /// A number as exact as `distance`, the one to its neighbours.
 fn label(value: f64, distance: f64) -> String {
     let size = value.abs();
-    let decimals = |distance: f64| (-distance.log10() + 1e-9).ceil().max(0.0) as usize;
+    let decimals = |distance: f64| (-distance.log10() - 1e-9).ceil().max(0.0) as usize;
     match size {
         0.0 => "0".into(),
         1e9.. => format!("{:.*}G", decimals(distance / 1e9), value / 1e9),
@@ -258,7 +258,7 @@ fn label(value: f64, distance: f64) -> String {
         1e4.. => format!("{:.*}K", decimals(distance / 1e3), value / 1e3),
         _ if size < 2e-3 => {
             let power = 10f64.powf(size.log10().floor());
-            format!("{:.*e}", decimals(distance / power), value)
+            format!("{:.*e}", decimals(distance / power), value).replace(".0e", "e")
         }
         _ => format!("{value:.*}", decimals(distance)),
     }
@@ -299,11 +299,7 @@ mod tests {
     #[test]
     fn ticks_are_round_numbers() {
         check((2.9, 7.2), 0.0, &["4", "6"]);
-        check(
-            (0.0, 1.04),
-            0.0,
-            &["0.0", "0.5", "1.0"].map(|text| if text == "0.0" { "0" } else { text }),
-        );
+        check((0.0, 1.04), 0.0, &["0", "0.5", "1.0"]);
         check((0.0, 0.00104), 0.0, &["0", "5e-4", "1e-3"]);
         check((1.0, 2010.0), 1.0, &["1000", "2000"]);
         check((1.0, 3.0), 1.0, &["1", "2", "3"]);

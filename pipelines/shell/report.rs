@@ -1,11 +1,11 @@
 //! `report.html` in the run folder: what a training came to, on one page that needs nothing else.
 
-use super::metrics::{self, Line, Totals};
+use super::metrics::{self, Line, OfSource, Totals};
 use super::plan::{bytes, count};
 use super::plot::{COLOURS, Curve, Plot, Scale, escape};
 use anyhow::Result;
 use headwater::format::durable;
-use serde::Deserialize;
+use headwater::train::held_out::Evaluation;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
@@ -16,15 +16,6 @@ const STYLE: &str = include_str!("report.css");
 /// Sizes of the pictures.
 const WIDE: (f64, f64) = (940.0, 340.0);
 const NARROW: (f64, f64) = (460.0, 210.0);
-
-/// A line of `eval.jsonl`.
-#[derive(Deserialize)]
-struct Evaluation {
-    step: u64,
-    source: String,
-    /// None if it is not finite.
-    loss: Option<f64>,
-}
 
 /// Writes the report of a run that trained; `figures` are its closing account. Does nothing for a run that did
 /// not train.
@@ -92,20 +83,26 @@ fn plots(lines: &[Line], evaluations: &[Evaluation]) -> Vec<Plot> {
         size: NARROW,
     };
     let mut sources: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-    for Evaluation { step, source, loss } in evaluations {
+    for Evaluation { step, source, loss, .. } in evaluations {
         sources.entry(source).or_default().push((*step as f64, loss.unwrap_or(f64::NAN)));
     }
-    let held_out = sources.into_iter().map(|(name, points)| Curve { name: name.into(), points });
+    let mut learned: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
+    for line in lines {
+        for (name, OfSource { loss, .. }) in &line.sources {
+            let point = (line.report.step as f64, loss.unwrap_or(f64::NAN));
+            learned.entry(name).or_default().push(point);
+        }
+    }
+    let by_source = |title, sources: BTreeMap<&str, Vec<(f64, f64)>>| {
+        let curve = |(name, points): (&str, _)| Curve { name: name.into(), points };
+        let curves = sources.into_iter().map(curve).collect();
+        Plot { title, unit: "nats per token", curves, scale: Scale::Fitted, size: WIDE }
+    };
     let loss = one("Loss", "nats per token", Scale::Fitted, |line| Some(line.report.loss));
     vec![
         Plot { size: WIDE, ..loss },
-        Plot {
-            title: "Held-out loss",
-            unit: "nats per token",
-            curves: held_out.collect(),
-            scale: Scale::Fitted,
-            size: WIDE,
-        },
+        by_source("Loss by source", learned),
+        by_source("Held-out loss", sources),
         one("Learning rate", "rate", Scale::FromZero, |line| Some(line.report.lr)),
         one("Gradient norm", "norm before clipping", Scale::Logarithmic, |line| {
             Some(line.report.grad_norm)
@@ -150,7 +147,9 @@ fn figure(plot: &Plot) -> Option<String> {
     let svg = plot.svg()?;
     let class = if plot.size == WIDE { "wide" } else { "narrow" };
     let mut caption = escape(plot.title);
-    for (index, curve) in plot.curves.iter().enumerate().filter(|_| plot.title == "Held-out loss") {
+    for (index, curve) in
+        plot.curves.iter().enumerate().filter(|(_, curve)| curve.name != plot.title)
+    {
         let dashed = if index < COLOURS { "" } else { " dashed" };
         let last = curve.points.last().map_or(f64::NAN, |point| point.1);
         let _ = write!(
@@ -201,7 +200,7 @@ mod tests {
 
     #[test]
     fn a_report_needs_nothing_else_and_text_in_it_is_text() {
-        let line = json!({ "step": 2, "source": "<b>web</b>", "loss": 4.5, "tokens": 9 });
+        let line = json!({ "step": 2, "source": "<b>web</b>", "loss": 4.5, "perplexity": 90.0, "tokens": 9 });
         let page = report(&run(3, &format!("{line}\n")));
         for text in ["http://", "https://", "src=", "<script", "<b>", "& <more>"] {
             assert!(!page.contains(text), "{text}");

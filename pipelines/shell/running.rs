@@ -8,7 +8,7 @@ use super::report;
 use super::settings::Settings;
 use super::stop;
 use super::summary::Summary;
-use super::training::{Drive, Ended, TrainingFolder, train_on};
+use super::training::{Drive, Ended, Told, Trained, latest, train_on};
 use anyhow::{Context, Result, anyhow};
 use candle_core::DType;
 use crossbeam_channel::Receiver;
@@ -31,8 +31,6 @@ pub enum Outcome {
     /// It went through.
     Done(Box<Summary>),
 }
-
-type Span = Option<(StepReport, StepReport)>;
 
 /// Plans, runs and sums up. `dataflow` wires the parts on each worker.
 ///
@@ -73,13 +71,13 @@ pub fn run(
         }
     };
     execute(settings.engine.workers, parts.clone(), dataflow)?;
-    let span = match trainer {
+    let trained = match trainer {
         Some(trainer) => trainer.join().map_err(|_| anyhow!("the trainer's thread failed"))?,
         None => None,
     };
     drop(progress);
     let manifest = parts.folder.manifest()?;
-    let summary = Summary::new(settings, &parts, manifest, span, start.elapsed().as_secs_f64())?;
+    let summary = Summary::new(settings, &parts, manifest, trained, start.elapsed().as_secs_f64())?;
     summary.write_ledger(&parts.folder)?;
     report::write(&settings.out, &summary.figures())?;
     Ok(Outcome::Done(Box::new(summary)))
@@ -144,13 +142,17 @@ fn spawn_trainer(
     parts: &Arc<Parts>,
     sequences: Receiver<Vec<Sequence>>,
     meter: Arc<TrainMeter>,
-) -> Result<JoinHandle<Span>> {
+) -> Result<JoinHandle<Option<Trained>>> {
     let args = settings.train.as_ref().context("planned with training")?;
-    let folder =
-        TrainingFolder { run: settings.out.clone(), checkpoint_every: args.checkpoint_every };
+    let folder = args.folder(&settings.out);
+    let told = Told {
+        sources: settings.sources.rules.names.clone(),
+        held_out: settings.held_out.clone(),
+        eval_every: args.eval_every,
+    };
     let device = settings.device.clone();
     let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
-    let trainer = match folder.latest()? {
+    let trainer = match latest(&settings.out)? {
         Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, &device)?,
         None => {
             let values = settings.model.parameters(settings.machine.seed, &device)?;
@@ -158,9 +160,10 @@ fn spawn_trainer(
         }
     };
     metrics::peak(&device, compute); // while the machine has nothing else to do
+    let trainer = trainer.with_guards(args.guards());
     let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
-    let train = move || -> Result<(Ended, Span)> {
-        let mut drive = Drive::new(trainer, &tokenizer, folder)?;
+    let train = move || -> Result<(Ended, Option<Trained>)> {
+        let mut drive = Drive::new(trainer, &tokenizer, folder, told)?;
         let epochs = parts.manifest.epochs.clone();
         let ended =
             train_on(&mut drive, &parts.folder, &epochs, &sequences, |report, measured| {
@@ -170,11 +173,11 @@ fn spawn_trainer(
         if ended == Ended::Stopped {
             std::mem::forget(sequences); // nobody is to mistake the stop for a failure
         }
-        Ok((ended, drive.span()))
+        Ok((ended, drive.trained()))
     };
     let thread =
         std::thread::Builder::new().name("trainer".into()).spawn(move || match train() {
-            Ok((Ended::Done, span)) => span,
+            Ok((Ended::Done, trained)) => trained,
             Ok((Ended::Stopped, _)) => stopped(),
             Err(error) => fail(&format!("training failed: {error:#}")),
         })?;

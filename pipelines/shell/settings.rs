@@ -1,13 +1,12 @@
 //! Everything that decides a run, in one place.
 
-use super::args::{
-    AugmentArgs, EngineArgs, MachineArgs, MixArgs, RunArgs, TrainArgs, check_progress,
-};
+use super::args::{AugmentArgs, EngineArgs, MachineArgs, MixArgs, RunArgs, check_progress};
 use super::gates;
 use super::models::Model;
 use super::published::Published;
 use super::ratio::part;
 use super::sources::Sources;
+use super::train_args::TrainArgs;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
 use headwater::block::{Converted, LongTexts};
@@ -22,6 +21,7 @@ use headwater::model::device;
 use headwater::model::precision::Precision;
 use headwater::pack::PackMode;
 use headwater::template::Templates;
+use headwater::train::held_out::HeldOut;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -84,6 +84,8 @@ pub struct Settings {
     pub augment: AugmentArgs,
     /// Flags of training; none if nothing is trained.
     pub train: Option<TrainArgs>,
+    /// What the loss is measured on.
+    pub held_out: HeldOut,
     /// Flags of the machine.
     pub machine: MachineArgs,
     /// Flags of synthesis.
@@ -142,9 +144,7 @@ impl Settings {
             model.precision = precision.context("--dtype")?;
         }
         let model = train.model(length)?;
-        if !no_train {
-            train.check(&model, length)?;
-        }
+        check_training(&train, no_train, &model, length)?;
         let templates = match &augment.templates {
             Some(directory) => Templates::with_files_of(directory).context("--templates")?,
             None => Templates::built_in(),
@@ -152,6 +152,7 @@ impl Settings {
         let (inputs, passed_over) = files(&input.input)?;
         ensure!(!inputs.is_empty(), "--input names no files of a known kind");
         let fields = input.fields();
+        let held_out = train.held_out(&fields, &model, length)?;
         Ok(Settings {
             document_rules: gates.document_rules(preset.words_min, preset.unique)?,
             pair_rules: gates.pair_rules()?,
@@ -162,6 +163,7 @@ impl Settings {
             limit: input.limit,
             out: input.out,
             train: (!no_train).then_some(train),
+            held_out,
             engine_settings: engine.steps.settings(on_cpu, 0)?,
             templates: Arc::new(templates),
             preset,
@@ -249,6 +251,7 @@ impl Settings {
             }
             Ok(entry)
         });
+        let held_out = self.train.as_ref().map(TrainArgs::held_out_configuration).transpose()?;
         let contamination = self.document_rules.contamination.as_ref();
         Ok(json!({
             "headwater": env!("CARGO_PKG_VERSION"),
@@ -285,8 +288,20 @@ impl Settings {
                 "tokenizer": tokenizer(&self.model),
             },
             "training": training,
+            "held_out": held_out.unwrap_or_default(),
         }))
     }
+}
+
+fn check_training(train: &TrainArgs, no_train: bool, model: &Model, length: usize) -> Result<()> {
+    if no_train {
+        ensure!(
+            train.eval.is_empty(),
+            "--eval measures the model that is trained: leave out --no-train"
+        );
+        return Ok(());
+    }
+    train.check(model, length)
 }
 
 fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// The name of what flows, in ids and ledgers.
-const FLOW: &str = "augmented";
+pub const FLOW: &str = "augmented";
 
 /// What is mixed with what.
 #[derive(Clone, Debug)]

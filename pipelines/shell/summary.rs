@@ -1,9 +1,11 @@
 //! What a run came to: the account, the figures, and where everything lies.
 
+use super::held_out::{describe_evaluations, describe_rejected};
 use super::metrics::{self, Totals};
 use super::parts::Parts;
 use super::plan::{bytes, count, seconds};
 use super::settings::Settings;
+use super::training::Trained;
 use anyhow::Result;
 use headwater::augment::Augmented;
 use headwater::format::durable;
@@ -11,7 +13,6 @@ use headwater::ledger::Ledger;
 use headwater::manifest::Manifest;
 use headwater::mix::Mixer;
 use headwater::run::RunFolder;
-use headwater::train::StepReport;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -21,7 +22,7 @@ use std::path::PathBuf;
 pub struct Summary {
     ledger: Ledger,
     manifest: Manifest,
-    training: Option<(StepReport, StepReport)>,
+    training: Option<Trained>,
     totals: Option<Totals>,
     seconds: f64,
     generated: u64,
@@ -40,13 +41,16 @@ impl Summary {
         settings: &Settings,
         parts: &Parts,
         manifest: Manifest,
-        training: Option<(StepReport, StepReport)>,
+        training: Option<Trained>,
         seconds: f64,
     ) -> Result<Self> {
-        let last = training.map(|(_, last)| last);
-        let (sequences, tokens) =
-            last.map_or((0, 0), |last| (last.next_sequence, last.tokens_total));
-        let ledger = manifest.account(sequences, tokens);
+        let (sequences, tokens) = training
+            .as_ref()
+            .map_or((0, 0), |trained| (trained.last.next_sequence, trained.last.tokens_total));
+        let mut ledger = manifest.account(sequences, tokens);
+        if let Some(trained) = &training {
+            ledger.merge(&trained.ledger);
+        }
         Ok(Summary {
             ledger,
             manifest,
@@ -92,9 +96,10 @@ impl Summary {
             "utilisation": self.utilisation(),
             "mix_error_tokens": self.mix_errors(),
             "peak_memory_bytes": peak_memory(),
-            "training": self
-                .training
-                .map(|(first, last)| json!({ "first": first, "last": last, "totals": self.totals })),
+            "training": self.training.as_ref().map(|trained| {
+                let Trained { first, last, evaluations, ledger: _ } = trained;
+                json!({ "first": first, "last": last, "held_out": evaluations, "totals": self.totals })
+            }),
             "run": self.out,
         })
     }
@@ -113,6 +118,10 @@ impl Summary {
         let mut lines = self.describe_texts();
         lines.extend(self.describe_tokens());
         lines.push(("train", self.describe_training()));
+        if let Some(trained) = self.training.as_ref().filter(|it| !it.evaluations.is_empty()) {
+            let rejected = describe_rejected(&self.ledger);
+            lines.push(("held out", describe_evaluations(&trained.evaluations) + &rejected));
+        }
         lines.push(("unknown", self.ledger.unknown().to_string()));
         let run = format!(
             "{}, {:.1} documents/s synthesized, {} peak memory",
@@ -251,8 +260,8 @@ impl Summary {
     /// Where everything lies.
     pub fn places(&self) -> String {
         let out = self.out.display();
-        let model = match self.training {
-            Some((_, last)) => {
+        let model = match &self.training {
+            Some(Trained { last, .. }) => {
                 format!(
                     "\n  the model      {out}/checkpoints/step-{:08}/\n  curves         \
                      {out}/report.html, {out}/tensorboard/",
@@ -291,15 +300,16 @@ impl Summary {
     }
 
     fn describe_training(&self) -> String {
-        match self.training {
+        match &self.training {
             None => format!("nothing; {} sequences wait", self.ledger.get("train/waiting")),
-            Some((first, last)) => format!(
-                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end{}",
+            Some(Trained { first, last, .. }) => format!(
+                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end{}{}",
                 last.step,
                 last.next_sequence,
                 count(last.tokens_total),
                 first.loss,
                 last.loss,
+                describe_skipped(last.skipped_total),
                 self.totals.map_or(String::new(), |totals| format!("; {}", totals.describe())),
             ),
         }
@@ -338,6 +348,11 @@ fn reasons(ledger: &Ledger, prefix: &str) -> String {
         true => String::new(),
         false => format!(" ({})", counts.join(", ")),
     }
+}
+
+/// How many updates were skipped; nothing if none was.
+pub(crate) fn describe_skipped(updates: u64) -> String {
+    if updates == 0 { String::new() } else { format!("; {updates} updates skipped") }
 }
 
 /// Reasons that say so if there are none.

@@ -1,32 +1,62 @@
-//! Drives a trainer: steps, measures, checkpoints, stops.
+//! Drives a trainer: steps, measures, evaluates, checkpoints, stops.
 
-use super::metrics::{Measured, Metrics};
+use super::logs::{Evaluations, Metrics};
+use super::metrics::{Gauge, Measured, now};
 use super::stop;
+use super::tensorboard::Board;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
+use headwater::format::{compressed, durable};
+use headwater::ledger::Ledger;
 use headwater::manifest::EpochRecord;
 use headwater::record::Sequence;
 use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
-use headwater::train::{StepReport, Trainer, checkpoint};
+use headwater::train::checkpoint::{Retention, list};
+use headwater::train::held_out::{Evaluation, HeldOut};
+use headwater::train::writer::{Target, Writer};
+use headwater::train::{SourceLoss, StepReport, Trainer};
+use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How often an idle trainer looks whether it is to stop.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Checkpoints that are kept.
-const CHECKPOINTS_KEPT: usize = 2;
-
 /// Where a training run writes, and how often.
 #[derive(Clone, Debug)]
 pub struct TrainingFolder {
-    /// `checkpoints/` and `metrics.jsonl` are in here.
+    /// `checkpoints/`, `metrics.jsonl` and `eval.jsonl` are in here.
     pub run: PathBuf,
     /// Steps between checkpoints.
     pub checkpoint_every: u64,
+    /// Which of them stay.
+    pub retention: Retention,
+}
+
+/// What is told of a training run, beside its steps.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// Names of the sources of its sequences, by their index.
+    pub sources: Vec<String>,
+    /// What the loss is measured on.
+    pub held_out: HeldOut,
+    /// Steps between measuring it.
+    pub eval_every: u64,
+}
+
+/// What a training run came to.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    /// The first step.
+    pub first: StepReport,
+    /// The last one.
+    pub last: StepReport,
+    /// The last loss of each held-out source.
+    pub evaluations: Vec<Evaluation>,
+    /// Updates skipped, and what was read to be held out.
+    pub ledger: Ledger,
 }
 
 /// How a drive ended.
@@ -38,48 +68,69 @@ pub enum Ended {
     Stopped,
 }
 
+/// The checkpoints of a run folder.
+fn checkpoints(run: &Path) -> PathBuf {
+    run.join("checkpoints")
+}
+
+/// The latest checkpoint in a run folder, if there is one.
+///
+/// # Errors
+/// If the folder cannot be listed.
+pub fn latest(run: &Path) -> Result<Option<PathBuf>> {
+    Ok(list(&checkpoints(run))?.pop())
+}
+
 /// A trainer with its folder.
-pub struct Drive<'a> {
+pub struct Drive {
     /// The model in training.
     pub trainer: Trainer,
-    /// Written beside every checkpoint.
-    pub tokenizer: &'a Tokenizer,
-    /// Where to write.
-    pub folder: TrainingFolder,
+    folder: TrainingFolder,
+    told: Told,
+    writer: Writer,
     metrics: Metrics,
-    first: Option<StepReport>,
-    last: Option<StepReport>,
+    evaluations: Evaluations,
+    gauge: Gauge,
+    board: Board,
+    span: Option<(StepReport, StepReport)>,
 }
 
-impl TrainingFolder {
-    /// The folder of all checkpoints.
-    pub fn checkpoints(&self) -> PathBuf {
-        self.run.join("checkpoints")
-    }
-
-    /// The latest checkpoint, if there is one.
-    ///
-    /// # Errors
-    /// If the folder cannot be listed.
-    pub fn latest(&self) -> Result<Option<PathBuf>> {
-        Ok(checkpoint::list(&self.checkpoints())?.pop())
-    }
-}
-
-impl<'a> Drive<'a> {
-    /// Opens the folder for a trainer that is new or was resumed: metrics of steps that were lost in a
-    /// crash are taken back.
+impl Drive {
+    /// Opens the folder for a trainer that is new or was resumed: lines of steps that were lost in a crash
+    /// are taken back.
     ///
     /// # Errors
     /// If the folder cannot be written.
-    pub fn new(trainer: Trainer, tokenizer: &'a Tokenizer, folder: TrainingFolder) -> Result<Self> {
-        let checkpoints = folder.checkpoints();
-        std::fs::create_dir_all(&checkpoints).context("could not create the checkpoints folder")?;
-        let path = folder.run.join("metrics.jsonl");
-        let reports = keep_metrics(&path, trainer.progress().step)?;
-        let metrics = Metrics::open(&folder.run, &trainer)?;
-        let (first, last) = (reports.first().copied(), reports.last().copied());
-        Ok(Drive { trainer, tokenizer, folder, metrics, first, last })
+    pub fn new(
+        trainer: Trainer,
+        tokenizer: &Tokenizer,
+        folder: TrainingFolder,
+        told: Told,
+    ) -> Result<Self> {
+        let step = trainer.progress().step;
+        let (metrics, span) = Metrics::open(&folder.run, step)?;
+        let evaluations = Evaluations::open(&folder.run, step, told.held_out.sources())?;
+        let mut logs = vec![metrics.path().to_owned()];
+        if !told.held_out.is_empty() {
+            logs.push(evaluations.path().to_owned());
+        }
+        let writer = Writer::new(Target {
+            folder: checkpoints(&folder.run),
+            tokenizer: tokenizer.clone(),
+            retention: folder.retention,
+            logs,
+        })?;
+        write_rejected(&folder.run, &told.held_out)?;
+        let (gauge, board) = (Gauge::new(&trainer)?, Board::open(&folder.run, now())?);
+        Ok(Drive { trainer, folder, told, writer, metrics, evaluations, gauge, board, span })
+    }
+
+    /// Measures a run that has not begun.
+    ///
+    /// # Errors
+    /// If the device fails or the disk refuses.
+    pub fn begin(&mut self) -> Result<()> {
+        if self.trainer.progress().step == 0 { self.evaluate() } else { Ok(()) }
     }
 
     /// Learns from one batch; `watch` sees the report and what the step took.
@@ -91,37 +142,93 @@ impl<'a> Drive<'a> {
         batch: &[Sequence],
         watch: &mut impl FnMut(&StepReport, &Measured),
     ) -> Result<Ended> {
+        self.writer.check()?;
         let start = Instant::now();
         let report = self.trainer.step(batch)?;
-        let measured = self.metrics.measure(batch, start);
-        self.metrics.note(serde_json::to_value(report)?, &measured)?;
-        self.first.get_or_insert(report);
-        self.last = Some(report);
-        watch(&report, &measured);
-        let stop = stop::asked();
-        if stop || report.step.is_multiple_of(self.folder.checkpoint_every) {
-            self.checkpoint()?;
+        let measured = self.gauge.measure(batch, start);
+        let mut line = serde_json::to_value(&report)?;
+        if let Some(sources) = self.by_source(&report.sources) {
+            line["sources"] = sources;
         }
-        self.metrics.wait();
+        measured.add_to(&mut line);
+        self.metrics.write(&line)?;
+        self.board.step(&line)?;
+        watch(&report, &measured);
+        let step = report.step;
+        let first = self.span.take().map_or_else(|| report.clone(), |(first, _)| first);
+        self.span = Some((first, report));
+        if step.is_multiple_of(self.told.eval_every.max(1)) {
+            self.evaluate()?;
+        }
+        let stop = stop::asked();
+        if stop || step.is_multiple_of(self.folder.checkpoint_every) {
+            self.writer.write(&self.trainer)?;
+        }
+        if stop {
+            self.writer.wait()?;
+        }
+        self.gauge.wait();
         Ok(if stop { Ended::Stopped } else { Ended::Done })
     }
 
-    /// Writes a checkpoint of the current step.
+    /// Writes a checkpoint of the current step, and waits until it is there for good.
     ///
     /// # Errors
-    /// If the disk refuses.
-    pub fn checkpoint(&mut self) -> Result<PathBuf> {
-        self.metrics.sync()?;
-        let folder = self.folder.checkpoints();
-        let path = self.trainer.save(&folder, self.tokenizer)?;
-        checkpoint::prune(&folder, CHECKPOINTS_KEPT)?;
-        Ok(path)
+    /// If the device fails or the disk refuses.
+    pub fn checkpoint(&mut self) -> Result<()> {
+        self.writer.write(&self.trainer)?;
+        Ok(self.writer.wait()?)
     }
 
-    /// Reports of the first and the last step, those before a resume included.
-    pub fn span(&self) -> Option<(StepReport, StepReport)> {
-        self.first.zip(self.last)
+    /// Measures the last step, if that was not done, and writes the last checkpoint.
+    ///
+    /// # Errors
+    /// If the device fails or the disk refuses.
+    pub fn finish(&mut self) -> Result<()> {
+        self.evaluate()?;
+        self.checkpoint()
     }
+
+    /// What it came to, steps before a resume included; nothing if there was nothing to learn.
+    pub fn trained(&self) -> Option<Trained> {
+        let (first, last) = self.span.clone()?;
+        let mut ledger = self.told.held_out.ledger();
+        ledger.add("train/skipped_updates", last.skipped_total);
+        Some(Trained { first, last, evaluations: self.evaluations.last().to_vec(), ledger })
+    }
+
+    /// The loss of each held-out source at this step, unless it is known.
+    fn evaluate(&mut self) -> Result<()> {
+        let step = self.trainer.progress().step;
+        let is_known = self.evaluations.last().first().is_some_and(|known| known.step == step);
+        if self.told.held_out.is_empty() || is_known {
+            return Ok(());
+        }
+        self.evaluations.write(self.trainer.evaluate_held_out(&self.told.held_out)?)?;
+        self.board.evaluations(now(), self.evaluations.last())
+    }
+
+    /// Losses by the names of their sources, where there are several.
+    fn by_source(&self, losses: &[SourceLoss]) -> Option<Value> {
+        let names = &self.told.sources;
+        let named = |loss: &SourceLoss| {
+            let name = names.get(loss.source as usize).cloned();
+            let value = json!({ "loss": loss.loss, "learned": loss.learned });
+            (name.unwrap_or_else(|| loss.source.to_string()), value)
+        };
+        (names.len() > 1).then(|| losses.iter().map(named).collect())
+    }
+}
+
+/// Records that were to be held out and cannot be used.
+fn write_rejected(run: &Path, held_out: &HeldOut) -> Result<()> {
+    if held_out.rejected().is_empty() {
+        return Ok(());
+    }
+    let folder = run.join("rejected");
+    std::fs::create_dir_all(&folder).with_context(|| format!("could not create {folder:?}"))?;
+    let bytes = compressed::write(held_out.rejected());
+    Ok(durable::write(&folder.join("held_out.jsonl.zst"), &bytes)?)
 }
 
 /// Trains on the sequences of a run: those of `epochs` that are on disk already, then those that come
@@ -130,12 +237,13 @@ impl<'a> Drive<'a> {
 /// # Errors
 /// If training diverges or the disk refuses.
 pub fn train_on(
-    drive: &mut Drive<'_>,
+    drive: &mut Drive,
     folder: &RunFolder,
     epochs: &[EpochRecord],
     feed: &Receiver<Vec<Sequence>>,
     mut watch: impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
+    drive.begin()?;
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
     let behind = drive.trainer.progress().next_sequence;
     for epoch in epochs.iter().filter(|epoch| epoch.first_sequence + epoch.sequences > behind) {
@@ -162,13 +270,13 @@ pub fn train_on(
     if !waiting.is_empty() && drive.step(waiting.make_contiguous(), &mut watch)? == Ended::Stopped {
         return Ok(Ended::Stopped);
     }
-    drive.checkpoint()?;
+    drive.finish()?;
     Ok(Ended::Done)
 }
 
 /// Learns from whole batches while there are any.
 fn learn(
-    drive: &mut Drive<'_>,
+    drive: &mut Drive,
     waiting: &mut VecDeque<Sequence>,
     watch: &mut impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
@@ -180,27 +288,4 @@ fn learn(
         }
     }
     Ok(Ended::Done)
-}
-
-/// Keeps the lines of steps up to `step`, and returns them.
-fn keep_metrics(path: &Path, step: u64) -> Result<Vec<StepReport>> {
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let file = std::io::BufReader::new(std::fs::File::open(path)?);
-    let (mut kept, mut reports) = (String::new(), Vec::new());
-    for line in file.lines() {
-        let line = line?;
-        let Ok(report) = serde_json::from_str::<StepReport>(&line) else {
-            break;
-        };
-        if report.step > step {
-            break;
-        }
-        reports.push(report);
-        kept += &line;
-        kept.push('\n');
-    }
-    headwater::format::durable::write(path, kept.as_bytes())?;
-    Ok(reports)
 }

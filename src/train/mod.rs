@@ -1,7 +1,7 @@
 //! Training: from packed sequences to a checkpoint that Hugging Face transformers loads.
 //!
 //! ```text
-//! sequences ─▶ micro-batches ─▶ loss, gradients (summed) ─▶ clip ─▶ AdamW ─▶ next step
+//! sequences ─▶ micro-batches ─▶ loss, gradients (summed) ─▶ guards ─▶ clip ─▶ AdamW ─▶ next step
 //! ```
 //!
 //! A step's result depends on its sequences and the state before it, not on how they are cut into
@@ -9,9 +9,17 @@
 
 pub mod checkpoint;
 pub mod feed;
+pub mod guard;
+pub mod held_out;
 pub mod optimizer;
+mod report;
 pub mod schedule;
+#[cfg(test)]
+mod tests;
 pub mod tuning;
+pub mod writer;
+
+pub use report::{SourceLoss, StepReport};
 
 use crate::error::{Context, Error, Result};
 use crate::model::backward::{Batch, Gradients, Keep};
@@ -21,6 +29,7 @@ use crate::model::{Form, Llama};
 use crate::record::Sequence;
 use crate::seed;
 use candle_core::{DType, Device, Tensor};
+use guard::{Fault, Guards, OnFault, Recent};
 use optimizer::{AdamW, Parameters};
 use rayon::prelude::*;
 use schedule::Schedule;
@@ -44,27 +53,6 @@ pub struct TrainSettings {
     pub recompute: bool,
 }
 
-/// What one step did.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct StepReport {
-    /// Number of the step, from 1.
-    pub step: u64,
-    /// Mean loss of the learned tokens, in nats.
-    pub loss: f64,
-    /// Norm of the gradients before clipping.
-    pub grad_norm: f64,
-    /// Learning rate.
-    pub lr: f64,
-    /// Tokens seen in this step.
-    pub tokens: u64,
-    /// Tokens learned in this step.
-    pub learned: u64,
-    /// Tokens seen in all steps so far.
-    pub tokens_total: u64,
-    /// First sequence of the next step.
-    pub next_sequence: u64,
-}
-
 /// A model in training.
 #[derive(Debug)]
 pub struct Trainer {
@@ -73,7 +61,9 @@ pub struct Trainer {
     /// Parameters in the type of the computation, where that is not f32.
     copies: Vec<(String, Tensor)>,
     settings: TrainSettings,
+    guards: Guards,
     progress: Progress,
+    recent: Recent,
 }
 
 /// How far a training run has come.
@@ -85,6 +75,8 @@ pub struct Progress {
     pub next_sequence: u64,
     /// Tokens seen.
     pub tokens: u64,
+    /// Steps whose update was skipped.
+    pub skipped: u64,
 }
 
 impl Trainer {
@@ -111,7 +103,21 @@ impl Trainer {
             copies.push((name.to_owned(), copy.clone()));
             Ok(copy)
         })?;
-        Ok(Trainer { model, parameters, copies, settings, progress: Progress::default() })
+        Ok(Trainer {
+            model,
+            parameters,
+            copies,
+            settings,
+            guards: Guards::USUAL,
+            progress: Progress::default(),
+            recent: Recent::default(),
+        })
+    }
+
+    /// Has steps looked at in other ways than the usual ones.
+    #[must_use]
+    pub fn with_guards(self, guards: Guards) -> Self {
+        Trainer { guards, ..self }
     }
 
     /// The model as it is now.
@@ -140,40 +146,38 @@ impl Trainer {
         &self.settings
     }
 
-    /// Learns from the sequences of one step.
+    /// Learns from the sequences of one step, or skips its update as the guards say: then neither parameters
+    /// nor moments change, and the moments do not count it as an update.
     ///
     /// # Errors
-    /// If the loss or the gradient is not finite: the error names the step and the sequences, and the
-    /// parameters are as they were before.
+    /// If a guard stops the run: the error names the step and the sequences, and everything is as it was
+    /// before.
     pub fn step(&mut self, sequences: &[Sequence]) -> Result<StepReport> {
-        let targets: usize = sequences.iter().map(|sequence| batch([sequence]).rows.len()).sum();
+        let targets: usize = sequences.iter().flat_map(report::learned).map(|(_, n)| n).sum();
         let tokens: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
         let keep = if self.settings.recompute { Keep::Inputs } else { Keep::Everything };
-        let (mut gradients, mut total) = (Gradients::default(), 0.0);
+        let (mut gradients, mut losses, mut total) = (Gradients::default(), Vec::new(), 0.0);
         for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
             let scale = 1.0 / targets.max(1) as f64;
-            let losses = self.model.learn(&batch(group), scale, keep, &mut gradients);
-            total += losses.context("training step")?.iter().sum::<f64>();
+            let learned = self.model.learn(&batch(group), scale, keep, &mut gradients);
+            let learned = learned.context("training step")?;
+            total += learned.iter().sum::<f64>();
+            losses.extend(learned);
         }
         let loss = total / targets.max(1) as f64;
-        let step = self.progress.step + 1;
-        let rate = self.settings.schedule.rate(step);
-        let grad_norm = match loss.is_finite() {
-            true => self.parameters.update(&gradients, &self.settings.optimizer, rate, step)?,
-            false => f64::NAN,
-        };
-        if !(loss.is_finite() && grad_norm.is_finite()) {
-            return Err(self.diverged(loss, grad_norm, sequences));
+        let grad_norm = if loss.is_finite() { gradients.norm()? } else { f64::NAN };
+        let skipped = self.skipped(loss, grad_norm, sequences)?;
+        let rate = self.settings.schedule.rate(self.progress.step + 1);
+        if skipped.is_none() {
+            self.update(&gradients, grad_norm, rate)?;
         }
-        for (name, copy) in &self.copies {
-            let value = self.parameters.get(name).expect("copied from there").value()?;
-            copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)?;
-        }
-        self.progress.step = step;
+        self.recent.note(loss, grad_norm, skipped.is_some());
+        self.progress.step += 1;
+        self.progress.skipped += u64::from(skipped.is_some());
         self.progress.next_sequence += sequences.len() as u64;
         self.progress.tokens += tokens as u64;
         Ok(StepReport {
-            step,
+            step: self.progress.step,
             loss,
             grad_norm,
             lr: rate,
@@ -181,7 +185,31 @@ impl Trainer {
             learned: targets as u64,
             tokens_total: self.progress.tokens,
             next_sequence: self.progress.next_sequence,
+            skipped,
+            skipped_total: self.progress.skipped,
+            sources: report::by_source(sequences, &losses),
         })
+    }
+
+    /// Why the step is to be skipped, if it is.
+    fn skipped(&self, loss: f64, grad_norm: f64, sequences: &[Sequence]) -> Result<Option<Fault>> {
+        let Some(fault) = self.recent.fault(loss, grad_norm) else { return Ok(None) };
+        match self.guards.against(fault) {
+            None => Ok(None),
+            Some(OnFault::Skip) if self.recent.may_skip() => Ok(Some(fault)),
+            Some(how) => Err(self.bad_step(fault, how, &[loss, grad_norm], sequences)),
+        }
+    }
+
+    /// Moves the parameters, and what is computed with.
+    fn update(&self, gradients: &Gradients, grad_norm: f64, rate: f64) -> Result<()> {
+        let updates = self.progress.step - self.progress.skipped + 1;
+        self.parameters.update(gradients, grad_norm, &self.settings.optimizer, rate, updates)?;
+        for (name, copy) in &self.copies {
+            let value = self.parameters.get(name).expect("copied from there").value()?;
+            copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)?;
+        }
+        Ok(())
     }
 
     /// Mean loss of the learned tokens of `sequences`, without learning from them.
@@ -198,13 +226,29 @@ impl Trainer {
         Ok(total / count.max(1) as f64)
     }
 
-    fn diverged(&self, loss: f64, grad_norm: f64, sequences: &[Sequence]) -> Error {
+    fn bad_step(
+        &self,
+        fault: Fault,
+        how: OnFault,
+        [loss, grad_norm]: &[f64; 2],
+        sequences: &[Sequence],
+    ) -> Error {
         let first = self.progress.next_sequence;
+        let (what, flag) = match fault {
+            Fault::Nonfinite => ("diverged".to_owned(), "--on-nonfinite"),
+            Fault::Spike => (format!("had a spike ({})", self.recent), "--on-spike"),
+        };
+        let why = match how {
+            OnFault::Stop => format!("{flag} skip goes on without such steps"),
+            OnFault::Skip => {
+                format!("{} steps before it were skipped", guard::SKIPPED_IN_A_ROW_MAX)
+            }
+        };
         let items: Vec<&str> =
             sequences.iter().flat_map(|s| &s.segments).map(|segment| &*segment.item).collect();
         Error::Stopped(format!(
-            "training diverged at step {}: loss {loss}, gradient norm {grad_norm}; sequences {first} \
-             to {}, items {}",
+            "training {what} at step {}: loss {loss}, gradient norm {grad_norm}; {why}; sequences \
+             {first} to {}, items {}",
             self.progress.step + 1,
             first + sequences.len() as u64 - 1,
             items.join(", "),

@@ -47,20 +47,19 @@ impl Parameters {
         self.by_name.iter().map(|(name, parameter)| (name.as_str(), parameter))
     }
 
-    /// Moves every parameter against its gradient; returns the norm of the gradients before clipping.
+    /// Moves every parameter against its gradient, clipped to the largest norm; `norm` is that of all
+    /// gradients together. `updates` counts those done, this one included.
     ///
-    /// Leaves everything as it is if that norm is not finite.
+    /// # Errors
+    /// If a parameter has no gradient, or the device fails.
     pub fn update(
         &self,
         gradients: &Gradients,
+        norm: f64,
         settings: &AdamW,
         rate: f64,
-        step: u64,
-    ) -> Result<f64> {
-        let norm = gradients.norm()?;
-        if !norm.is_finite() {
-            return Ok(norm);
-        }
+        updates: u64,
+    ) -> Result<()> {
         let gradient_scale =
             if norm > settings.clip_norm { settings.clip_norm / norm } else { 1.0 };
         for (name, parameter) in &self.by_name {
@@ -69,9 +68,10 @@ impl Parameters {
             };
             let AdamW { beta1, beta2, epsilon, weight_decay, clip_norm: _ } = *settings;
             let decay = if gradient.rank() > 1 { weight_decay } else { 0.0 };
-            let update = Update { rate, beta1, beta2, epsilon, decay, step, gradient_scale };
+            let update =
+                Update { rate, beta1, beta2, epsilon, decay, step: updates, gradient_scale };
             parameter.update(gradient, &update)?;
         }
-        Ok(norm)
+        Ok(())
     }
 }

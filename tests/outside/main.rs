@@ -16,6 +16,7 @@ mod requests;
 mod rounds;
 mod rules;
 mod tidy;
+mod training;
 mod watched;
 
 use std::path::{Path, PathBuf};

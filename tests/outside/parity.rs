@@ -21,7 +21,7 @@ use headwater::seed::stream;
 use headwater::synthesizer::{Request, Synthesizer};
 use headwater::tokenizer::Tokenizer;
 use headwater::train::optimizer::AdamW;
-use headwater::train::schedule::Schedule;
+use headwater::train::schedule::{Decay, Schedule};
 use headwater::train::{TrainSettings, Trainer, loaded};
 use headwater_pipelines::shell::models::{BUNDLED, Model};
 use std::collections::{BTreeMap, HashMap};
@@ -318,7 +318,13 @@ fn an_export_is_the_model_that_was_loaded() {
         let settings = TrainSettings {
             batch_sequences: 1,
             micro_batch_tokens: 1,
-            schedule: Schedule { peak: 1.0, warmup_steps: 0, total_steps: 1, floor_share: 0.1 },
+            schedule: Schedule {
+                peak: 1.0,
+                warmup_steps: 0,
+                total_steps: 1,
+                floor_share: 0.1,
+                decay: Decay::Cosine,
+            },
             optimizer: AdamW {
                 beta1: 0.9,
                 beta2: 0.95,

@@ -6,10 +6,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const TAGS: [&str; 7] = [
+const TAGS: [&str; 9] = [
     "train/data_wait_share",
     "train/grad_norm",
     "train/loss",
+    "train/loss/augmented",
+    "train/loss/general",
     "train/lr",
     "train/memory_bytes",
     "train/mfu",
@@ -36,9 +38,13 @@ fn expected(lines: &[Line], tag: &str) -> Vec<Point> {
     let field = tag.strip_prefix("train/").unwrap();
     let point = |line: &Line| {
         let value = serde_json::to_value(line).unwrap();
-        (line.report.step, line.measured.unix_time, value[field].as_f64().unwrap() as f32)
+        let number = match field.strip_prefix("loss/") {
+            Some(source) => &value["sources"][source]["loss"],
+            None => &value[field],
+        };
+        Some((line.report.step, line.measured.unix_time, number.as_f64()? as f32))
     };
-    lines.iter().map(point).collect()
+    lines.iter().filter_map(point).collect()
 }
 
 #[test]

@@ -1,0 +1,307 @@
+//! Flags of training.
+
+use super::models::{BUNDLED, Model};
+use super::published::Published;
+use super::settings::digests;
+use super::training::TrainingFolder;
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+use headwater::format::documents::files;
+use headwater::format::jsonl::Fields;
+use headwater::train::checkpoint::Retention;
+use headwater::train::guard::{Guards, OnFault};
+use headwater::train::held_out::HeldOut;
+use headwater::train::schedule::Decay;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// The last steps of `--schedule wsd`, in percent: as many sufficed for MiniCPM (arXiv 2404.06395).
+const DECAY_PERCENT: u64 = 10;
+
+/// What is trained on it.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Training")]
+pub struct TrainArgs {
+    /// A published set-up: its model, sequences, steps and rates are taken where no flag says otherwise
+    #[arg(long, value_name = "NAME")]
+    pub published: Option<String>,
+    /// The model to train: a Hugging Face directory, "bundled", or a shape for random weights [default: 10m]
+    #[arg(long, value_name = "DIR|SHAPE")]
+    pub model: Option<String>,
+    /// The directory of the tokenizer for a shape [default: the bundled one]
+    #[arg(long, value_name = "DIR")]
+    pub tokenizer: Option<String>,
+    /// Sequences of one step [default: 8]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Peak learning rate [default: 1e-3 for random weights, 1e-5 for a loaded model]
+    #[arg(long, value_name = "X")]
+    pub rate: Option<f64>,
+    /// Steps of warm-up [default: a tenth of the steps, at most 1000]
+    #[arg(long, value_name = "N")]
+    pub warmup: Option<u64>,
+    /// Steps over which the rate falls [default: as many as the input is estimated to give]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// How the rate falls: along a cosine, or held and falling in the last steps
+    #[arg(long, value_enum, default_value_t = Form::Cosine, value_name = "HOW")]
+    pub schedule: Form,
+    /// The last steps, in which a held rate falls, of all [default: 10]
+    #[arg(long, value_name = "PERCENT")]
+    pub decay_share: Option<u64>,
+    /// Tokens whose activations are held at a time
+    #[arg(long, default_value_t = 4096, value_name = "N")]
+    pub micro_batch_tokens: usize,
+    /// Run blocks again in the backward pass instead of keeping their activations
+    #[arg(long)]
+    pub recompute: bool,
+    /// What to do about a step whose loss or gradient is not finite: stop the run, or skip its update
+    #[arg(long, value_enum, default_value_t = OnNonfinite::Stop, value_name = "HOW")]
+    pub on_nonfinite: OnNonfinite,
+    /// What to do about a step whose loss or gradient norm is far above those before: nothing, stop, or skip
+    #[arg(long, value_enum, default_value_t = OnSpike::Off, value_name = "HOW")]
+    pub on_spike: OnSpike,
+    /// Steps between checkpoints
+    #[arg(long, default_value_t = 100, value_name = "N")]
+    pub checkpoint_every: u64,
+    /// Checkpoints that are kept, the latest
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub keep_checkpoints: usize,
+    /// Keep those of every so many-th step for ever, too: a multiple of --checkpoint-every
+    #[arg(long, value_name = "STEPS")]
+    pub keep_every: Option<u64>,
+    /// Texts to measure the loss on, never learned from; each file name is a source of its own
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub eval: Vec<PathBuf>,
+    /// Steps between measuring them; also before the first step and behind the last one
+    #[arg(long, default_value_t = 100, requires = "eval", value_name = "N")]
+    pub eval_every: u64,
+}
+
+/// How a learning rate falls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Form {
+    /// Half a cosine from the warm-up to the last step
+    Cosine,
+    /// Warm-up, the peak, and a decay over the last steps
+    Wsd,
+}
+
+/// What to do about a step that is not finite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnNonfinite {
+    /// Stop with an error
+    Stop,
+    /// Skip the update, and count it
+    Skip,
+}
+
+/// What to do about a spike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnSpike {
+    /// Do not look
+    Off,
+    /// Stop with an error
+    Stop,
+    /// Skip the update, and count it
+    Skip,
+}
+
+impl TrainArgs {
+    /// Takes what a published set-up says where no flag does.
+    ///
+    /// # Errors
+    /// If there is no such set-up among `known`.
+    pub fn resolve(&mut self, known: &'static [Published]) -> Result<Option<&'static Published>> {
+        let Some(name) = &self.published else { return Ok(None) };
+        let published = known.iter().find(|published| published.name == name);
+        let Some(published) = published else {
+            let names: Vec<&str> = known.iter().map(|published| published.name).collect();
+            bail!("--published takes {} here, not {name:?}", names.join(" or "));
+        };
+        self.model.get_or_insert_with(|| published.shape.into());
+        self.batch.get_or_insert(published.batch_sequences());
+        self.rate.get_or_insert(published.rate);
+        self.warmup.get_or_insert(published.warmup);
+        self.steps.get_or_insert(published.steps);
+        Ok(Some(published))
+    }
+
+    /// What the model is called.
+    pub fn model_name(&self) -> &str {
+        self.model.as_deref().unwrap_or("10m")
+    }
+
+    /// Sequences of one step.
+    pub fn batch(&self) -> usize {
+        self.batch.unwrap_or(8)
+    }
+
+    /// The model to train, with its tokenizer.
+    ///
+    /// # Errors
+    /// If it cannot be found.
+    pub fn model(&self, length: usize) -> Result<Model> {
+        let tokenizer = Model::trained(self.tokenizer.as_deref().unwrap_or(BUNDLED))?.tokenizer;
+        Model::named(self.model_name(), &tokenizer, length)
+    }
+
+    /// How the rate falls.
+    pub fn decay(&self) -> Decay {
+        match self.schedule {
+            Form::Cosine => Decay::Cosine,
+            Form::Wsd => Decay::Wsd { decay_percent: self.decay_share.unwrap_or(DECAY_PERCENT) },
+        }
+    }
+
+    /// What is looked at before a step's update.
+    pub fn guards(&self) -> Guards {
+        let nonfinite = match self.on_nonfinite {
+            OnNonfinite::Stop => OnFault::Stop,
+            OnNonfinite::Skip => OnFault::Skip,
+        };
+        let spike = match self.on_spike {
+            OnSpike::Off => None,
+            OnSpike::Stop => Some(OnFault::Stop),
+            OnSpike::Skip => Some(OnFault::Skip),
+        };
+        Guards { nonfinite, spike }
+    }
+
+    /// Where a run in `run` writes, and how often.
+    pub fn folder(&self, run: &Path) -> TrainingFolder {
+        TrainingFolder {
+            run: run.to_owned(),
+            checkpoint_every: self.checkpoint_every,
+            retention: Retention { last: self.keep_checkpoints, every: self.keep_every },
+        }
+    }
+
+    /// The texts to measure the loss on, for sequences of `length` tokens.
+    ///
+    /// # Errors
+    /// If a file is of no known kind, or nothing of a source can be used.
+    pub fn held_out(&self, fields: &Fields, model: &Model, length: usize) -> Result<HeldOut> {
+        let files = self.eval_files()?;
+        HeldOut::read(&files, fields, &model.tokenizer, length).context("--eval")
+    }
+
+    /// The part of `run.json`; null if nothing is held out.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn held_out_configuration(&self) -> Result<Value> {
+        match self.eval.as_slice() {
+            [] => Ok(Value::Null),
+            _ => Ok(json!({ "files": digests(&self.eval_files()?)?, "every": self.eval_every })),
+        }
+    }
+
+    fn eval_files(&self) -> Result<Vec<PathBuf>> {
+        let (files, passed_over) = files(&self.eval).context("--eval")?;
+        match passed_over.first() {
+            None => Ok(files),
+            Some(file) => bail!("--eval: {file:?} is of no known kind; name the files to be read"),
+        }
+    }
+
+    /// Checks the flags against each other and the model, for sequences of `length` tokens.
+    ///
+    /// # Errors
+    /// Says which flag cannot work, and why.
+    pub fn check(&self, model: &Model, length: usize) -> Result<()> {
+        ensure!(self.batch() > 0, "--batch must be 1 at least");
+        ensure!(self.steps != Some(0), "--steps must be 1 at least");
+        ensure!(self.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
+        ensure!(self.eval_every > 0, "--eval-every must be 1 at least");
+        self.check_decay()?;
+        self.check_checkpoints()?;
+        if let Some(rate) = self.rate {
+            check_rate(rate)?;
+        }
+        let context = model.config.max_position_embeddings;
+        ensure!(
+            length <= context,
+            "sequences of {length} tokens do not fit the context of {:?}, {context} tokens",
+            model.name
+        );
+        model.check_trainable()
+    }
+
+    fn check_decay(&self) -> Result<()> {
+        let Some(percent) = self.decay_share else { return Ok(()) };
+        ensure!((1..=100).contains(&percent), "--decay-share must be 1 to 100 percent");
+        ensure!(
+            self.schedule == Form::Wsd,
+            "--decay-share belongs to --schedule wsd: a cosine falls all the way"
+        );
+        Ok(())
+    }
+
+    fn check_checkpoints(&self) -> Result<()> {
+        let every = self.checkpoint_every;
+        ensure!(every > 0, "--checkpoint-every must be 1 at least");
+        ensure!(self.keep_checkpoints > 0, "--keep-checkpoints must be 1 at least");
+        if let Some(keep) = self.keep_every {
+            ensure!(
+                keep > 0 && keep.is_multiple_of(every),
+                "--keep-every {keep} is no multiple of --checkpoint-every {every}: there would be no \
+                 checkpoint to keep"
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Checks a learning rate.
+///
+/// # Errors
+/// If nothing can be learned at it.
+pub fn check_rate(rate: f64) -> Result<()> {
+    ensure!(rate.is_finite() && rate > 0.0, "--rate must be a number above 0, not {rate}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::args::RunArgs;
+    use super::*;
+
+    fn check(flags: &str, expected: std::result::Result<Decay, &str>) {
+        let needed = ["--input", "x.jsonl", "--out", "x", "--model", "2m"];
+        let args = RunArgs::of(needed.into_iter().chain(flags.split_whitespace()));
+        let args = args.expect("flags that exist").train;
+        let model = args.model(64).expect("a shape");
+        match (args.check(&model, 64), expected) {
+            (Ok(()), expected) => assert_eq!(Ok(args.decay()), expected, "{flags}"),
+            (Err(error), Err(said)) => {
+                assert!(error.to_string().contains(said), "{flags}: {error}");
+            }
+            (Err(error), Ok(_)) => panic!("{flags}: {error}"),
+        }
+    }
+
+    #[test]
+    fn flags_of_training_are_checked_against_each_other() {
+        check("", Ok(Decay::Cosine));
+        check("--schedule wsd", Ok(Decay::Wsd { decay_percent: 10 }));
+        check("--schedule wsd --decay-share 25", Ok(Decay::Wsd { decay_percent: 25 }));
+        check("--decay-share 25", Err("--schedule wsd"));
+        check("--schedule wsd --decay-share 101", Err("--decay-share"));
+        check("--keep-checkpoints 0", Err("--keep-checkpoints"));
+        check("--checkpoint-every 20 --keep-every 60", Ok(Decay::Cosine));
+        check("--checkpoint-every 20 --keep-every 50", Err("no multiple of --checkpoint-every 20"));
+        check("--eval x.jsonl --eval-every 0", Err("--eval-every"));
+    }
+
+    #[test]
+    fn guards_are_as_the_flags_say() {
+        let guards = |flags: &[&str]| {
+            let needed = ["--input", "x.jsonl", "--out", "x"];
+            RunArgs::of(needed.iter().chain(flags)).expect("flags that exist").train.guards()
+        };
+        assert_eq!(guards(&[]), Guards::USUAL);
+        let skip = guards(&["--on-spike", "skip", "--on-nonfinite", "skip"]);
+        assert_eq!(skip, Guards { nonfinite: OnFault::Skip, spike: Some(OnFault::Skip) });
+    }
+}

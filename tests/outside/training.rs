@@ -1,0 +1,187 @@
+//! Training from outside: killed at any moment, measured on texts that are held out, told how to go on.
+
+use crate::crash::{assert_same_steps, is_measured};
+use crate::program::{check, command, corpus, small_run};
+use headwater_tests::folders::{assert_same, tree};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+/// Arguments that hold no spaces.
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}
+
+/// Texts that are held out: two sources, one of them with two records that cannot be used.
+fn held_out(folder: &Path) -> [PathBuf; 2] {
+    let text = "The drug lowered the mean pressure within five weeks, in women more than in men.";
+    let web = folder.join("web.jsonl");
+    let line = serde_json::json!({ "text": text });
+    std::fs::write(&web, format!("{line}\nno json\n{{}}\n{line}\n")).unwrap();
+    let books = folder.join("books.txt");
+    std::fs::write(&books, "It was the best of times, it was the worst of times.").unwrap();
+    [web, books]
+}
+
+/// The shards of a small run, to be trained on.
+fn shards(folder: &Path) -> PathBuf {
+    let (documents, general) = corpus(folder);
+    let run = folder.join("shards");
+    let mut arguments = small_run(&documents, &general, &run);
+    arguments.push("--no-train".into());
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    check(&arguments, 0, "what became of everything");
+    run
+}
+
+fn training(shards: &Path, out: &Path, [web, books]: &[PathBuf; 2]) -> String {
+    format!(
+        "train --shards {} --out {} --model 2m --batch 2 --epochs 2 --schedule wsd --decay-share 50 \
+         --on-spike skip --on-nonfinite skip --checkpoint-every 1 --keep-checkpoints 2 --keep-every 4 \
+         --eval {} {} --eval-every 3 --progress none",
+        shards.display(),
+        out.display(),
+        web.display(),
+        books.display(),
+    )
+}
+
+/// The steps of which there are checkpoints in a run, and of those that are being written or removed.
+fn checkpoints(run: &Path) -> (Vec<u64>, Vec<u64>) {
+    let (mut written, mut writing) = (Vec::new(), Vec::new());
+    for entry in std::fs::read_dir(run.join("checkpoints")).into_iter().flatten() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        match name.strip_prefix(".step-").and_then(|name| name.strip_suffix(".tmp")) {
+            Some(step) => writing.push(step.parse().unwrap()),
+            None => written.push(name.strip_prefix("step-").unwrap().parse().unwrap()),
+        }
+    }
+    written.sort_unstable();
+    (written, writing)
+}
+
+fn lines(path: &Path) -> usize {
+    std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+/// Starts the program and kills it once `moment` has come; whether it came before the end.
+fn kill_when(arguments: &str, moment: impl Fn() -> bool) -> bool {
+    let mut command = command(&words(arguments));
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while child.try_wait().unwrap().is_none() {
+        if moment() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
+#[test]
+fn training_that_is_killed_at_any_moment_ends_with_the_same_bytes() {
+    let place = tempfile::tempdir().unwrap();
+    let (shards, held_out) = (shards(place.path()), held_out(place.path()));
+    let expected = place.path().join("expected");
+    check(&words(&training(&shards, &expected, &held_out)), 0, "perplexity");
+    let found = place.path().join("found");
+    let again = training(&shards, &found, &held_out);
+
+    // While a checkpoint is written, when one is there, behind a step, behind an evaluation.
+    let writes = |least: u64| checkpoints(&found).1.iter().any(|&step| step >= least);
+    let wrote = |least: u64| checkpoints(&found).0.iter().any(|&step| step >= least);
+    let metrics = found.join("metrics.jsonl");
+    let evaluations = found.join("eval.jsonl");
+    let mut torn = 0;
+    for moment in 0..8u64 {
+        let came = kill_when(&again, || match moment {
+            0 => lines(&evaluations) > 0,
+            1 | 2 => writes(moment),
+            3 => wrote(3),
+            4 => lines(&evaluations) > 2,
+            5 => lines(&metrics) > 5,
+            _ => writes(moment),
+        });
+        assert!(came, "the run ended before moment {moment}");
+        torn += checkpoints(&found).1.len();
+    }
+    assert!(torn > 0, "no checkpoint was caught while it was written");
+    check(&words(&again), 0, "perplexity");
+
+    assert_same_steps(&found, &expected);
+    assert_same(&found, &expected, is_measured);
+    let (written, writing) = checkpoints(&found);
+    let last = *written.last().unwrap();
+    let kept = (1..=last).filter(|step| step % 4 == 0 || *step > last - 2);
+    assert_eq!((written, writing), (kept.collect(), Vec::new()));
+    let steps: Vec<u64> = (0..=last).filter(|step| step % 3 == 0 || *step == last).collect();
+    assert_eq!(lines(&evaluations), 2 * steps.len());
+
+    // Done is done: the same command changes nothing.
+    let before = tree(&found);
+    check(&words(&again), 0, "perplexity");
+    assert!(tree(&found) == before);
+}
+
+#[test]
+fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let [web, books] = held_out(place.path());
+    let out = place.path().join("run");
+    let mut arguments = small_run(&documents, &general, &out).join(" ");
+    arguments += &format!(" --eval {} {} --eval-every 4", web.display(), books.display());
+    check(&words(&format!("{arguments} --dry-run")), 0, "web: 2 documents");
+    let printed = check(&words(&arguments), 0, "unknown      0");
+    assert!(printed.contains("2 records rejected (malformed_json 1, no_text 1)"), "{printed}");
+
+    let text = std::fs::read_to_string(out.join("eval.jsonl")).unwrap();
+    let found: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let at = |index: usize| (found[index]["step"].clone(), found[index]["source"].clone());
+    assert_eq!((at(0), at(1)), ((0.into(), "web".into()), (0.into(), "books".into())));
+    assert_eq!((at(2), at(3)), ((4.into(), "web".into()), (4.into(), "books".into())));
+    let loss = |index: usize| found[index]["loss"].as_f64().unwrap();
+    assert!(loss(found.len() - 2) < loss(0), "{text}");
+    assert!((found[0]["perplexity"].as_f64().unwrap() / loss(0).exp() - 1.0).abs() < 1e-9);
+
+    let json = |name: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(out.join(name)).unwrap()).unwrap()
+    };
+    let counts = &json("ledger.json")["counts"];
+    assert_eq!(counts["held_out/documents/web"], 2);
+    assert_eq!(counts["held_out/rejected/no_text"], 1);
+    assert!(out.join("rejected/held_out.jsonl.zst").exists());
+    assert_eq!(json("run.json")["held_out"]["every"], 4);
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    assert!(metrics.contains("\"general\":{\"learned\":"), "{metrics}");
+
+    check(&words(&format!("{arguments} --strict")), 3, "held out");
+    let other = arguments.replace("--eval-every 4", "--eval-every 5");
+    check(&words(&other), 2, "held_out.every: 4 in the folder, 5 now");
+}
+
+#[test]
+fn flags_of_training_that_cannot_work_are_explained() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let base = small_run(&documents, &general, &place.path().join("run")).join(" ");
+    let empty = place.path().join("empty.jsonl");
+    std::fs::write(&empty, "no json\n").unwrap();
+    let empty = empty.display();
+    for (flags, said) in [
+        ("--schedule linear", "linear"),
+        ("--decay-share 20", "--schedule wsd"),
+        ("--on-spike ignore", "ignore"),
+        ("--keep-every 4", "--checkpoint-every 3"),
+        ("--eval-every 4", "--eval <FILE>"),
+        ("--eval /no/such/file.txt", "/no/such/file.txt"),
+        ("--eval x.pdf", "x.pdf"),
+        (&format!("--eval {empty}"), "malformed_json"),
+        (&format!("--eval {empty} --no-train"), "--no-train"),
+    ] {
+        check(&words(&format!("{base} {flags}")), 2, said);
+    }
+    assert!(!place.path().join("run").exists(), "wrong use leaves no folder behind");
+}
