@@ -37,7 +37,7 @@ fn shards(folder: &Path) -> PathBuf {
 
 fn training(shards: &Path, out: &Path, [web, books]: &[PathBuf; 2]) -> String {
     format!(
-        "train --shards {} --out {} --model 2m --batch 2 --epochs 2 --schedule wsd --decay-share 50 \
+        "train --shards {} --out {} --model 2m --batch 2 --epochs 3 --schedule wsd --decay-share 50 \
          --on-spike skip --on-nonfinite skip --checkpoint-every 1 --keep-checkpoints 2 --keep-every 4 \
          --eval {} {} --eval-every 3 --progress none",
         shards.display(),
@@ -65,19 +65,49 @@ fn lines(path: &Path) -> usize {
     std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
 
-/// Starts the program and kills it once `moment` has come; whether it came before the end.
-fn kill_when(arguments: &str, moment: impl Fn() -> bool) -> bool {
-    let mut command = command(&words(arguments));
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    while child.try_wait().unwrap().is_none() {
-        if moment() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            return true;
+/// When a run is killed.
+#[derive(Clone, Copy, Debug)]
+enum Moment {
+    /// A step was made.
+    Stepped,
+    /// Held-out texts were measured.
+    Measured,
+    /// A checkpoint is being written or removed.
+    Writing,
+    /// A checkpoint is there.
+    Written,
+}
+
+impl Moment {
+    /// Starts the program and kills it once the moment has come; whether it came before the end.
+    fn kill(self, arguments: &str, run: &Path) -> bool {
+        let metrics = run.join("metrics.jsonl");
+        let evaluations = run.join("eval.jsonl");
+        let newest = || checkpoints(run).0.last().copied();
+        let before = (lines(&metrics), lines(&evaluations), newest());
+        let mut swept = false; // of what an earlier kill left
+        let mut has_come = || match self {
+            Moment::Stepped => lines(&metrics) > before.0 + 1,
+            Moment::Measured => lines(&evaluations) > before.1,
+            Moment::Writing => {
+                let nothing = checkpoints(run).1.is_empty();
+                swept |= nothing;
+                swept && !nothing
+            }
+            Moment::Written => newest() > before.2,
+        };
+        let mut command = command(&words(arguments));
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while child.try_wait().unwrap().is_none() {
+            if has_come() {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        std::thread::sleep(Duration::from_millis(1));
+        false
     }
-    false
 }
 
 #[test]
@@ -89,22 +119,10 @@ fn training_that_is_killed_at_any_moment_ends_with_the_same_bytes() {
     let found = place.path().join("found");
     let again = training(&shards, &found, &held_out);
 
-    // While a checkpoint is written, when one is there, behind a step, behind an evaluation.
-    let writes = |least: u64| checkpoints(&found).1.iter().any(|&step| step >= least);
-    let wrote = |least: u64| checkpoints(&found).0.iter().any(|&step| step >= least);
-    let metrics = found.join("metrics.jsonl");
-    let evaluations = found.join("eval.jsonl");
+    use Moment::{Measured, Stepped, Writing, Written};
     let mut torn = 0;
-    for moment in 0..8u64 {
-        let came = kill_when(&again, || match moment {
-            0 => lines(&evaluations) > 0,
-            1 | 2 => writes(moment),
-            3 => wrote(3),
-            4 => lines(&evaluations) > 2,
-            5 => lines(&metrics) > 5,
-            _ => writes(moment),
-        });
-        assert!(came, "the run ended before moment {moment}");
+    for moment in [Measured, Writing, Written, Writing, Stepped, Writing, Measured, Writing] {
+        assert!(moment.kill(&again, &found), "the run ended before {moment:?}");
         torn += checkpoints(&found).1.len();
     }
     assert!(torn > 0, "no checkpoint was caught while it was written");
@@ -116,8 +134,8 @@ fn training_that_is_killed_at_any_moment_ends_with_the_same_bytes() {
     let last = *written.last().unwrap();
     let kept = (1..=last).filter(|step| step % 4 == 0 || *step > last - 2);
     assert_eq!((written, writing), (kept.collect(), Vec::new()));
-    let steps: Vec<u64> = (0..=last).filter(|step| step % 3 == 0 || *step == last).collect();
-    assert_eq!(lines(&evaluations), 2 * steps.len());
+    let measured = (0..=last).filter(|step| step % 3 == 0 || *step == last).count();
+    assert_eq!(lines(&found.join("eval.jsonl")), 2 * measured);
 
     // Done is done: the same command changes nothing.
     let before = tree(&found);
