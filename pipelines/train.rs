@@ -1,14 +1,17 @@
 //! Trains on the sequences of an existing run.
 //!
 //! ```text
-//! RUN/packed/*.parquet, in the order of the manifest ─▶ trainer ─▶ checkpoints/, metrics.jsonl
+//! RUN/packed/*.parquet, in the order of the manifest ─▶ trainer ─▶ checkpoints/, metrics.jsonl,
+//!                                                                  tensorboard/, report.html
 //! ```
 
 use crate::shell::args::{MachineArgs, check_progress};
 use crate::shell::held_out;
+use crate::shell::metrics::{self, Totals};
 use crate::shell::models::Model;
 use crate::shell::plan::{self, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
+use crate::shell::report;
 use crate::shell::running::abort_on_panic;
 use crate::shell::sources::FLOW;
 use crate::shell::stop::STOPPED;
@@ -97,11 +100,12 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let mut drive = Drive::new(trainer, &source.model.tokenizer, folder, source.told(args))?;
     let (_, nothing_more) = Feed::new();
     let passes = passes(&source.manifest, args.epochs);
-    let ended = train_on(&mut drive, &source.shards, &passes, &nothing_more, |report, _| {
-        meter.note(report.step, report.loss);
-        meters.learned.add(report.next_sequence - seen);
-        seen = report.next_sequence;
-    })?;
+    let ended =
+        train_on(&mut drive, &source.shards, &passes, &nothing_more, |report, measured| {
+            meter.note(report, measured);
+            meters.learned.add(report.next_sequence - seen);
+            seen = report.next_sequence;
+        })?;
     drop(progress);
     if ended == Ended::Stopped {
         eprintln!("stopped; run the same command again to go on");
@@ -234,6 +238,9 @@ fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<
     let unknown = sequences.abs_diff(last.next_sequence);
     let ledger = json!({ "unknown": unknown, "counts": counts });
     durable::write(&args.out.join("ledger.json"), format!("{ledger:#}\n").as_bytes())?;
+    let totals = Totals::of(&metrics::lines(&args.out)?).context("there was nothing to learn")?;
+    let figures = [("given", format!("{sequences} sequences")), ("time", seconds(spent))];
+    report::write(&args.out, &figures)?;
     if args.machine.json {
         let summary = json!({
             "ledger": ledger,
@@ -241,12 +248,13 @@ fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<
             "first": first,
             "last": last,
             "held_out": evaluations,
+            "totals": totals,
         });
         println!("{summary:#}");
         return Ok(());
     }
     println!(
-        "trained on {} sequences, {} tokens, in {} steps and {}; loss {:.3} at the start, {:.3} at the end{}",
+        "trained on {} sequences, {} tokens, in {} steps and {}; loss {:.3} at the start, {:.3} at the end{}\n{}",
         last.next_sequence,
         count(last.tokens_total),
         last.step,
@@ -254,11 +262,16 @@ fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<
         first.loss,
         last.loss,
         describe_skipped(last.skipped_total),
+        totals.describe(),
     );
     if !evaluations.is_empty() {
         let rejected = held_out::describe_rejected(also);
         println!("held out: {}{rejected}", held_out::describe_evaluations(evaluations));
     }
-    println!("the model is in {}/checkpoints/step-{:08}/", args.out.display(), last.step);
+    let out = args.out.display();
+    println!(
+        "the model is in {out}/checkpoints/step-{:08}/, the curves in {out}/report.html",
+        last.step
+    );
     Ok(())
 }

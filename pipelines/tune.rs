@@ -10,6 +10,7 @@ use crate::shell::models::Model;
 use crate::shell::plan::{OPTIMIZER, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
 use crate::shell::published::{Published, SYNTHESIZER};
+use crate::shell::report;
 use crate::shell::running::abort_on_panic;
 use crate::shell::settings::digests;
 use crate::shell::stop::STOPPED;
@@ -339,8 +340,8 @@ impl Class {
                 if seen <= done {
                     continue;
                 }
-                let ended = drive.step(batch, &mut |report, _| {
-                    meter.note(report.step, report.loss);
+                let ended = drive.step(batch, &mut |report, measured| {
+                    meter.note(report, measured);
                     meters.learned.add(batch.len() as u64);
                 })?;
                 if ended == Ended::Stopped {
@@ -448,6 +449,8 @@ impl Report {
         });
         durable::write(&args.out.join("ledger.json"), format!("{account:#}\n").as_bytes())?;
         durable::write(&args.out.join("evaluation.json"), format!("{evaluation:#}\n").as_bytes())?;
+        let loss = held_out_loss.map_or("not asked for".into(), |loss| format!("{loss:.4}"));
+        report::write(&args.out, &[("held-out loss", loss), ("time", seconds(*spent))])?;
         if args.machine.json {
             println!(
                 "{:#}",

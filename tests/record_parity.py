@@ -39,6 +39,11 @@ MODELS = {
         MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=8, attn_implementation="eager"),
         torch.float16, "5GB",
     ),
+    "mistral-tied-window-f32": (
+        MistralForCausalLM,
+        MistralConfig(**{**SHAPE, "tie_word_embeddings": True}, sliding_window=5, attn_implementation="eager"),
+        torch.float32, "5GB",
+    ),
 }
 
 
@@ -77,6 +82,41 @@ def record(name, kind, config, dtype, shard_size):
     for key, parameter in model.named_parameters():
         out[f"gradient.{key}"] = parameter.grad.contiguous()
     save_file(out, folder / "recorded.safetensors")
+    record_packed(model, [out[f"ids.{index}"].to(torch.int64) for index in range(len(LENGTHS))], folder)
+
+
+def record_packed(model, items, folder):
+    """Loss and gradients of two rows that hold all items, as a trainer sees them: padded, with a mask that keeps
+    items (and windows) apart, positions from the start of each item, and a part of the tokens not learned."""
+    rows = [items[:-1], items[-1:]]
+    width = max(sum(map(len, row)) for row in rows)
+    ids, positions = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(2))
+    targets = torch.full((len(rows), width), -100)
+    seen = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
+    window = getattr(model.config, "sliding_window", None) or width
+    out = {}
+    for index, row in enumerate(rows):
+        learned = torch.rand(sum(map(len, row))) < 0.7
+        start = 0
+        for item in row:
+            end = start + len(item)
+            ids[index, start:end], positions[index, start:end] = item, torch.arange(len(item))
+            targets[index, start : end - 1] = item[1:].masked_fill(~learned[start + 1 : end], -100)
+            ones = torch.ones(len(item), len(item), dtype=torch.bool)
+            seen[index, start:end, start:end] = ones.tril() & ones.triu(1 - window)
+            start = end
+        out[f"tokens.{index}"] = ids[index, :start].to(torch.uint32)
+        out[f"lengths.{index}"] = torch.tensor([len(item) for item in row], dtype=torch.uint32)
+        out[f"learned.{index}"] = learned.to(torch.uint32)
+    mask = torch.zeros(len(rows), 1, width, width).masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    logits = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).logits
+    model.zero_grad()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    out["loss"] = loss.detach().reshape(1)
+    for key, parameter in model.named_parameters():
+        out[f"gradient.{key}"] = parameter.grad.contiguous()
+    save_file(out, folder / "packed.safetensors")
 
 
 for name, (kind, config, dtype, shard_size) in MODELS.items():

@@ -1,11 +1,13 @@
 //! How a run shows that it is alive: bars on a terminal, lines elsewhere.
 
-use super::plan::{count, seconds};
+use super::metrics::Measured;
+use super::plan::{bytes, count, seconds};
 use headwater::meter::Meters;
+use headwater::train::StepReport;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,21 +18,25 @@ const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// What the trainer says of itself.
 #[derive(Debug, Default)]
 pub struct TrainMeter {
-    step: AtomicU64,
-    loss: AtomicU64,
+    said: Mutex<String>,
 }
 
 impl TrainMeter {
-    /// Notes the loss of a step.
-    pub fn note(&self, step: u64, loss: f64) {
-        self.step.store(step, Relaxed);
-        self.loss.store(loss.to_bits(), Relaxed);
+    /// Notes a step and what it took.
+    pub fn note(&self, report: &StepReport, measured: &Measured) {
+        let mfu = measured.mfu.map_or(String::new(), |mfu| format!(", MFU {:.1} %", 100.0 * mfu));
+        *self.said.lock().expect("nobody panics with it") = format!(
+            "step {}, loss {:.3}, {:.0} tokens/s{mfu}, {:.0} % waiting, {}",
+            report.step,
+            report.loss,
+            measured.tokens_per_s,
+            100.0 * measured.data_wait_share,
+            bytes(measured.memory_bytes),
+        );
     }
 
-    fn say(&self) -> Option<String> {
-        let step = self.step.load(Relaxed);
-        (step > 0)
-            .then(|| format!("step {step}, loss {:.3}", f64::from_bits(self.loss.load(Relaxed))))
+    fn say(&self) -> String {
+        self.said.lock().expect("nobody panics with it").clone()
     }
 }
 
@@ -126,8 +132,7 @@ impl Watch {
             stages.push(stage("pack", meters.sequences.get(), sequences, tokens));
         }
         if trained {
-            let said = self.trainer.say().unwrap_or_default();
-            stages.push(stage("train", meters.learned.get(), sequences, said));
+            stages.push(stage("train", meters.learned.get(), sequences, self.trainer.say()));
         }
         stages
     }

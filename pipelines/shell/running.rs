@@ -1,8 +1,10 @@
 //! Runs a dataflow with its trainer beside it, from the plan to the summary.
 
+use super::metrics;
 use super::parts::{Parts, fail};
 use super::plan::{Plan, seconds};
 use super::progress::{Expected, Progress, TrainMeter};
+use super::report;
 use super::settings::Settings;
 use super::stop;
 use super::summary::Summary;
@@ -77,6 +79,7 @@ pub fn run(
     let manifest = parts.folder.manifest()?;
     let summary = Summary::new(settings, &parts, manifest, trained, start.elapsed().as_secs_f64())?;
     summary.write_ledger(&parts.folder)?;
+    report::write(&settings.out, &summary.figures())?;
     Ok(Outcome::Done(Box::new(summary)))
 }
 
@@ -156,15 +159,17 @@ fn spawn_trainer(
             Trainer::new(&settings.model.config, values, training, compute, &device)?
         }
     };
+    metrics::peak(&device, compute); // while the machine has nothing else to do
     let trainer = trainer.with_guards(args.guards());
     let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
     let train = move || -> Result<(Ended, Option<Trained>)> {
         let mut drive = Drive::new(trainer, &tokenizer, folder, told)?;
         let epochs = parts.manifest.epochs.clone();
-        let ended = train_on(&mut drive, &parts.folder, &epochs, &sequences, |report, _| {
-            meter.note(report.step, report.loss);
-            parts.meters.learned.add(drive_sequences(report, &training));
-        })?;
+        let ended =
+            train_on(&mut drive, &parts.folder, &epochs, &sequences, |report, measured| {
+                meter.note(report, measured);
+                parts.meters.learned.add(drive_sequences(report, &training));
+            })?;
         if ended == Ended::Stopped {
             std::mem::forget(sequences); // nobody is to mistake the stop for a failure
         }

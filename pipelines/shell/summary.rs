@@ -1,6 +1,7 @@
 //! What a run came to: the account, the figures, and where everything lies.
 
 use super::held_out::{describe_evaluations, describe_rejected};
+use super::metrics::{self, Totals};
 use super::parts::Parts;
 use super::plan::{bytes, count, seconds};
 use super::settings::Settings;
@@ -22,6 +23,7 @@ pub struct Summary {
     ledger: Ledger,
     manifest: Manifest,
     training: Option<Trained>,
+    totals: Option<Totals>,
     seconds: f64,
     generated: u64,
     engine: BTreeMap<&'static str, u64>,
@@ -34,7 +36,7 @@ impl Summary {
     /// Sums up what was committed.
     ///
     /// # Errors
-    /// If the manifest does not add up to what was trained on.
+    /// If the metrics of the training cannot be read.
     pub fn new(
         settings: &Settings,
         parts: &Parts,
@@ -53,6 +55,7 @@ impl Summary {
             ledger,
             manifest,
             training,
+            totals: Totals::of(&metrics::lines(&settings.out)?),
             seconds,
             generated: parts.meters.generations.get(),
             engine: parts.engine.figures().into(),
@@ -95,7 +98,7 @@ impl Summary {
             "peak_memory_bytes": peak_memory(),
             "training": self.training.as_ref().map(|trained| {
                 let Trained { first, last, evaluations, ledger: _ } = trained;
-                json!({ "first": first, "last": last, "held_out": evaluations })
+                json!({ "first": first, "last": last, "held_out": evaluations, "totals": self.totals })
             }),
             "run": self.out,
         })
@@ -103,15 +106,23 @@ impl Summary {
 
     /// The account and the figures as text.
     pub fn describe(&self) -> String {
-        let ledger = &self.ledger;
+        let mut text = String::new();
+        for (name, value) in self.figures() {
+            let _ = writeln!(text, "  {name:<12} {value}");
+        }
+        text
+    }
+
+    /// The account and the figures, by name.
+    pub fn figures(&self) -> Vec<(&'static str, String)> {
         let mut lines = self.describe_texts();
         lines.extend(self.describe_tokens());
         lines.push(("train", self.describe_training()));
         if let Some(trained) = self.training.as_ref().filter(|it| !it.evaluations.is_empty()) {
-            let rejected = describe_rejected(ledger);
+            let rejected = describe_rejected(&self.ledger);
             lines.push(("held out", describe_evaluations(&trained.evaluations) + &rejected));
         }
-        lines.push(("unknown", ledger.unknown().to_string()));
+        lines.push(("unknown", self.ledger.unknown().to_string()));
         let run = format!(
             "{}, {:.1} documents/s synthesized, {} peak memory",
             seconds(self.seconds),
@@ -121,11 +132,7 @@ impl Summary {
         lines.push(("requests", self.describe_requests()));
         lines.push(("engine", self.describe_engine()));
         lines.push(("run", run));
-        let mut text = String::new();
-        for (name, value) in lines {
-            let _ = writeln!(text, "  {name:<12} {value}");
-        }
-        text
+        lines
     }
 
     /// What became of records and texts.
@@ -255,7 +262,11 @@ impl Summary {
         let out = self.out.display();
         let model = match &self.training {
             Some(Trained { last, .. }) => {
-                format!("\n  the model      {out}/checkpoints/step-{:08}/", last.step)
+                format!(
+                    "\n  the model      {out}/checkpoints/step-{:08}/\n  curves         \
+                     {out}/report.html, {out}/tensorboard/",
+                    last.step
+                )
             }
             None => String::new(),
         };
@@ -292,13 +303,14 @@ impl Summary {
         match &self.training {
             None => format!("nothing; {} sequences wait", self.ledger.get("train/waiting")),
             Some(Trained { first, last, .. }) => format!(
-                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end{}",
+                "{} steps, {} sequences, {} tokens; loss {:.3} at the start, {:.3} at the end{}{}",
                 last.step,
                 last.next_sequence,
                 count(last.tokens_total),
                 first.loss,
                 last.loss,
                 describe_skipped(last.skipped_total),
+                self.totals.map_or(String::new(), |totals| format!("; {}", totals.describe())),
             ),
         }
     }

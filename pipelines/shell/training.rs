@@ -1,7 +1,9 @@
 //! Drives a trainer: steps, measures, evaluates, checkpoints, stops.
 
 use super::logs::{Evaluations, Metrics};
+use super::metrics::{Gauge, Measured, now};
 use super::stop;
+use super::tensorboard::Board;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use headwater::format::{compressed, durable};
@@ -88,6 +90,8 @@ pub struct Drive {
     writer: Writer,
     metrics: Metrics,
     evaluations: Evaluations,
+    gauge: Gauge,
+    board: Board,
     span: Option<(StepReport, StepReport)>,
 }
 
@@ -117,7 +121,8 @@ impl Drive {
             logs,
         })?;
         write_rejected(&folder.run, &told.held_out)?;
-        Ok(Drive { trainer, folder, told, writer, metrics, evaluations, span })
+        let (gauge, board) = (Gauge::new(&trainer)?, Board::open(&folder.run, now())?);
+        Ok(Drive { trainer, folder, told, writer, metrics, evaluations, gauge, board, span })
     }
 
     /// Measures a run that has not begun.
@@ -128,27 +133,27 @@ impl Drive {
         if self.trainer.progress().step == 0 { self.evaluate() } else { Ok(()) }
     }
 
-    /// Learns from one batch; `watch` sees the report and the seconds the step took.
+    /// Learns from one batch; `watch` sees the report and what the step took.
     ///
     /// # Errors
     /// If training diverges or the disk refuses.
     pub fn step(
         &mut self,
         batch: &[Sequence],
-        watch: &mut impl FnMut(&StepReport, f64),
+        watch: &mut impl FnMut(&StepReport, &Measured),
     ) -> Result<Ended> {
         self.writer.check()?;
         let start = Instant::now();
         let report = self.trainer.step(batch)?;
-        let seconds = start.elapsed().as_secs_f64();
+        let measured = self.gauge.measure(batch, start);
         let mut line = serde_json::to_value(&report)?;
         if let Some(sources) = self.by_source(&report.sources) {
             line["sources"] = sources;
         }
-        line["tokens_per_s"] = json!((report.tokens as f64 / seconds * 10.0).round() / 10.0);
-        line["step_ms"] = json!((seconds * 1e4).round() / 10.0);
+        measured.add_to(&mut line);
         self.metrics.write(&line)?;
-        watch(&report, seconds);
+        self.board.step(&line)?;
+        watch(&report, &measured);
         let step = report.step;
         let first = self.span.take().map_or_else(|| report.clone(), |(first, _)| first);
         self.span = Some((first, report));
@@ -162,6 +167,7 @@ impl Drive {
         if stop {
             self.writer.wait()?;
         }
+        self.gauge.wait();
         Ok(if stop { Ended::Stopped } else { Ended::Done })
     }
 
@@ -198,7 +204,8 @@ impl Drive {
         if self.told.held_out.is_empty() || is_known {
             return Ok(());
         }
-        self.evaluations.write(self.trainer.evaluate_held_out(&self.told.held_out)?)
+        self.evaluations.write(self.trainer.evaluate_held_out(&self.told.held_out)?)?;
+        self.board.evaluations(now(), self.evaluations.last())
     }
 
     /// Losses by the names of their sources, where there are several.
@@ -234,7 +241,7 @@ pub fn train_on(
     folder: &RunFolder,
     epochs: &[EpochRecord],
     feed: &Receiver<Vec<Sequence>>,
-    mut watch: impl FnMut(&StepReport, f64),
+    mut watch: impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
     drive.begin()?;
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
@@ -271,7 +278,7 @@ pub fn train_on(
 fn learn(
     drive: &mut Drive,
     waiting: &mut VecDeque<Sequence>,
-    watch: &mut impl FnMut(&StepReport, f64),
+    watch: &mut impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
     let size = drive.trainer.settings().batch_sequences;
     while waiting.len() >= size {

@@ -4,6 +4,7 @@ pub mod census;
 pub mod compressed;
 pub mod documents;
 pub mod durable;
+pub mod events;
 mod fragments;
 pub mod input;
 pub mod instructions;

@@ -19,6 +19,16 @@ pub fn device(name: &str) -> Result<Device> {
     }
 }
 
+/// What the maker calls a GPU; none for a CPU, or if its driver does not say.
+pub fn gpu_name(device: &Device) -> Option<String> {
+    #[cfg(feature = "cuda")]
+    if let Ok(device) = device.as_cuda_device() {
+        return device.cuda_stream().context().name().ok();
+    }
+    let _ = device;
+    None
+}
+
 fn unknown(name: &str) -> Error {
     Error::Setting(format!("unknown device {name:?}; use cpu or cuda:0"))
 }

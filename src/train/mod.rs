@@ -118,6 +118,17 @@ impl Trainer {
         self.progress
     }
 
+    /// Where it trains.
+    ///
+    /// # Errors
+    /// If a parameter cannot be looked at.
+    pub fn device(&self) -> Result<Device> {
+        let mut parameters = self.parameters.iter();
+        let (_, first) =
+            parameters.next().ok_or(Error::Setting("a model without parameters".into()))?;
+        Ok(first.value()?.device().clone())
+    }
+
     /// How to train.
     pub fn settings(&self) -> &TrainSettings {
         &self.settings

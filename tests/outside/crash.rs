@@ -31,8 +31,7 @@ fn interrupt(arguments: &[String], after: Duration, signal: &str) -> bool {
 fn assert_same_run(left: &Path, right: &Path) {
     let is_checkpoint = |name: &Path| name.starts_with("checkpoints");
     let is_store = |name: &Path| name.starts_with("requests");
-    let clocks = |name: &Path| name == Path::new("metrics.jsonl") || is_checkpoint(name);
-    assert_same(left, right, |name| clocks(name) || is_store(name));
+    assert_same(left, right, |name| is_measured(name) || is_checkpoint(name) || is_store(name));
     let last = |run: &Path| {
         let folder = std::fs::read_dir(run.join("checkpoints")).unwrap();
         folder.map(|entry| entry.unwrap().path()).max().unwrap()
@@ -40,6 +39,12 @@ fn assert_same_run(left: &Path, right: &Path) {
     assert_eq!(last(left).file_name(), last(right).file_name());
     assert_same(&last(left), &last(right), |_| false);
     assert_same_steps(left, right);
+}
+
+/// Whether a file of a training holds clocks.
+pub(crate) fn is_measured(name: &Path) -> bool {
+    let names = ["metrics.jsonl", "report.html"].map(Path::new);
+    names.contains(&name) || name.starts_with("tensorboard")
 }
 
 /// What `metrics.jsonl` says of a step, but for clocks.

@@ -17,6 +17,7 @@ mod rounds;
 mod rules;
 mod tidy;
 mod training;
+mod watched;
 
 use std::path::{Path, PathBuf};
 

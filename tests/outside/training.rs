@@ -1,6 +1,6 @@
 //! Training from outside: killed at any moment, measured on texts that are held out, told how to go on.
 
-use crate::crash::assert_same_steps;
+use crate::crash::{assert_same_steps, is_measured};
 use crate::program::{check, command, corpus, small_run};
 use headwater_tests::folders::{assert_same, tree};
 use serde_json::Value;
@@ -129,7 +129,7 @@ fn training_that_is_killed_at_any_moment_ends_with_the_same_bytes() {
     check(&words(&again), 0, "perplexity");
 
     assert_same_steps(&found, &expected);
-    assert_same(&found, &expected, |name| name == Path::new("metrics.jsonl"));
+    assert_same(&found, &expected, is_measured);
     let (written, writing) = checkpoints(&found);
     let last = *written.last().unwrap();
     let kept = (1..=last).filter(|step| step % 4 == 0 || *step > last - 2);
