@@ -85,8 +85,8 @@ impl Gauge {
     /// If the trainer cannot be looked at.
     pub(super) fn new(trainer: &Trainer) -> Result<Self> {
         Ok(Gauge {
-            config: trainer.model().config.clone(),
-            peak_operations_per_s: peak(&trainer.device()?, trainer.model().dtype()),
+            config: trainer.config().clone(),
+            peak_operations_per_s: peak(&trainer.device()?, trainer.compute()),
             idle: Instant::now(),
         })
     }

@@ -58,6 +58,7 @@ pub struct TrainSettings {
 #[derive(Debug)]
 pub struct Trainer {
     config: ModelConfig,
+    compute: DType,
     learner: Learner,
     parameters: Parameters,
     gradients: Gradients,
@@ -97,6 +98,7 @@ impl Trainer {
         let gradients = learner.gradients(config)?;
         Ok(Trainer {
             config: config.clone(),
+            compute,
             learner,
             parameters,
             gradients,
@@ -127,6 +129,16 @@ impl Trainer {
         let (_, first) =
             parameters.next().ok_or(Error::Setting("a model without parameters".into()))?;
         Ok(first.value()?.device().clone())
+    }
+
+    /// The shape of the model.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What the model is computed in; parameters and moments are in f32 always.
+    pub fn compute(&self) -> DType {
+        self.compute
     }
 
     /// How to train.
