@@ -9,7 +9,7 @@ use crate::shell::args::{MachineArgs, check_progress};
 use crate::shell::held_out;
 use crate::shell::metrics::{self, Totals};
 use crate::shell::models::Model;
-use crate::shell::plan::{self, count, seconds};
+use crate::shell::plan::{self, bytes, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
 use crate::shell::report;
 use crate::shell::running::abort_on_panic;
@@ -20,7 +20,7 @@ use crate::shell::train_args::TrainArgs;
 use crate::shell::training::{Drive, Ended, Told, Trained, latest, train_on};
 use crate::shell::{has_rejected, wrong_use};
 use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device};
+use candle_core::Device;
 use clap::Args;
 use headwater::format::durable;
 use headwater::format::jsonl::Fields;
@@ -69,14 +69,14 @@ pub struct Train {
 pub fn run(args: &Train) -> Result<ExitCode> {
     let source = Source::open(args).map_err(wrong_use)?;
     let sequences = source.manifest.sequences() * args.epochs;
-    let settings = plan::training(&args.train, &source.model.name, sequences);
+    let settings = plan::training(&args.train, &source.model.name, sequences, &source.device);
     eprint!("{}", source.describe(args, &settings));
     if args.machine.dry_run {
         return Ok(ExitCode::SUCCESS);
     }
     abort_on_panic();
     let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
-    let compute = if source.device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let compute = args.train.train_dtype.dtype(&source.device);
     let trainer = match latest(&args.out)? {
         Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, &source.device)?,
         None => {
@@ -156,8 +156,8 @@ impl Source {
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
         format!(
             "  sequences     {} of {} tokens at most, {} passes\n  training      {}: {} parameters, {} \
-             steps of {} sequences, peak rate {:.1e}, {}, warm-up {}\n  held out      {}\n  output        \
-             {}\n",
+             steps of {} sequences, peak rate {:.1e}, {}, warm-up {}, {}\n  held out      {}\n  memory        \
+             about {}\n  output        {}\n",
             self.manifest.sequences(),
             self.length,
             args.epochs,
@@ -168,9 +168,18 @@ impl Source {
             settings.schedule.peak,
             settings.schedule.decay,
             settings.schedule.warmup_steps,
+            args.train.train_dtype.arithmetic(&self.device),
             held_out::describe(&self.held_out, args.train.eval_every),
+            bytes(self.memory(args)),
             args.out.display(),
         )
+    }
+
+    fn memory(&self, args: &Train) -> u64 {
+        let config = &self.model.config;
+        plan::training_bytes(&args.train, config, self.length, &self.device)
+            + plan::snapshot_bytes(config)
+            + plan::PROGRAM_BYTES
     }
 
     fn told(&self, args: &Train) -> Told {
@@ -200,6 +209,7 @@ impl Source {
                 "tokenizer": digest(&self.model),
             },
             "training": settings,
+            "training_arithmetic": args.train.train_dtype.arithmetic(&self.device),
             "held_out": args.train.held_out_configuration()?,
         }))
     }

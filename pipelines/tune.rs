@@ -15,6 +15,7 @@ use crate::shell::running::abort_on_panic;
 use crate::shell::settings::digests;
 use crate::shell::stop::STOPPED;
 use crate::shell::train_args::check_rate;
+use crate::shell::train_args::{Compute, micro_batch_tokens};
 use crate::shell::training::{Drive, Ended, Told, Trained, TrainingFolder, latest};
 use crate::shell::{has_rejected, wrong_use};
 use anyhow::{Context, Result, bail, ensure};
@@ -94,6 +95,9 @@ pub struct Tune {
     /// Steps between checkpoints
     #[arg(long, default_value_t = 100)]
     checkpoint_every: u64,
+    /// What the model is computed in; parameters and moments are f32 always. auto is f32 on a CPU, bf16 on a GPU
+    #[arg(long, value_enum, default_value_t = Compute::Auto, value_name = "TYPE")]
+    train_dtype: Compute,
     /// Type of the tuned model's parameters on disk
     #[arg(long, default_value = "f32")]
     dtype: String,
@@ -145,14 +149,13 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     class.write_rejected(args)?;
     let start = Instant::now();
     let folder = class.folder(args);
+    let compute = args.train_dtype.dtype(&class.device);
     let trainer = match latest(&args.out)? {
-        Some(checkpoint) => {
-            Trainer::resume(&checkpoint, class.training, compute(&class.device), &class.device)?
-        }
+        Some(checkpoint) => Trainer::resume(&checkpoint, class.training, compute, &class.device)?,
         None => {
             let values = class.model.parameters(args.machine.seed, &class.device)?;
             let (config, training) = (&class.model.config, class.training);
-            Trainer::new(config, values, training, compute(&class.device), &class.device)?
+            Trainer::new(config, values, training, compute, &class.device)?
         }
     };
     let mut drive = Drive::new(trainer, &class.model.tokenizer, folder, Told::default())?;
@@ -242,7 +245,7 @@ impl Class {
         let (held_out_rows, _) = read(&args.held_out)?;
         let held_out =
             Lessons::new(held_out_rows.clone(), &writer, lesson_settings.clone()).0.epoch(0);
-        let training = training(args, lessons.tokens().0);
+        let training = training(args, lessons.tokens().0, &device);
         Ok(Class {
             model,
             device,
@@ -296,6 +299,7 @@ impl Class {
             "lessons": self.lesson_settings,
             "passes": args.epochs(),
             "training": self.training,
+            "training_arithmetic": args.train_dtype.arithmetic(&self.device),
         }))
     }
 
@@ -375,10 +379,6 @@ fn tensors(name: &str, device: &Device) -> Result<DType> {
     precision.and_then(Precision::tensors).context("--dtype")
 }
 
-fn compute(device: &Device) -> DType {
-    if device.is_cpu() { DType::F32 } else { DType::BF16 }
-}
-
 fn read(paths: &[PathBuf]) -> Result<(Vec<tasks::Task>, Vec<Rejected>)> {
     let (mut rows, mut rejected) = (Vec::new(), Vec::new());
     for path in input::expand(paths)? {
@@ -407,10 +407,10 @@ fn tokenizer(args: &Tune, rows: &[tasks::Task]) -> Result<Tokenizer> {
     })
 }
 
-fn training(args: &Tune, tokens: u64) -> TrainSettings {
+fn training(args: &Tune, tokens: u64, device: &Device) -> TrainSettings {
     TrainSettings {
         batch_sequences: args.batch(),
-        micro_batch_tokens: 4096,
+        micro_batch_tokens: micro_batch_tokens(device),
         schedule: Schedule {
             peak: args.rate(),
             warmup_steps: args.warmup(),
@@ -420,6 +420,7 @@ fn training(args: &Tune, tokens: u64) -> TrainSettings {
         },
         optimizer: OPTIMIZER,
         recompute: false,
+        z_loss: 0.0,
     }
 }
 

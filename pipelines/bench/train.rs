@@ -12,10 +12,11 @@ use super::ceiling;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
 use crate::shell::summary::peak_memory;
+use crate::shell::train_args::{Compute, micro_batch_tokens};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use headwater::kernels::packed::WeightType;
 use headwater::kernels::peak;
 use headwater::model::device;
@@ -48,9 +49,9 @@ pub(super) struct Train {
     /// Steps that count
     #[arg(long, default_value_t = 5, value_name = "N")]
     steps: usize,
-    /// Tokens whose activations are held at a time
-    #[arg(long, default_value_t = 4096, value_name = "N")]
-    micro_batch_tokens: usize,
+    /// Tokens whose activations are held at a time [default: 1024, on a GPU 4096]
+    #[arg(long, value_name = "N")]
+    micro_batch_tokens: Option<usize>,
     /// Run blocks again in the backward pass instead of keeping their activations
     #[arg(long)]
     recompute: bool,
@@ -60,22 +61,6 @@ pub(super) struct Train {
     /// What it computes in; parameters and moments are f32 always. auto is f32 on a CPU, bf16 on a GPU
     #[arg(long, value_enum, default_value_t = Compute::Auto, value_name = "TYPE")]
     dtype: Compute,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Compute {
-    Auto,
-    F32,
-    Bf16,
-}
-
-impl Compute {
-    fn dtype(self, device: &Device) -> DType {
-        match (self, device.is_cpu()) {
-            (Compute::Auto, false) | (Compute::Bf16, _) => DType::BF16,
-            (Compute::Auto, true) | (Compute::F32, _) => DType::F32,
-        }
-    }
 }
 
 /// Measures.
@@ -140,7 +125,7 @@ impl Setup {
         let compute = args.dtype.dtype(&device);
         ensure!(args.batch > 0, "--batch must be 1 at least");
         ensure!(args.steps > 0, "--steps must be 1 at least");
-        ensure!(args.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
+        ensure!(args.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
         ensure!(args.length > 1, "--length must be 2 at least: the first token is not learned");
         let item_tokens = args.item_tokens.unwrap_or(args.length);
         ensure!(
@@ -165,6 +150,10 @@ impl Setup {
         Ok(Setup { model, device, compute, sequences, item_tokens })
     }
 
+    fn micro_batch_tokens(&self, args: &Train) -> usize {
+        args.micro_batch_tokens.unwrap_or_else(|| micro_batch_tokens(&self.device))
+    }
+
     fn ceilings(&self) -> Result<Ceilings> {
         let is_cpu = self.device.is_cpu();
         let kind = if self.compute == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
@@ -177,7 +166,7 @@ impl Setup {
     fn measure(&self, args: &Train) -> Result<Measured> {
         let settings = TrainSettings {
             batch_sequences: args.batch,
-            micro_batch_tokens: args.micro_batch_tokens,
+            micro_batch_tokens: self.micro_batch_tokens(args),
             schedule: Schedule {
                 peak: 1e-4,
                 warmup_steps: 0,
@@ -187,6 +176,7 @@ impl Setup {
             },
             optimizer: OPTIMIZER,
             recompute: args.recompute,
+            z_loss: 0.0,
         };
         let config = &self.model.config;
         let values = self.model.parameters(9, &self.device)?;
@@ -219,6 +209,7 @@ impl Setup {
             "item_tokens": self.item_tokens,
             "batch": args.batch,
             "steps": args.steps,
+            "micro_batch_tokens": self.micro_batch_tokens(args),
             "recompute": args.recompute,
             "tokens_per_s": measured.tokens_per_s(),
             "step_ms": measured.median_ms(),

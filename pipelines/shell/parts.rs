@@ -259,7 +259,7 @@ fn start_engines(
         let loaded = model.load(device)?;
         let training = match &settings.train {
             Some(train) if device.location() == settings.device.location() => {
-                training_bytes(&settings.model.config, train.micro_batch_tokens)
+                training_bytes(train, &settings.model.config, settings.length, device)
             }
             _ => 0,
         };

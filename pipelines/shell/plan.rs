@@ -12,9 +12,9 @@ use headwater::kernels::cuda::free_bytes;
 use headwater::kernels::packed::{PackedWeight, WeightType};
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
-use headwater::train::TrainSettings;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
+use headwater::train::{TrainSettings, host_bytes};
 use std::fmt::Write;
 use std::time::Instant;
 
@@ -64,7 +64,8 @@ impl Plan {
             (augmented as f64 * shares.iter().sum::<u64>() as f64 / shares[0] as f64) as u64;
         let sequences = mix_tokens.div_ceil(settings.length as u64);
         let training = settings.train.as_ref();
-        let training = training.map(|args| self::training(args, &settings.model.name, sequences));
+        let training = training
+            .map(|args| self::training(args, &settings.model.name, sequences, &settings.device));
         Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
     }
 
@@ -155,7 +156,7 @@ impl Plan {
         let config = &settings.model.config;
         let flops = config.training_flops_per_token(settings.length);
         format!(
-            "{}: {} parameters, {} steps of {} sequences, peak rate {:.1e}, {}, warm-up {}; {:.2e} FLOPs",
+            "{}: {} parameters, {} steps of {} sequences, peak rate {:.1e}, {}, warm-up {}, {}; {:.2e} FLOPs",
             settings.model.name,
             count(config.parameter_count()),
             training.schedule.total_steps,
@@ -163,6 +164,10 @@ impl Plan {
             training.schedule.peak,
             training.schedule.decay,
             training.schedule.warmup_steps,
+            settings
+                .train
+                .as_ref()
+                .map_or(String::new(), |args| { args.train_dtype.arithmetic(&settings.device) }),
             flops * self.mix_tokens as f64,
         )
     }
@@ -173,8 +178,8 @@ impl Plan {
         let weights =
             settings.synthesizer.precision.bytes(parameters, settings.synthesizes_on_cpu());
         let context = synthesizer.max_position_embeddings;
-        let training = self.training.as_ref().map_or(0, |training| {
-            training_bytes(&settings.model.config, training.micro_batch_tokens)
+        let training = settings.train.as_ref().map_or(0, |args| {
+            training_bytes(args, &settings.model.config, settings.length, &settings.device)
         });
         let snapshot = self.training.map_or(0, |_| snapshot_bytes(&settings.model.config));
         let device = &settings.synthesizer_devices[0];
@@ -189,12 +194,28 @@ impl Plan {
         };
         let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
         let engines = settings.synthesizer_devices.len() as u64;
-        engines * (weights + cache) + training + snapshot
+        engines * (weights + cache) + training + snapshot + PROGRAM_BYTES
     }
 }
 
-/// Parameters with their state, gradients, and the activations of one micro-batch.
-pub fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
+/// Parameters with their state, gradients, and what micro-batches of at least `length` tokens take. On a GPU this is an
+/// estimate.
+pub fn training_bytes(
+    args: &TrainArgs,
+    config: &ModelConfig,
+    length: usize,
+    device: &Device,
+) -> u64 {
+    let (rows, compute) =
+        (args.micro_batch_tokens(device).max(length), args.train_dtype.dtype(device));
+    match host_bytes(config, compute, args.recompute, rows) {
+        Ok(bytes) if device.is_cpu() => bytes,
+        _ => tensor_bytes(config, rows),
+    }
+}
+
+/// The same in tensors of f32.
+pub(super) fn tensor_bytes(config: &ModelConfig, rows: usize) -> u64 {
     let state = config.parameter_count() * 4 * 4;
     let narrow = (config.num_key_value_heads * config.head_dim) as u64;
     let wide = (config.num_attention_heads * config.head_dim) as u64;
@@ -204,18 +225,21 @@ pub fn training_bytes(config: &ModelConfig, rows: usize) -> u64 {
     state + 4 * (rows as u64 * row * config.num_hidden_layers as u64 + logits)
 }
 
+/// About what the program takes before any model is there, with its tokenizers.
+pub const PROGRAM_BYTES: u64 = 60_000_000;
+
 /// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host.
-fn snapshot_bytes(config: &ModelConfig) -> u64 {
+pub fn snapshot_bytes(config: &ModelConfig) -> u64 {
     config.parameter_count() * 3 * 4
 }
 
 /// How to train a model on so many sequences.
-pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings {
+pub fn training(args: &TrainArgs, model: &str, sequences: u64, device: &Device) -> TrainSettings {
     let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch() as u64)).max(1);
     let random = headwater::model::shape::Shape::named(model).is_some();
     TrainSettings {
         batch_sequences: args.batch(),
-        micro_batch_tokens: args.micro_batch_tokens,
+        micro_batch_tokens: args.micro_batch_tokens(device),
         schedule: Schedule {
             peak: args.rate.unwrap_or(if random { 1e-3 } else { 1e-5 }),
             warmup_steps: args.warmup.unwrap_or_else(|| (total_steps / 10).min(1000)),
@@ -225,6 +249,7 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings 
         },
         optimizer: OPTIMIZER,
         recompute: args.recompute,
+        z_loss: args.z_loss,
     }
 }
 

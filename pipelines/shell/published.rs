@@ -1,6 +1,6 @@
 //! The set-ups that were published for the method (arXiv 2406.14491, sections 3 and 4, table 7).
 
-use super::plan::{bytes, count, training_bytes};
+use super::plan::{bytes, count, tensor_bytes};
 use headwater::model::shape::Shape;
 
 /// How a published model was trained.
@@ -54,7 +54,7 @@ impl Published {
             self.length,
             self.rate,
             self.warmup,
-            bytes(training_bytes(&config, self.length)),
+            bytes(tensor_bytes(&config, self.length)),
         )
     }
 }

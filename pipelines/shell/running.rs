@@ -10,7 +10,6 @@ use super::stop;
 use super::summary::Summary;
 use super::training::{Drive, Ended, Told, Trained, latest, train_on};
 use anyhow::{Context, Result, anyhow};
-use candle_core::DType;
 use crossbeam_channel::Receiver;
 use headwater::block::Converted;
 use headwater::record::Sequence;
@@ -151,7 +150,7 @@ fn spawn_trainer(
         eval_every: args.eval_every,
     };
     let device = settings.device.clone();
-    let compute = if device.is_cpu() { DType::F32 } else { DType::BF16 };
+    let compute = args.train_dtype.dtype(&device);
     let trainer = match latest(&settings.out)? {
         Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, &device)?,
         None => {

@@ -288,6 +288,7 @@ impl Settings {
                 "tokenizer": tokenizer(&self.model),
             },
             "training": training,
+            "training_arithmetic": self.train.as_ref().map(|train| train.train_dtype.arithmetic(&self.device)),
             "held_out": held_out.unwrap_or_default(),
         }))
     }

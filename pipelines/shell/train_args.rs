@@ -5,9 +5,11 @@ use super::published::Published;
 use super::settings::digests;
 use super::training::TrainingFolder;
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device};
 use clap::{Args, ValueEnum};
 use headwater::format::documents::files;
 use headwater::format::jsonl::Fields;
+use headwater::kernels::bf16_unit;
 use headwater::train::checkpoint::Retention;
 use headwater::train::guard::{Guards, OnFault};
 use headwater::train::held_out::HeldOut;
@@ -49,12 +51,18 @@ pub struct TrainArgs {
     /// The last steps, in which a held rate falls, of all [default: 10]
     #[arg(long, value_name = "PERCENT")]
     pub decay_share: Option<u64>,
-    /// Tokens whose activations are held at a time
-    #[arg(long, default_value_t = 4096, value_name = "N")]
-    pub micro_batch_tokens: usize,
+    /// What the model is computed in; parameters and moments are f32 always. auto is f32 on a CPU, bf16 on a GPU
+    #[arg(long, value_enum, default_value_t = Compute::Auto, value_name = "TYPE")]
+    pub train_dtype: Compute,
+    /// Tokens whose activations are held at a time [default: 1024, on a GPU 4096]
+    #[arg(long, value_name = "N")]
+    pub micro_batch_tokens: Option<usize>,
     /// Run blocks again in the backward pass instead of keeping their activations
     #[arg(long)]
     pub recompute: bool,
+    /// Weight of a loss that keeps logits from drifting; PaLM had 1e-4
+    #[arg(long, default_value_t = 0.0, value_name = "X")]
+    pub z_loss: f64,
     /// What to do about a step whose loss or gradient is not finite: stop the run, or skip its update
     #[arg(long, value_enum, default_value_t = OnNonfinite::Stop, value_name = "HOW")]
     pub on_nonfinite: OnNonfinite,
@@ -76,6 +84,43 @@ pub struct TrainArgs {
     /// Steps between measuring them; also before the first step and behind the last one
     #[arg(long, default_value_t = 100, requires = "eval", value_name = "N")]
     pub eval_every: u64,
+}
+
+/// What a model in training is computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compute {
+    /// What is usual on the device
+    Auto,
+    /// Everything in f32
+    F32,
+    /// Products in bf16, on a GPU everything but sums
+    Bf16,
+}
+
+impl Compute {
+    /// The type on a device.
+    pub fn dtype(self, device: &Device) -> DType {
+        match (self, device.is_cpu()) {
+            (Compute::Auto, false) | (Compute::Bf16, _) => DType::BF16,
+            (Compute::Auto, true) | (Compute::F32, _) => DType::F32,
+        }
+    }
+
+    /// How a device computes in it, as far as that decides the output.
+    pub fn arithmetic(self, device: &Device) -> String {
+        let dtype = self.dtype(device);
+        match (device.is_cpu(), dtype) {
+            (true, DType::BF16) => format!("cpu bf16 ({})", bf16_unit()),
+            (true, _) => format!("cpu {}", dtype.as_str()),
+            (false, _) => format!("cuda {}", dtype.as_str()),
+        }
+    }
+}
+
+/// Tokens of a micro-batch where nothing else is said: so many that weights are read seldom, and on a CPU so few that
+/// activations stay near.
+pub fn micro_batch_tokens(device: &Device) -> usize {
+    if device.is_cpu() { 1024 } else { 4096 }
 }
 
 /// How a learning rate falls.
@@ -135,6 +180,11 @@ impl TrainArgs {
     /// Sequences of one step.
     pub fn batch(&self) -> usize {
         self.batch.unwrap_or(8)
+    }
+
+    /// Tokens whose activations are held at a time.
+    pub fn micro_batch_tokens(&self, device: &Device) -> usize {
+        self.micro_batch_tokens.unwrap_or_else(|| micro_batch_tokens(device))
     }
 
     /// The model to train, with its tokenizer.
@@ -212,7 +262,9 @@ impl TrainArgs {
     pub fn check(&self, model: &Model, length: usize) -> Result<()> {
         ensure!(self.batch() > 0, "--batch must be 1 at least");
         ensure!(self.steps != Some(0), "--steps must be 1 at least");
-        ensure!(self.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
+        ensure!(self.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
+        let z_loss = self.z_loss;
+        ensure!(z_loss.is_finite() && z_loss >= 0.0, "--z-loss must be 0 or more, not {z_loss}");
         ensure!(self.eval_every > 0, "--eval-every must be 1 at least");
         self.check_decay()?;
         self.check_checkpoints()?;
@@ -292,6 +344,9 @@ mod tests {
         check("--checkpoint-every 20 --keep-every 60", Ok(Decay::Cosine));
         check("--checkpoint-every 20 --keep-every 50", Err("no multiple of --checkpoint-every 20"));
         check("--eval x.jsonl --eval-every 0", Err("--eval-every"));
+        check("--z-loss 1e-4 --micro-batch-tokens 1", Ok(Decay::Cosine));
+        check("--z-loss NaN", Err("--z-loss"));
+        check("--micro-batch-tokens 0", Err("--micro-batch-tokens"));
     }
 
     #[test]

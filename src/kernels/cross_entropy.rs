@@ -18,7 +18,7 @@ use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 /// Rows whose logits exist at a time.
-const CHUNK: usize = 256;
+pub(crate) const CHUNK: usize = 256;
 
 /// Losses, and the gradients if they were asked for.
 #[derive(Debug)]
@@ -34,8 +34,31 @@ pub struct HeadLoss {
 pub enum Gradients {
     /// Losses only.
     Skip,
-    /// The gradient of `scale` times the sum of the losses.
-    Scaled(f64),
+    /// The gradient of an objective that is made of the losses.
+    Of(Objective),
+}
+
+/// What is to become small: `scale` times the sum of `loss + z_loss * ln(sum(exp(logits)))^2` over the rows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective {
+    /// The weight of each row.
+    pub scale: f64,
+    /// The weight of what keeps the sum of exponentiated logits near 1 (Chowdhery et al., 2022, section 5; arXiv
+    /// 2204.02311, with 1e-4). The losses that are reported do not have it in them.
+    pub z_loss: f64,
+}
+
+impl Objective {
+    /// The plain loss, each row weighing so much.
+    pub fn scaled(scale: f64) -> Self {
+        Objective { scale, z_loss: 0.0 }
+    }
+
+    /// The factor on the gradient of a row's logits, but for the target, given the logarithm of their sum.
+    #[inline(always)]
+    fn pull(&self, log_sum: f64) -> f64 {
+        self.scale * (1.0 + 2.0 * self.z_loss * log_sum)
+    }
 }
 
 /// The cross-entropy of `targets` under `hidden (rows, width) x weight^T (vocabulary, width)`.
@@ -71,7 +94,7 @@ fn kernel<T: Real>(
     let mut logits = vec![T::ZERO; CHUNK.min(targets.len()) * vocabulary];
     let (mut of_x, mut of_w) = match gradients {
         Gradients::Skip => (Vec::new(), Vec::new()),
-        Gradients::Scaled(_) => (vec![T::ZERO; x.len()], vec![T::ZERO; vocabulary * width]),
+        Gradients::Of(_) => (vec![T::ZERO; x.len()], vec![T::ZERO; vocabulary * width]),
     };
     for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
         let at = chunk * CHUNK * width;
@@ -97,15 +120,13 @@ fn kernel<T: Real>(
     }
     let gradients = match gradients {
         Gradients::Skip => None,
-        Gradients::Scaled(_) => {
-            Some((tensor(of_x, hidden.shape())?, tensor(of_w, weight.shape())?))
-        }
+        Gradients::Of(_) => Some((tensor(of_x, hidden.shape())?, tensor(of_w, weight.shape())?)),
     };
     Ok(HeadLoss { losses, gradients })
 }
 
-/// Losses of `hidden (rows, width)` under a head in training, added to `losses`. With `gradients`, the scale of the
-/// losses in them, the gradient of the hidden rows, and what that of the head is added to.
+/// Losses of `hidden (rows, width)` under a head in training, added to `losses`. With `gradients`, the
+/// objective, the gradient of the hidden rows, and what that of the head is added to.
 ///
 /// # Errors
 /// If the head is not a matrix of the CPU.
@@ -113,7 +134,7 @@ pub(crate) fn learn_rows(
     head: &Weight,
     hidden: &[f32],
     targets: &[u32],
-    mut gradients: Option<(f64, &mut [f32], &Tensor)>,
+    mut gradients: Option<(Objective, &mut [f32], &Tensor)>,
     (memory, scratch): (&mut HeadMemory, &mut linear::Scratch),
 ) -> Result<()> {
     let (vocabulary, width) = (head.outputs(), head.inputs());
@@ -123,7 +144,7 @@ pub(crate) fn learn_rows(
         let hidden = &hidden[rows.clone()];
         let logits = sized(logits, targets.len() * vocabulary);
         linear::forward([(head, &mut *logits)], hidden, scratch)?;
-        let wanted = gradients.as_ref().map_or(Gradients::Skip, |own| Gradients::Scaled(own.0));
+        let wanted = gradients.as_ref().map_or(Gradients::Skip, |own| Gradients::Of(own.0));
         losses.par_extend(logits.par_chunks_mut(vocabulary).zip(targets).map(|(row, &target)| {
             simd(
                 #[inline(always)]
@@ -155,14 +176,15 @@ fn loss_of_row<T: Real>(logits: &mut [T], target: usize, gradients: Gradients) -
         *logit = (*logit - top).exp();
     }
     let total = sum(logits);
-    if let Gradients::Scaled(scale) = gradients {
-        let factor = T::real(scale) / total;
+    let log_total = total.to_f64().ln();
+    if let Gradients::Of(objective) = gradients {
+        let factor = T::real(objective.pull(log_total + top.to_f64())) / total;
         for logit in logits.iter_mut() {
             *logit *= factor;
         }
-        logits[target] += -T::real(scale);
+        logits[target] += -T::real(objective.scale);
     }
-    total.to_f64().ln() + (top - wanted).to_f64()
+    log_total + (top - wanted).to_f64()
 }
 
 fn composed(
@@ -179,15 +201,18 @@ fn composed(
         let rows = targets.len();
         let x = hidden.narrow(0, chunk * CHUNK, rows)?;
         let logits = x.matmul(&weight.t()?)?.to_dtype(wide)?;
-        let shifted = logits.broadcast_sub(&logits.max_keepdim(D::Minus1)?)?;
+        let tops = logits.max_keepdim(D::Minus1)?;
+        let shifted = logits.broadcast_sub(&tops)?;
         let index = Tensor::from_slice(targets, (rows, 1), device)?;
         let exponentials = shifted.exp()?;
         let totals = exponentials.sum_keepdim(D::Minus1)?;
-        let chunk_losses = (totals.log()? - shifted.gather(&index, 1)?)?;
+        let log_totals = totals.log()?;
+        let chunk_losses = (&log_totals - shifted.gather(&index, 1)?)?;
         losses.extend(chunk_losses.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?);
-        if let Gradients::Scaled(scale) = gradients {
+        if let Gradients::Of(Objective { scale, z_loss }) = gradients {
             let minus_one = Tensor::full(-1.0f32, (rows, 1), device)?.to_dtype(wide)?;
-            let of_logits = exponentials.broadcast_div(&totals)?;
+            let pull = ((log_totals + tops)? * (2.0 * z_loss))? + 1.0;
+            let of_logits = exponentials.broadcast_mul(&(pull? / &totals)?)?;
             let of_logits = (of_logits.scatter_add(&index, &minus_one, 1)? * scale)?;
             let of_logits = of_logits.to_dtype(hidden.dtype())?;
             of_x.push(of_logits.matmul(weight)?);
@@ -196,8 +221,8 @@ fn composed(
     }
     let gradients = match gradients {
         Gradients::Skip => None,
-        Gradients::Scaled(_) if of_x.is_empty() => Some((hidden.zeros_like()?, of_w)),
-        Gradients::Scaled(_) => Some((Tensor::cat(&of_x, 0)?, of_w)),
+        Gradients::Of(_) if of_x.is_empty() => Some((hidden.zeros_like()?, of_w)),
+        Gradients::Of(_) => Some((Tensor::cat(&of_x, 0)?, of_w)),
     };
     Ok(HeadLoss { losses, gradients })
 }
@@ -210,7 +235,7 @@ mod tests {
     fn check(rows: usize, vocabulary: usize, dtype: DType) {
         let (hidden, weight) = (random(&[rows, 24], dtype), random(&[vocabulary, 24], dtype));
         let targets: Vec<u32> = (0..rows).map(|row| (row * 7 % vocabulary) as u32).collect();
-        let scaled = Gradients::Scaled(0.25);
+        let scaled = Gradients::Of(Objective { scale: 0.25, z_loss: 0.01 });
         let ours = cross_entropy(&hidden, &weight, &targets, scaled).unwrap();
         let twin = composed(&hidden, &weight, &targets, scaled).unwrap();
         let (of_ours, of_twin) = (ours.gradients.unwrap(), twin.gradients.unwrap());

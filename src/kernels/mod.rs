@@ -17,7 +17,7 @@ pub mod cross_entropy;
 pub mod cuda;
 pub mod embedding;
 pub(crate) mod fetch;
-mod layout;
+pub(crate) mod layout;
 pub(crate) mod linear;
 mod matmul;
 pub mod packed;
@@ -32,7 +32,7 @@ pub(crate) mod rows;
 pub(crate) mod share;
 pub(crate) mod storage;
 pub mod swiglu;
-mod tiles;
+pub(crate) mod tiles;
 #[cfg(test)]
 mod twin;
 

@@ -53,6 +53,17 @@ impl RowMut<'_> {
     }
 }
 
+/// Words that so many rows take. A tile may read the rows of a whole one; what it makes of those that are not there
+/// is thrown away.
+pub(crate) fn words_of_rows(kind: WeightType, count: usize, inputs: usize) -> usize {
+    count.next_multiple_of(ROWS) * stride(kind.words(inputs))
+}
+
+/// An odd number of cache lines: rows of a tile then never fall into one set of the cache.
+fn stride(depth: usize) -> usize {
+    (depth.div_ceil(16) | 1) * 16
+}
+
 /// The rows of a matrix, so many for each task, with the index of the first.
 fn parts(x: View<'_, f32>) -> impl Iterator<Item = (usize, View<'_, f32>)> {
     (0..x.rows).step_by(ROWS_PER_TASK).map(move |first| {
@@ -174,10 +185,10 @@ impl Rows {
         self.kind = kind;
         self.count = count;
         self.depth = kind.words(inputs);
-        // An odd number of cache lines: rows of a tile then never fall into one set of the cache.
-        self.stride = (self.depth.div_ceil(16) | 1) * 16;
-        // A tile may read the rows of a whole one; what it makes of those that are not there is thrown away.
-        self.words.resize(count.next_multiple_of(ROWS) * self.stride, 0);
+        self.stride = stride(self.depth);
+        let length = words_of_rows(kind, count, inputs);
+        self.words.reserve_exact(length.saturating_sub(self.words.len()));
+        self.words.resize(length, 0);
         self.group_stride = match kind {
             WeightType::Int8 => self.depth.div_ceil(quads::GROUP),
             _ => 0,

@@ -7,7 +7,7 @@
 use super::Llama;
 use super::layers::{Block, Trace};
 use crate::kernels::attention::{Attended, Heads, attention, attention_backward};
-use crate::kernels::cross_entropy::{self, cross_entropy};
+use crate::kernels::cross_entropy::{self, Objective, cross_entropy};
 use crate::kernels::embedding::{embed, embed_backward};
 use crate::kernels::rms_norm::{rms_norm, rms_norm_backward};
 use crate::kernels::rope::{RopeTable, Turn, rope};
@@ -121,11 +121,11 @@ impl Llama {
         Ok(loss.losses)
     }
 
-    /// The loss of each target, with the gradient of `scale` times their sum added to `gradients`.
+    /// The loss of each target, with the gradient of the objective added to `gradients`.
     pub fn learn(
         &self,
         batch: &Batch,
-        scale: f64,
+        objective: Objective,
         keep: Keep,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
@@ -142,7 +142,7 @@ impl Llama {
             });
             x = y;
         }
-        let (losses, mut gradient) = self.learn_head(&x, batch, scale, gradients)?;
+        let (losses, mut gradient) = self.learn_head(&x, batch, objective, gradients)?;
         drop(x);
         for block in blocks.iter().rev() {
             let trace = match saved.pop().expect("one for each block") {
@@ -169,11 +169,11 @@ impl Llama {
         &self,
         x: &Tensor,
         batch: &Batch,
-        scale: f64,
+        objective: Objective,
         gradients: &mut Gradients,
     ) -> Result<(Vec<f64>, Tensor)> {
         let (rows, hidden) = self.predicting_rows(x, batch)?;
-        let scaled = cross_entropy::Gradients::Scaled(scale);
+        let scaled = cross_entropy::Gradients::Of(objective);
         let loss = cross_entropy(&hidden, &self.plain()?.1.head, &batch.targets, scaled)?;
         let (of_hidden, of_head) = loss.gradients.expect("asked for");
         let head = match self.config.tie_word_embeddings {
@@ -366,7 +366,9 @@ mod tests {
 
     fn learn(config: &ModelConfig, keep: Keep) -> (f64, Gradients) {
         let mut gradients = Gradients::default();
-        let losses = model(config, None).learn(&batch(), 1.0, keep, &mut gradients).unwrap();
+        let losses = model(config, None)
+            .learn(&batch(), Objective::scaled(1.0), keep, &mut gradients)
+            .unwrap();
         (losses.iter().sum(), gradients)
     }
 

@@ -2,6 +2,7 @@
 
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
+use crate::kernels::cross_entropy::Objective;
 use crate::kernels::packed::WeightType;
 use crate::model::backward::{Batch, Gradients, Keep};
 use crate::model::config::ModelConfig;
@@ -34,14 +35,7 @@ impl Learner {
             Ok(parameters.get(name).ok_or_else(missing)?.value()?)
         };
         if device.is_cpu() {
-            let kind = match compute {
-                DType::F32 => WeightType::F32,
-                DType::BF16 => WeightType::Bf16,
-                other => {
-                    let what = format!("a CPU trains in f32 or bf16, not in {}", other.as_str());
-                    return Err(Error::Setting(what));
-                }
-            };
+            let kind = host_kind(compute)?;
             return Ok(Learner::Host(Box::new(HostModel::new(config, kind, value)?)));
         }
         let mut copies = Vec::new();
@@ -76,17 +70,17 @@ impl Learner {
         }
     }
 
-    /// The loss of each target, with the gradient of `scale` times their sum added to `gradients`.
+    /// The loss of each target, with the gradient of the objective added to `gradients`.
     pub(super) fn learn(
         &mut self,
         batch: &Batch,
-        scale: f64,
+        objective: Objective,
         keep: Keep,
         gradients: &mut Gradients,
     ) -> candle_core::Result<Vec<f64>> {
         match self {
-            Learner::Host(model) => model.learn(batch, scale, keep, gradients),
-            Learner::Tensors { model, .. } => model.learn(batch, scale, keep, gradients),
+            Learner::Host(model) => model.learn(batch, objective, keep, gradients),
+            Learner::Tensors { model, .. } => model.learn(batch, objective, keep, gradients),
         }
     }
 
@@ -106,6 +100,33 @@ impl Learner {
                 let value = parameters.get(name).expect("copied from there").value()?;
                 copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)
             }),
+        }
+    }
+}
+
+/// Bytes that the trainer of such a model takes on a CPU while it computes micro-batches of `rows` rows: parameters with
+/// their moments and gradients, and what the pass needs.
+///
+/// # Errors
+/// If a CPU does not train in that type.
+pub fn host_bytes(
+    config: &ModelConfig,
+    compute: DType,
+    recompute: bool,
+    rows: usize,
+) -> Result<u64> {
+    let keep = if recompute { Keep::Inputs } else { Keep::Everything };
+    let pass = HostModel::bytes(config, host_kind(compute)?, keep, rows);
+    Ok(config.parameter_count() * 4 * 4 + pass)
+}
+
+fn host_kind(compute: DType) -> Result<WeightType> {
+    match compute {
+        DType::F32 => Ok(WeightType::F32),
+        DType::BF16 => Ok(WeightType::Bf16),
+        other => {
+            let what = format!("a CPU trains in f32 or bf16, not in {}", other.as_str());
+            Err(Error::Setting(what))
         }
     }
 }

@@ -20,9 +20,11 @@ mod tests;
 pub mod tuning;
 pub mod writer;
 
+pub use learner::host_bytes;
 pub use report::{SourceLoss, StepReport};
 
 use crate::error::{Context, Error, Result};
+use crate::kernels::cross_entropy::Objective;
 use crate::model::backward::{Batch, Gradients, Keep};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
@@ -52,6 +54,9 @@ pub struct TrainSettings {
     pub optimizer: AdamW,
     /// Whether blocks are run again in the backward pass, to save memory.
     pub recompute: bool,
+    /// The weight of the z-loss, 0 for none ([`Objective::z_loss`]).
+    #[serde(default)]
+    pub z_loss: f64,
 }
 
 /// A model in training.
@@ -157,10 +162,11 @@ impl Trainer {
         let tokens: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
         let keep = if self.settings.recompute { Keep::Inputs } else { Keep::Everything };
         self.learner.clear(&mut self.gradients)?;
+        let scale = 1.0 / targets.max(1) as f64;
+        let objective = Objective { scale, z_loss: self.settings.z_loss };
         let (mut losses, mut total) = (Vec::new(), 0.0);
         for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
-            let scale = 1.0 / targets.max(1) as f64;
-            let learned = self.learner.learn(&batch(group), scale, keep, &mut self.gradients);
+            let learned = self.learner.learn(&batch(group), objective, keep, &mut self.gradients);
             let learned = learned.context("training step")?;
             total += learned.iter().sum::<f64>();
             losses.extend(learned);

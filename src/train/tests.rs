@@ -49,6 +49,7 @@ fn settings(recompute: bool, peak: f64) -> TrainSettings {
             clip_norm: 1.0,
         },
         recompute,
+        z_loss: 0.0,
     }
 }
 

@@ -10,11 +10,12 @@
 //! it, so that a step takes none.
 
 mod block;
+mod size;
 
 use super::backward::{Batch, Gradients, Keep};
 use super::config::ModelConfig;
 use crate::kernels::attention::Heads;
-use crate::kernels::cross_entropy::{HeadMemory, learn_rows};
+use crate::kernels::cross_entropy::{HeadMemory, Objective, learn_rows};
 use crate::kernels::embedding::{add_rows, copy_rows};
 use crate::kernels::linear::{Weight, sized};
 use crate::kernels::packed::WeightType;
@@ -109,18 +110,17 @@ impl HostModel {
         })
     }
 
-    /// The loss of each target, with the gradient of `scale` times their sum added to `gradients`, which has all
-    /// parameters.
+    /// The loss of each target, with the gradient of the objective added to `gradients`, which has all parameters.
     pub(crate) fn learn(
         &mut self,
         batch: &Batch,
-        scale: f64,
+        objective: Objective,
         keep: Keep,
         gradients: &Gradients,
     ) -> Result<Vec<f64>> {
         rayon::scope(|_| {
             self.forward(batch, keep)?;
-            self.predict(batch, Some((scale, gradients)))?;
+            self.predict(batch, Some((objective, gradients)))?;
             self.backward(batch, gradients)?;
             Ok(std::mem::take(&mut self.memory.head.losses))
         })
@@ -148,7 +148,7 @@ impl HostModel {
     }
 
     /// Losses, and with `learning` the gradient of the stream behind the last block.
-    fn predict(&mut self, batch: &Batch, learning: Option<(f64, &Gradients)>) -> Result<()> {
+    fn predict(&mut self, batch: &Batch, learning: Option<(Objective, &Gradients)>) -> Result<()> {
         let (width, epsilon) = (self.config.hidden_size, self.config.rms_norm_eps);
         let Memory { block, stream, of_stream, predicting, hidden, of_hidden, head, .. } =
             &mut self.memory;
@@ -158,11 +158,11 @@ impl HostModel {
         copy_rows(stream, &batch.rows, sized(predicting, length));
         normalise(predicting, &norm, epsilon, sized(hidden, length));
         head.losses.clear();
-        let Some((scale, gradients)) = learning else {
+        let Some((objective, gradients)) = learning else {
             return learn_rows(&self.head, hidden, &batch.targets, None, (head, scratch));
         };
         let of_head = gradients.of(head_name(&self.config))?;
-        let wanted = Some((scale, sized(of_hidden, length), of_head));
+        let wanted = Some((objective, sized(of_hidden, length), of_head));
         learn_rows(&self.head, hidden, &batch.targets, wanted, (head, scratch))?;
         // The place of the hidden rows is free: it takes the gradient of the rows before the normalisation.
         hidden.fill(0.0);
@@ -231,6 +231,8 @@ mod tests {
     use crate::model::{Form, Llama};
     use crate::seed;
 
+    const OBJECTIVE: Objective = Objective { scale: 0.5, z_loss: 1e-3 };
+
     fn config(tied: bool) -> ModelConfig {
         ModelConfig {
             vocab_size: 300,
@@ -288,7 +290,7 @@ mod tests {
         let parameters = parameters(config);
         let mut model = HostModel::new(config, kind, |name| named(&parameters, name)).unwrap();
         let gradients = Gradients::zeros(&config.parameters()).unwrap();
-        let losses = model.learn(&batch(), 0.5, keep, &gradients).unwrap();
+        let losses = model.learn(&batch(), OBJECTIVE, keep, &gradients).unwrap();
         (losses, gradients, model)
     }
 
@@ -303,7 +305,7 @@ mod tests {
         let get = |name: &str, _: &[usize]| Ok(named(&parameters, name)?);
         let twin = Llama::build(&config, Form::Plain, &Device::Cpu, get).unwrap();
         let mut exact = Gradients::default();
-        let theirs = twin.learn(&batch(), 0.5, Keep::Everything, &mut exact).unwrap();
+        let theirs = twin.learn(&batch(), OBJECTIVE, Keep::Everything, &mut exact).unwrap();
         let (ours, gradients, mut model) = learn(&config, kind, Keep::Everything);
         for (ours, theirs) in ours.iter().zip(&theirs) {
             assert!((ours - theirs).abs() <= loss_bound, "loss {ours}, not {theirs}");
@@ -341,7 +343,7 @@ mod tests {
             assert_eq!(losses, again);
             let mut reused = Gradients::zeros(&config.parameters()).unwrap();
             reused.clear().unwrap();
-            assert_eq!(model.learn(&batch(), 0.5, Keep::Inputs, &reused).unwrap(), losses);
+            assert_eq!(model.learn(&batch(), OBJECTIVE, Keep::Inputs, &reused).unwrap(), losses);
             for (name, gradient) in gradients.iter() {
                 assert_eq!(flat(gradient), flat(of_inputs.of(name).unwrap()), "{name}");
                 assert_eq!(flat(gradient), flat(reused.of(name).unwrap()), "{name}");
@@ -355,7 +357,7 @@ mod tests {
         let (_, once, mut model) = learn(&config, WeightType::F32, Keep::Everything);
         let twice = Gradients::zeros(&config.parameters()).unwrap();
         for _ in 0..2 {
-            model.learn(&batch(), 0.5, Keep::Everything, &twice).unwrap();
+            model.learn(&batch(), OBJECTIVE, Keep::Everything, &twice).unwrap();
         }
         for (name, once) in once.iter() {
             for (once, twice) in flat(once).iter().zip(flat(twice.of(name).unwrap())) {

@@ -1,0 +1,51 @@
+//! How much memory a micro-batch takes, before it is taken.
+
+use super::HostModel;
+use crate::kernels::cross_entropy::CHUNK;
+use crate::kernels::layout::INPUTS;
+use crate::kernels::packed::WeightType;
+use crate::kernels::rows::words_of_rows;
+use crate::kernels::tiles::PANEL;
+use crate::model::backward::Keep;
+use crate::model::config::ModelConfig;
+
+impl HostModel {
+    /// Bytes of everything but the parameters and their gradients, for micro-batches of `rows` rows that all have a
+    /// target: buffers of the pass, and in bf16 the weights in both directions. Threads have some buffers for
+    /// attention besides, which grow with the longest item.
+    pub(crate) fn bytes(config: &ModelConfig, kind: WeightType, keep: Keep, rows: usize) -> u64 {
+        let (hidden, middle) = (config.hidden_size, config.intermediate_size);
+        let wide = config.num_attention_heads * config.head_dim;
+        let narrow = config.num_key_value_heads * config.head_dim;
+        let layers = config.num_hidden_layers;
+        let kept = if keep == Keep::Everything { layers } else { 1 };
+        let trace = 2 * wide + 2 * narrow + config.num_attention_heads + hidden + 2 * middle;
+        let block = 2 * hidden + 2 * middle + 2 * wide + 2 * narrow;
+        let columns = layers * hidden + kept * trace + block + 5 * hidden;
+        let logits = CHUNK.min(rows) * config.vocab_size;
+        let table = config.max_position_embeddings * config.head_dim;
+        let rounded = match kind {
+            WeightType::F32 => 0,
+            _ => rounded_words(config, rows),
+        };
+        4 * (rows * columns + logits + table + rounded) as u64
+    }
+}
+
+/// Words of weights in both directions, and of what they meet.
+fn rounded_words(config: &ModelConfig, rows: usize) -> usize {
+    let kind = WeightType::Bf16;
+    let (hidden, middle, vocabulary) =
+        (config.hidden_size, config.intermediate_size, config.vocab_size);
+    let wide = config.num_attention_heads * config.head_dim;
+    let widest = middle.max(wide).max(hidden);
+    let looked_up = if config.tie_word_embeddings { 0 } else { vocabulary * hidden };
+    let weights = config.parameter_count() as usize - looked_up;
+    let chunk = CHUNK.min(rows);
+    let panels = |columns: usize, rows: usize| {
+        columns.next_multiple_of(PANEL) * kind.words(rows.next_multiple_of(INPUTS))
+    };
+    let meeting = words_of_rows(kind, rows, widest).max(words_of_rows(kind, chunk, vocabulary));
+    let turned = words_of_rows(kind, widest, rows);
+    weights + meeting + turned + panels(widest, rows).max(panels(vocabulary, chunk))
+}
