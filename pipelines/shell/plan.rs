@@ -225,12 +225,15 @@ pub(super) fn tensor_bytes(config: &ModelConfig, rows: usize) -> u64 {
     state + 4 * (rows as u64 * row * config.num_hidden_layers as u64 + logits)
 }
 
-/// About what the program takes before any model is there, with its tokenizers.
-pub const PROGRAM_BYTES: u64 = 60_000_000;
+/// About what the program takes besides its models: itself, tokenizers, buffers of threads and files.
+pub const PROGRAM_BYTES: u64 = 90_000_000;
 
-/// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host.
+/// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host, and the largest of them
+/// twice more while it is written.
 pub fn snapshot_bytes(config: &ModelConfig) -> u64 {
-    config.parameter_count() * 3 * 4
+    let size = |(_, shape): &(String, Vec<usize>)| shape.iter().product::<usize>();
+    let largest = config.parameters().iter().map(size).max().unwrap_or(0) as u64;
+    config.parameter_count() * 3 * 4 + largest * 2 * 4
 }
 
 /// How to train a model on so many sequences.
