@@ -249,7 +249,7 @@ fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<
     let ledger = json!({ "unknown": unknown, "counts": counts });
     durable::write(&args.out.join("ledger.json"), format!("{ledger:#}\n").as_bytes())?;
     let totals = Totals::of(&metrics::lines(&args.out)?).context("there was nothing to learn")?;
-    let figures = [("given", format!("{sequences} sequences")), ("time", seconds(spent))];
+    let figures = [("given", format!("{sequences} sequences"))];
     report::write(&args.out, &figures)?;
     if args.machine.json {
         let summary = json!({

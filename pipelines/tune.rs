@@ -451,7 +451,7 @@ impl Report {
         durable::write(&args.out.join("ledger.json"), format!("{account:#}\n").as_bytes())?;
         durable::write(&args.out.join("evaluation.json"), format!("{evaluation:#}\n").as_bytes())?;
         let loss = held_out_loss.map_or("not asked for".into(), |loss| format!("{loss:.4}"));
-        report::write(&args.out, &[("held-out loss", loss), ("time", seconds(*spent))])?;
+        report::write(&args.out, &[("held-out loss", loss)])?;
         if args.machine.json {
             println!(
                 "{:#}",

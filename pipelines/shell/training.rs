@@ -125,12 +125,16 @@ impl Drive {
         Ok(Drive { trainer, folder, told, writer, metrics, evaluations, gauge, board, span })
     }
 
-    /// Measures a run that has not begun.
+    /// Measures a run that has not begun; from now on, the trainer waits for sequences.
     ///
     /// # Errors
     /// If the device fails or the disk refuses.
     pub fn begin(&mut self) -> Result<()> {
-        if self.trainer.progress().step == 0 { self.evaluate() } else { Ok(()) }
+        if self.trainer.progress().step == 0 {
+            self.evaluate()?;
+        }
+        self.gauge.wait();
+        Ok(())
     }
 
     /// Learns from one batch; `watch` sees the report and what the step took.
