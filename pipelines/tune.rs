@@ -145,14 +145,15 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     class.write_rejected(args)?;
     let start = Instant::now();
     let folder = class.folder(args);
+    let devices = std::slice::from_ref(&class.device);
     let trainer = match latest(&args.out)? {
         Some(checkpoint) => {
-            Trainer::resume(&checkpoint, class.training, compute(&class.device), &class.device)?
+            Trainer::resume(&checkpoint, class.training, compute(&class.device), devices)?
         }
         None => {
             let values = class.model.parameters(args.machine.seed, &class.device)?;
             let (config, training) = (&class.model.config, class.training);
-            Trainer::new(config, values, training, compute(&class.device), &class.device)?
+            Trainer::new(config, values, training, compute(&class.device), devices)?
         }
     };
     let mut drive = Drive::new(trainer, &class.model.tokenizer, folder, Told::default())?;

@@ -15,6 +15,7 @@ use headwater::model::config::ModelConfig;
 use headwater::train::TrainSettings;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
+use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Instant;
 
@@ -132,7 +133,7 @@ impl Plan {
     /// # Errors
     /// If the device fails.
     pub fn seconds_at_least(&self, settings: &Settings) -> Result<f64> {
-        let rate = matrix_rate(&settings.device, DType::F32, 1024)?;
+        let rate = matrix_rate(&settings.devices[0], DType::F32, 1024)?;
         let synthesizer = &settings.synthesizer.config;
         let rounds = settings.preset.rounds as u64;
         let shown = self.prompt_tokens * rounds.div_ceil(2) + PAIR_TOKENS_PER_TEXT;
@@ -180,7 +181,7 @@ impl Plan {
         let device = &settings.synthesizer_devices[0];
         // A GPU that does not say what is free fails when it is used; this is an estimate.
         let free = free_bytes(device).unwrap_or(None);
-        let shared = if device.location() == settings.device.location() { training } else { 0 };
+        let shared = if settings.trains_on(device) { training } else { 0 };
         let room = settings.engine.steps.cache_bytes(free, weights + shared, 1);
         let blocks = blocks_wanted(&settings.engine_settings(room), context);
         let kept = match settings.synthesizer.precision.tensors() {
@@ -189,7 +190,8 @@ impl Plan {
         };
         let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
         let engines = settings.synthesizer_devices.len() as u64;
-        engines * (weights + cache) + training + snapshot
+        let replicas = settings.devices.len() as u64;
+        engines * (weights + cache) + replicas * training + snapshot
     }
 }
 
@@ -226,6 +228,15 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64) -> TrainSettings 
         optimizer: OPTIMIZER,
         recompute: args.recompute,
     }
+}
+
+/// What decides how a model is trained, for `run.json`: over several devices sums have another order.
+pub fn training_configuration(training: &TrainSettings, devices: usize) -> Value {
+    let mut configuration = json!(training);
+    if devices > 1 {
+        configuration["devices"] = json!(devices);
+    }
+    configuration
 }
 
 /// The constants of the paper's runs (recipe (g), (h)).

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use headwater::format::documents::files;
 use headwater::format::jsonl::Fields;
+use headwater::train::check_dealing;
 use headwater::train::checkpoint::Retention;
 use headwater::train::guard::{Guards, OnFault};
 use headwater::train::held_out::HeldOut;
@@ -209,7 +210,7 @@ impl TrainArgs {
     ///
     /// # Errors
     /// Says which flag cannot work, and why.
-    pub fn check(&self, model: &Model, length: usize) -> Result<()> {
+    pub fn check(&self, model: &Model, length: usize, devices: usize) -> Result<()> {
         ensure!(self.batch() > 0, "--batch must be 1 at least");
         ensure!(self.steps != Some(0), "--steps must be 1 at least");
         ensure!(self.micro_batch_tokens > 0, "--micro-batch-tokens must be 1 at least");
@@ -225,6 +226,7 @@ impl TrainArgs {
             "sequences of {length} tokens do not fit the context of {:?}, {context} tokens",
             model.name
         );
+        check_dealing(self.batch(), length, self.micro_batch_tokens, devices)?;
         model.check_trainable()
     }
 
@@ -272,7 +274,7 @@ mod tests {
         let args = RunArgs::of(needed.into_iter().chain(flags.split_whitespace()));
         let args = args.expect("flags that exist").train;
         let model = args.model(64).expect("a shape");
-        match (args.check(&model, 64), expected) {
+        match (args.check(&model, 64, 2), expected) {
             (Ok(()), expected) => assert_eq!(Ok(args.decay()), expected, "{flags}"),
             (Err(error), Err(said)) => {
                 assert!(error.to_string().contains(said), "{flags}: {error}");
@@ -292,6 +294,8 @@ mod tests {
         check("--checkpoint-every 20 --keep-every 60", Ok(Decay::Cosine));
         check("--checkpoint-every 20 --keep-every 50", Err("no multiple of --checkpoint-every 20"));
         check("--eval x.jsonl --eval-every 0", Err("--eval-every"));
+        check("--batch 4 --micro-batch-tokens 128", Ok(Decay::Cosine));
+        check("--batch 4 --micro-batch-tokens 256", Err("too few for 2 devices: raise --batch"));
     }
 
     #[test]
