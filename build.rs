@@ -21,7 +21,7 @@ fn main() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let home = env::var_os("CUDA_HOME").map(PathBuf::from);
     compile_kernels(&out, home.as_deref());
-    for library in ["cuda", "nvrtc", "curand", "cublas", "cublasLt"] {
+    for library in ["cuda", "nvrtc", "curand", "cublas", "cublasLt", "nccl"] {
         let path = out.join(format!("lib{library}.a"));
         fs::write(path, EMPTY_ARCHIVE).expect("OUT_DIR can be written");
     }

@@ -69,19 +69,20 @@ pub struct Train {
 pub fn run(args: &Train) -> Result<ExitCode> {
     let source = Source::open(args).map_err(wrong_use)?;
     let sequences = source.manifest.sequences() * args.epochs;
-    let settings = plan::training(&args.train, &source.model.name, sequences, &source.device);
+    let settings = plan::training(&args.train, &source.model.name, sequences, &source.devices[0]);
     eprint!("{}", source.describe(args, &settings));
     if args.machine.dry_run {
         return Ok(ExitCode::SUCCESS);
     }
     abort_on_panic();
     let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
-    let compute = args.train.train_dtype.dtype(&source.device);
+    let devices = &source.devices;
+    let compute = args.train.train_dtype.dtype(&devices[0]);
     let trainer = match latest(&args.out)? {
-        Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, &source.device)?,
+        Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, devices)?,
         None => {
-            let values = source.model.parameters(args.machine.seed, &source.device)?;
-            Trainer::new(&source.model.config, values, settings, compute, &source.device)?
+            let values = source.model.parameters(args.machine.seed, &devices[0])?;
+            Trainer::new(&source.model.config, values, settings, compute, devices)?
         }
     };
     let start = Instant::now();
@@ -123,7 +124,7 @@ struct Source {
     manifest: Manifest,
     length: usize,
     model: Model,
-    device: Device,
+    devices: Vec<Device>,
     /// Names of the sources of the sequences.
     mixed: Vec<String>,
     held_out: HeldOut,
@@ -133,14 +134,14 @@ impl Source {
     fn open(args: &Train) -> Result<Self> {
         ensure!(args.epochs > 0, "--epochs must be 1 at least");
         check_progress(&args.machine.progress)?;
-        let device = device::device(&args.machine.device)?;
+        let devices = device::group(&args.machine.device).context("--device")?;
         let shards = RunFolder::existing(&args.shards).context("--shards")?;
         let manifest = shards.manifest()?;
         ensure!(manifest.sequences() > 0, "{:?} holds no sequences yet", args.shards);
         let origin = shards.configuration()?;
         let length = origin["length"].as_u64().context("run.json says no length")? as usize;
         let model = args.train.model(length)?;
-        args.train.check(&model, length)?;
+        args.train.check(&model, length, &devices)?;
         ensure!(
             origin["model"]["tokenizer"] == digest(&model),
             "the sequences in {:?} were made with another tokenizer than that of {:?}: their ids \
@@ -150,7 +151,7 @@ impl Source {
         );
         let held_out = args.train.held_out(&Fields::detected(), &model, length)?;
         let mixed = mixed(&origin);
-        Ok(Source { shards, manifest, length, model, device, mixed, held_out })
+        Ok(Source { shards, manifest, length, model, devices, mixed, held_out })
     }
 
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
@@ -168,7 +169,7 @@ impl Source {
             settings.schedule.peak,
             settings.schedule.decay,
             settings.schedule.warmup_steps,
-            args.train.train_dtype.arithmetic(&self.device),
+            args.train.train_dtype.arithmetic(&self.devices[0]),
             held_out::describe(&self.held_out, args.train.eval_every),
             bytes(self.memory(args)),
             args.out.display(),
@@ -177,7 +178,7 @@ impl Source {
 
     fn memory(&self, args: &Train) -> u64 {
         let config = &self.model.config;
-        plan::training_bytes(&args.train, config, self.length, &self.device)
+        plan::training_bytes(&args.train, config, self.length, &self.devices[0])
             + plan::snapshot_bytes(config)
             + plan::PROGRAM_BYTES
     }
@@ -208,8 +209,8 @@ impl Source {
                 "weights": self.model.digest()?,
                 "tokenizer": digest(&self.model),
             },
-            "training": settings,
-            "training_arithmetic": args.train.train_dtype.arithmetic(&self.device),
+            "training": plan::training_configuration(settings, self.devices.len()),
+            "training_arithmetic": args.train.train_dtype.arithmetic(&self.devices[0]),
             "held_out": args.train.held_out_configuration()?,
         }))
     }

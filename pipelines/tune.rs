@@ -150,12 +150,13 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     let start = Instant::now();
     let folder = class.folder(args);
     let compute = args.train_dtype.dtype(&class.device);
+    let devices = std::slice::from_ref(&class.device);
     let trainer = match latest(&args.out)? {
-        Some(checkpoint) => Trainer::resume(&checkpoint, class.training, compute, &class.device)?,
+        Some(checkpoint) => Trainer::resume(&checkpoint, class.training, compute, devices)?,
         None => {
             let values = class.model.parameters(args.machine.seed, &class.device)?;
             let (config, training) = (&class.model.config, class.training);
-            Trainer::new(config, values, training, compute, &class.device)?
+            Trainer::new(config, values, training, compute, devices)?
         }
     };
     let mut drive = Drive::new(trainer, &class.model.tokenizer, folder, Told::default())?;

@@ -24,7 +24,7 @@ use headwater::model::shape::Shape;
 use headwater::record::{Segment, Sequence};
 use headwater::seed;
 use headwater::train::schedule::{Decay, Schedule};
-use headwater::train::{TrainSettings, Trainer};
+use headwater::train::{TrainSettings, Trainer, check_dealing};
 use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -55,7 +55,7 @@ pub(super) struct Train {
     /// Run blocks again in the backward pass instead of keeping their activations
     #[arg(long)]
     recompute: bool,
-    /// Where the model computes: cpu or cuda:0
+    /// Where the model computes: cpu, cuda:0, or cuda:0,cuda:1,… for a part of each step on every one
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
     /// What it computes in; parameters and moments are f32 always. auto is f32 on a CPU, bf16 on a GPU
@@ -93,7 +93,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What a device can do, in operations a second.
+/// What the devices can do together, in operations a second.
 struct Ceilings {
     /// Large products through the library that trains.
     products: f64,
@@ -104,7 +104,7 @@ struct Ceilings {
 /// Everything that decides what is measured.
 struct Setup {
     model: Model,
-    device: Device,
+    devices: Vec<Device>,
     compute: DType,
     sequences: Vec<Sequence>,
     item_tokens: usize,
@@ -121,8 +121,8 @@ struct Measured {
 
 impl Setup {
     fn new(args: &Train) -> Result<Self> {
-        let device = device::device(&args.device)?;
-        let compute = args.dtype.dtype(&device);
+        let devices = device::group(&args.device).context("--device")?;
+        let compute = args.dtype.dtype(&devices[0]);
         ensure!(args.batch > 0, "--batch must be 1 at least");
         ensure!(args.steps > 0, "--steps must be 1 at least");
         ensure!(args.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
@@ -147,18 +147,22 @@ impl Setup {
         let vocabulary = model.config.vocab_size;
         let sequence = |index| random(index, args.length, item_tokens, vocabulary);
         let sequences = (0..args.batch).map(sequence).collect();
-        Ok(Setup { model, device, compute, sequences, item_tokens })
+        let setup = Setup { model, devices, compute, sequences, item_tokens };
+        let micro_batch = setup.micro_batch_tokens(args);
+        check_dealing(args.batch, args.length, micro_batch, setup.devices.len())?;
+        Ok(setup)
     }
 
     fn micro_batch_tokens(&self, args: &Train) -> usize {
-        args.micro_batch_tokens.unwrap_or_else(|| micro_batch_tokens(&self.device))
+        args.micro_batch_tokens.unwrap_or_else(|| micro_batch_tokens(&self.devices[0]))
     }
 
     fn ceilings(&self) -> Result<Ceilings> {
-        let is_cpu = self.device.is_cpu();
+        let is_cpu = self.devices[0].is_cpu();
         let kind = if self.compute == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
+        let count = self.devices.len() as f64;
         Ok(Ceilings {
-            products: ceiling::products(&self.device, self.compute)?,
+            products: count * ceiling::products(&self.devices[0], self.compute)?,
             peak: is_cpu.then(|| peak::operations_per_second(kind)),
         })
     }
@@ -179,8 +183,8 @@ impl Setup {
             z_loss: 0.0,
         };
         let config = &self.model.config;
-        let values = self.model.parameters(9, &self.device)?;
-        let mut trainer = Trainer::new(config, values, settings, self.compute, &self.device)?;
+        let values = self.model.parameters(9, &self.devices[0])?;
+        let mut trainer = Trainer::new(config, values, settings, self.compute, &self.devices)?;
         let first = trainer.step(&self.sequences)?.loss;
         let (mut steps, mut last) = (Vec::with_capacity(args.steps), first);
         for _ in 0..args.steps {

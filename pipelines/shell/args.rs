@@ -295,7 +295,7 @@ impl StepArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Running")]
 pub struct MachineArgs {
-    /// Where models compute: cpu or cuda:0
+    /// Where models compute: cpu, cuda:0, or cuda:0,cuda:1,… for a copy of each model on every one
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: String,
     /// Show progress: auto, plain or none

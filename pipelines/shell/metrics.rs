@@ -84,9 +84,11 @@ impl Gauge {
     /// # Errors
     /// If the trainer cannot be looked at.
     pub(super) fn new(trainer: &Trainer) -> Result<Self> {
+        let devices = trainer.devices();
         Ok(Gauge {
             config: trainer.config().clone(),
-            peak_operations_per_s: peak(&trainer.device()?, trainer.compute()),
+            peak_operations_per_s: peak(&devices[0], trainer.compute())
+                .map(|peak| peak * devices.len() as f64),
             idle: Instant::now(),
         })
     }

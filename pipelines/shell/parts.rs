@@ -1,7 +1,7 @@
 //! Everything a dataflow is wired from, opened once and shared by its workers.
 
 use super::models::Model;
-use super::plan::{Plan, training_bytes};
+use super::plan::{Plan, training_bytes, training_configuration};
 use super::settings::Settings;
 use anyhow::Result;
 use candle_core::Device;
@@ -27,7 +27,6 @@ use headwater_operators::mix::Mixing;
 use headwater_operators::pack::Packing;
 use headwater_operators::read::Reading;
 use headwater_operators::synthesize::Synthesis;
-use serde_json::json;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
@@ -236,7 +235,9 @@ pub fn fail(reason: &str) -> ! {
 }
 
 fn open_folder(settings: &Settings, plan: &Plan) -> Result<(RunFolder, RunLock)> {
-    let training = plan.training.as_ref().map(|training| json!(training));
+    let training = plan.training.as_ref();
+    let devices = settings.devices.len();
+    let training = training.map(|training| training_configuration(training, devices));
     let folder = RunFolder::open(&settings.out, &settings.configuration(training)?)?;
     let lock = folder.lock()?;
     Ok((folder, lock))
@@ -258,7 +259,7 @@ fn start_engines(
         let ends = model.config.eos_token_ids.clone();
         let loaded = model.load(device)?;
         let training = match &settings.train {
-            Some(train) if device.location() == settings.device.location() => {
+            Some(train) if settings.trains_on(device) => {
                 training_bytes(train, &settings.model.config, settings.length, device)
             }
             _ => 0,

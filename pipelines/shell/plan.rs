@@ -15,6 +15,7 @@ use headwater::model::config::ModelConfig;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
 use headwater::train::{TrainSettings, host_bytes};
+use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Instant;
 
@@ -64,8 +65,9 @@ impl Plan {
             (augmented as f64 * shares.iter().sum::<u64>() as f64 / shares[0] as f64) as u64;
         let sequences = mix_tokens.div_ceil(settings.length as u64);
         let training = settings.train.as_ref();
-        let training = training
-            .map(|args| self::training(args, &settings.model.name, sequences, &settings.device));
+        let training = training.map(|args| {
+            self::training(args, &settings.model.name, sequences, &settings.devices[0])
+        });
         Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
     }
 
@@ -133,7 +135,7 @@ impl Plan {
     /// # Errors
     /// If the device fails.
     pub fn seconds_at_least(&self, settings: &Settings) -> Result<f64> {
-        let rate = matrix_rate(&settings.device, DType::F32, 1024)?;
+        let rate = matrix_rate(&settings.devices[0], DType::F32, 1024)?;
         let synthesizer = &settings.synthesizer.config;
         let rounds = settings.preset.rounds as u64;
         let shown = self.prompt_tokens * rounds.div_ceil(2) + PAIR_TOKENS_PER_TEXT;
@@ -164,10 +166,9 @@ impl Plan {
             training.schedule.peak,
             training.schedule.decay,
             training.schedule.warmup_steps,
-            settings
-                .train
-                .as_ref()
-                .map_or(String::new(), |args| { args.train_dtype.arithmetic(&settings.device) }),
+            settings.train.as_ref().map_or(String::new(), |args| {
+                args.train_dtype.arithmetic(&settings.devices[0])
+            }),
             flops * self.mix_tokens as f64,
         )
     }
@@ -179,13 +180,13 @@ impl Plan {
             settings.synthesizer.precision.bytes(parameters, settings.synthesizes_on_cpu());
         let context = synthesizer.max_position_embeddings;
         let training = settings.train.as_ref().map_or(0, |args| {
-            training_bytes(args, &settings.model.config, settings.length, &settings.device)
+            training_bytes(args, &settings.model.config, settings.length, &settings.devices[0])
         });
         let snapshot = self.training.map_or(0, |_| snapshot_bytes(&settings.model.config));
         let device = &settings.synthesizer_devices[0];
         // A GPU that does not say what is free fails when it is used; this is an estimate.
         let free = free_bytes(device).unwrap_or(None);
-        let shared = if device.location() == settings.device.location() { training } else { 0 };
+        let shared = if settings.trains_on(device) { training } else { 0 };
         let room = settings.engine.steps.cache_bytes(free, weights + shared, 1);
         let blocks = blocks_wanted(&settings.engine_settings(room), context);
         let kept = match settings.synthesizer.precision.tensors() {
@@ -194,7 +195,8 @@ impl Plan {
         };
         let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
         let engines = settings.synthesizer_devices.len() as u64;
-        engines * (weights + cache) + training + snapshot + PROGRAM_BYTES
+        let replicas = settings.devices.len() as u64;
+        engines * (weights + cache) + replicas * training + snapshot + PROGRAM_BYTES
     }
 }
 
@@ -254,6 +256,15 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64, device: &Device) 
         recompute: args.recompute,
         z_loss: args.z_loss,
     }
+}
+
+/// What decides how a model is trained, for `run.json`: over several devices sums have another order.
+pub fn training_configuration(training: &TrainSettings, devices: usize) -> Value {
+    let mut configuration = json!(training);
+    if devices > 1 {
+        configuration["devices"] = json!(devices);
+    }
+    configuration
 }
 
 /// The constants of the paper's runs (recipe (g), (h)).

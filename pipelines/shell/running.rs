@@ -149,16 +149,16 @@ fn spawn_trainer(
         held_out: settings.held_out.clone(),
         eval_every: args.eval_every,
     };
-    let device = settings.device.clone();
-    let compute = args.train_dtype.dtype(&device);
+    let devices = &settings.devices;
+    let compute = args.train_dtype.dtype(&devices[0]);
     let trainer = match latest(&settings.out)? {
-        Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, &device)?,
+        Some(checkpoint) => Trainer::resume(&checkpoint, training, compute, devices)?,
         None => {
-            let values = settings.model.parameters(settings.machine.seed, &device)?;
-            Trainer::new(&settings.model.config, values, training, compute, &device)?
+            let values = settings.model.parameters(settings.machine.seed, &devices[0])?;
+            Trainer::new(&settings.model.config, values, training, compute, devices)?
         }
     };
-    metrics::peak(&device, compute); // while the machine has nothing else to do
+    metrics::peak(&devices[0], compute); // while the machine has nothing else to do
     let trainer = trainer.with_guards(args.guards());
     let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
     let train = move || -> Result<(Ended, Option<Trained>)> {

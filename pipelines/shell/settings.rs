@@ -98,8 +98,8 @@ pub struct Settings {
     pub judge: Option<Model>,
     /// The model whose tokenizer makes items, and which is trained.
     pub model: Model,
-    /// Where models compute.
-    pub device: Device,
+    /// Where models compute: on each a copy of the one that is trained.
+    pub devices: Vec<Device>,
     /// Where the synthesizer computes: on each a copy of it.
     pub synthesizer_devices: Vec<Device>,
     /// How the engines use their devices; the memory for keys and values is settled when a model is there.
@@ -126,8 +126,8 @@ impl Settings {
         let length = mix.length.or(published.map(|set_up| set_up.length)).unwrap_or(2048);
         ensure!(length >= 16, "--length must be 16 at least");
         ensure!((1..=99).contains(&mix.lanes), "--lanes takes 1 to 99");
-        let device = device::device(&machine.device)?;
-        let synthesizer_devices = synthesizer_devices(&engine, &device)?;
+        let devices = device::group(&machine.device).context("--device")?;
+        let synthesizer_devices = synthesizer_devices(&engine, &devices)?;
         let mut synthesizer = Model::trained(&augment.synthesizer).context("--synthesizer")?;
         let context = synthesizer.config.max_position_embeddings.min(augment.context);
         synthesizer.config.max_position_embeddings = context;
@@ -144,7 +144,8 @@ impl Settings {
             model.precision = precision.context("--dtype")?;
         }
         let model = train.model(length)?;
-        check_training(&train, no_train, &model, length)?;
+        let training = (!no_train).then_some(devices.as_slice());
+        check_training(&train, training, &model, length)?;
         let templates = match &augment.templates {
             Some(directory) => Templates::with_files_of(directory).context("--templates")?,
             None => Templates::built_in(),
@@ -178,7 +179,7 @@ impl Settings {
             synthesizer,
             judge,
             model,
-            device,
+            devices,
             synthesizer_devices,
         })
     }
@@ -201,6 +202,11 @@ impl Settings {
     /// Whether the synthesizer computes on the CPU.
     pub fn synthesizes_on_cpu(&self) -> bool {
         self.synthesizer_devices[0].is_cpu()
+    }
+
+    /// Whether a model is trained on this device.
+    pub fn trains_on(&self, device: &Device) -> bool {
+        self.devices.iter().any(|own| own.location() == device.location())
     }
 
     /// How a model that generates computes, as far as it decides the output.
@@ -288,21 +294,27 @@ impl Settings {
                 "tokenizer": tokenizer(&self.model),
             },
             "training": training,
-            "training_arithmetic": self.train.as_ref().map(|train| train.train_dtype.arithmetic(&self.device)),
+            "training_arithmetic": self.train.as_ref().map(|train| train.train_dtype.arithmetic(&self.devices[0])),
             "held_out": held_out.unwrap_or_default(),
         }))
     }
 }
 
-fn check_training(train: &TrainArgs, no_train: bool, model: &Model, length: usize) -> Result<()> {
-    if no_train {
+/// `devices` are those that train; none if nothing is trained.
+fn check_training(
+    train: &TrainArgs,
+    devices: Option<&[Device]>,
+    model: &Model,
+    length: usize,
+) -> Result<()> {
+    let Some(devices) = devices else {
         ensure!(
             train.eval.is_empty(),
             "--eval measures the model that is trained: leave out --no-train"
         );
         return Ok(());
-    }
-    train.check(model, length)
+    };
+    train.check(model, length, devices)
 }
 
 fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
@@ -322,9 +334,9 @@ fn check_store(engine: &EngineArgs) -> Result<()> {
 
 /// Where the synthesizer computes. Devices of one kind compute the same, so that no answer depends on which
 /// of them gave it.
-fn synthesizer_devices(engine: &EngineArgs, common: &Device) -> Result<Vec<Device>> {
+fn synthesizer_devices(engine: &EngineArgs, common: &[Device]) -> Result<Vec<Device>> {
     if engine.synthesizer_device.is_empty() {
-        return Ok(vec![common.clone()]);
+        return Ok(common.to_vec());
     }
     let names = engine.synthesizer_device.iter();
     let devices = names.map(|name| device::device(name)).collect::<Result<Vec<_>, _>>();
@@ -392,7 +404,7 @@ mod tests {
     }
 
     fn check_devices(flags: &[&str], expected: std::result::Result<usize, &str>) {
-        let found = synthesizer_devices(&engine(flags), &Device::Cpu);
+        let found = synthesizer_devices(&engine(flags), &[Device::Cpu]);
         let found = found.map(|devices| devices.len()).map_err(|error| format!("{error:#}"));
         match expected {
             Ok(count) => assert_eq!(found, Ok(count), "{flags:?}"),

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use headwater::format::documents::files;
 use headwater::format::jsonl::Fields;
 use headwater::kernels::bf16_unit;
+use headwater::train::check_dealing;
 use headwater::train::checkpoint::Retention;
 use headwater::train::guard::{Guards, OnFault};
 use headwater::train::held_out::HeldOut;
@@ -259,7 +260,7 @@ impl TrainArgs {
     ///
     /// # Errors
     /// Says which flag cannot work, and why.
-    pub fn check(&self, model: &Model, length: usize) -> Result<()> {
+    pub fn check(&self, model: &Model, length: usize, devices: &[Device]) -> Result<()> {
         ensure!(self.batch() > 0, "--batch must be 1 at least");
         ensure!(self.steps != Some(0), "--steps must be 1 at least");
         ensure!(self.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
@@ -277,6 +278,8 @@ impl TrainArgs {
             "sequences of {length} tokens do not fit the context of {:?}, {context} tokens",
             model.name
         );
+        let micro_batch = self.micro_batch_tokens(&devices[0]);
+        check_dealing(self.batch(), length, micro_batch, devices.len())?;
         model.check_trainable()
     }
 
@@ -320,11 +323,15 @@ mod tests {
     use super::*;
 
     fn check(flags: &str, expected: std::result::Result<Decay, &str>) {
+        check_on(1, flags, expected);
+    }
+
+    fn check_on(devices: usize, flags: &str, expected: std::result::Result<Decay, &str>) {
         let needed = ["--input", "x.jsonl", "--out", "x", "--model", "2m"];
         let args = RunArgs::of(needed.into_iter().chain(flags.split_whitespace()));
         let args = args.expect("flags that exist").train;
         let model = args.model(64).expect("a shape");
-        match (args.check(&model, 64), expected) {
+        match (args.check(&model, 64, &vec![Device::Cpu; devices]), expected) {
             (Ok(()), expected) => assert_eq!(Ok(args.decay()), expected, "{flags}"),
             (Err(error), Err(said)) => {
                 assert!(error.to_string().contains(said), "{flags}: {error}");
@@ -347,6 +354,12 @@ mod tests {
         check("--z-loss 1e-4 --micro-batch-tokens 1", Ok(Decay::Cosine));
         check("--z-loss NaN", Err("--z-loss"));
         check("--micro-batch-tokens 0", Err("--micro-batch-tokens"));
+        check_on(2, "--batch 4 --micro-batch-tokens 128", Ok(Decay::Cosine));
+        check_on(
+            2,
+            "--batch 4 --micro-batch-tokens 256",
+            Err("too few for 2 devices: raise --batch"),
+        );
     }
 
     #[test]

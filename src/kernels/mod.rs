@@ -9,6 +9,7 @@
 //! or on other rows of a batch.
 
 pub mod adamw;
+pub(crate) mod all_reduce;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;

@@ -88,6 +88,24 @@ impl Gradients {
         }
     }
 
+    /// The gradient of each of `parameters` as a flat tensor in its memory: zeros on `device` where there is none.
+    pub(crate) fn flat(
+        &mut self,
+        parameters: &[(String, Vec<usize>)],
+        device: &Device,
+    ) -> Result<Vec<Tensor>> {
+        let flat = |(name, shape): &(String, Vec<usize>)| {
+            let whole = match self.by_name.get(name) {
+                Some(gradient) => gradient.contiguous()?,
+                None => Tensor::zeros(shape.as_slice(), DType::F32, device)?,
+            };
+            let flat = whole.flatten_all()?;
+            self.by_name.insert(name.clone(), whole);
+            Ok(flat)
+        };
+        parameters.iter().map(flat).collect()
+    }
+
     /// The gradients in the order of their names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.by_name.iter().map(|(name, gradient)| (name.as_str(), gradient))
@@ -405,6 +423,19 @@ mod tests {
             assert_eq!(gradient.dims(), shape, "{name}");
             assert!(sum_of_squares(gradient).unwrap() > 0.0, "{name}");
         }
+    }
+
+    #[test]
+    fn a_flat_gradient_is_the_gradient_itself_and_zero_where_there_is_none() {
+        let row = Tensor::new(&[[1f32, 2.0, 3.0]], &Device::Cpu).unwrap();
+        let mut gradients = Gradients::default();
+        gradients.add("a", row.broadcast_as((2, 3)).unwrap()).unwrap(); // not contiguous
+        let parameters = [("a".to_owned(), vec![2, 3]), ("b".to_owned(), vec![4])];
+        let flat = gradients.flat(&parameters, &Device::Cpu).unwrap();
+        flat[0].slice_set(&Tensor::new(&[9f32], &Device::Cpu).unwrap(), 0, 4).unwrap();
+        let a: Vec<Vec<f32>> = gradients.of("a").unwrap().to_vec2().unwrap();
+        assert_eq!(a, [[1.0, 2.0, 3.0], [1.0, 9.0, 3.0]]);
+        assert_eq!(gradients.of("b").unwrap().to_vec1::<f32>().unwrap(), [0.0; 4]);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! of the state ([`Snapshot`]), so that the next steps need not wait for the disk ([`super::writer`]).
 
 use super::guard::Recent;
+use super::replicas::Group;
 use super::{Progress, TrainSettings, Trainer};
 use crate::error::{Error, Result};
 use crate::format::durable;
@@ -88,7 +89,7 @@ impl Trainer {
         // Parts of a tensor share its storage until they are copied; a copy between devices takes all of it.
         let copy = |tensor: Tensor| tensor.force_contiguous()?.to_device(&Device::Cpu);
         let (mut values, mut moments) = (Vec::new(), Vec::new());
-        for (name, parameter) in self.parameters.iter() {
+        for (name, parameter) in self.replicas.first().parameters.iter() {
             let (mean, mean_square) = parameter.moments()?;
             values.push((name.to_owned(), copy(parameter.value()?)?));
             moments.push((format!("{name}.mean"), copy(mean)?));
@@ -107,32 +108,41 @@ impl Trainer {
         let value = |(name, parameter): (&str, &crate::kernels::adamw::Parameter)| {
             Ok((name.to_owned(), parameter.value()?))
         };
-        let values = self.parameters.iter().map(value).collect::<Result<Vec<_>>>()?;
+        let values =
+            self.replicas.first().parameters.iter().map(value).collect::<Result<Vec<_>>>()?;
         write_model(directory, &self.config, &values, dtype, tokenizer)
     }
 
     /// Goes on from a checkpoint.
     ///
     /// # Errors
-    /// If a file of it is missing or malformed.
+    /// If a file of it is missing or malformed, or a device fails.
     pub fn resume(
         directory: &Path,
         settings: TrainSettings,
         compute: DType,
-        device: &Device,
+        devices: &[Device],
+    ) -> Result<Self> {
+        Self::resume_of(directory, settings, compute, Group::new(devices)?)
+    }
+
+    pub(super) fn resume_of(
+        directory: &Path,
+        settings: TrainSettings,
+        compute: DType,
+        group: Group,
     ) -> Result<Self> {
         let config = ModelConfig::read(directory)?;
         let weights = Weights::open(directory)?;
-        let values = super::loaded(&config, &weights, device)?;
-        let mut trainer = Trainer::new(&config, values, settings, compute, device)?;
+        let device = group.devices[0].clone();
+        let values = super::loaded(&config, &weights, &device)?;
+        let mut trainer = Trainer::of(&config, values, settings, compute, group)?;
         let path = directory.join("optimizer.safetensors");
         let bytes = fs::read(&path).map_err(Error::file("read", &path))?;
         let state = Weights::from_bytes(bytes, &path.display().to_string())?;
-        for (name, parameter) in trainer.parameters.iter() {
-            let value = parameter.value()?;
-            let get =
-                |moment| state.get(&format!("{name}.{moment}"), value.dims(), DType::F32, device);
-            parameter.set_moments(&get("mean")?, &get("mean_square")?)?;
+        for (name, shape) in config.parameters() {
+            let get = |moment| state.get(&format!("{name}.{moment}"), &shape, DType::F32, &device);
+            trainer.replicas.set_moments(&name, &get("mean")?, &get("mean_square")?)?;
         }
         let State { progress, settings: _, recent } = read_state(directory)?;
         (trainer.progress, trainer.recent) = (progress, recent);

@@ -5,14 +5,16 @@
 //! ```
 //!
 //! A step's result depends on its sequences and the state before it, not on how they are cut into
-//! micro-batches beyond the rounding of one sum, nor on threads.
+//! micro-batches and dealt out to devices beyond the rounding of one sum, nor on threads.
 
+mod buckets;
 pub mod checkpoint;
 pub mod feed;
 pub mod guard;
 pub mod held_out;
 mod learner;
 pub mod optimizer;
+mod replicas;
 mod report;
 pub mod schedule;
 #[cfg(test)]
@@ -21,20 +23,21 @@ pub mod tuning;
 pub mod writer;
 
 pub use learner::host_bytes;
+pub use replicas::check_dealing;
 pub use report::{SourceLoss, StepReport};
 
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::kernels::cross_entropy::Objective;
-use crate::model::backward::{Batch, Gradients, Keep};
+use crate::model::backward::{Batch, Keep};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::record::Sequence;
 use crate::seed;
 use candle_core::{DType, Device, Tensor};
 use guard::{Fault, Guards, OnFault, Recent};
-use learner::Learner;
-use optimizer::{AdamW, Parameters};
+use optimizer::AdamW;
 use rayon::prelude::*;
+use replicas::{Group, Replicas};
 use schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -64,9 +67,7 @@ pub struct TrainSettings {
 pub struct Trainer {
     config: ModelConfig,
     compute: DType,
-    learner: Learner,
-    parameters: Parameters,
-    gradients: Gradients,
+    replicas: Replicas,
     settings: TrainSettings,
     guards: Guards,
     progress: Progress,
@@ -87,26 +88,31 @@ pub struct Progress {
 }
 
 impl Trainer {
-    /// Starts from given parameters.
+    /// Starts from given parameters, on one device, or on several GPUs that share the micro-batches of each step.
     ///
     /// # Errors
-    /// If `values` lacks a parameter of `config`, or the device fails.
+    /// If `values` lacks a parameter of `config`, or a device fails.
     pub fn new(
         config: &ModelConfig,
         values: Vec<(String, Tensor)>,
         settings: TrainSettings,
         compute: DType,
-        device: &Device,
+        devices: &[Device],
     ) -> Result<Self> {
-        let parameters = Parameters::new(values)?;
-        let learner = Learner::new(config, &parameters, compute, device)?;
-        let gradients = learner.gradients(config)?;
+        Self::of(config, values, settings, compute, Group::new(devices)?)
+    }
+
+    fn of(
+        config: &ModelConfig,
+        values: Vec<(String, Tensor)>,
+        settings: TrainSettings,
+        compute: DType,
+        group: Group,
+    ) -> Result<Self> {
         Ok(Trainer {
             config: config.clone(),
             compute,
-            learner,
-            parameters,
-            gradients,
+            replicas: Replicas::new(config, values, compute, group)?,
             settings,
             guards: Guards::USUAL,
             progress: Progress::default(),
@@ -126,14 +132,8 @@ impl Trainer {
     }
 
     /// Where it trains.
-    ///
-    /// # Errors
-    /// If a parameter cannot be looked at.
-    pub fn device(&self) -> Result<Device> {
-        let mut parameters = self.parameters.iter();
-        let (_, first) =
-            parameters.next().ok_or(Error::Setting("a model without parameters".into()))?;
-        Ok(first.value()?.device().clone())
+    pub fn devices(&self) -> &[Device] {
+        self.replicas.devices()
     }
 
     /// The shape of the model.
@@ -161,18 +161,13 @@ impl Trainer {
         let targets: usize = sequences.iter().flat_map(report::learned).map(|(_, n)| n).sum();
         let tokens: usize = sequences.iter().map(|sequence| sequence.tokens.len()).sum();
         let keep = if self.settings.recompute { Keep::Inputs } else { Keep::Everything };
-        self.learner.clear(&mut self.gradients)?;
         let scale = 1.0 / targets.max(1) as f64;
         let objective = Objective { scale, z_loss: self.settings.z_loss };
-        let (mut losses, mut total) = (Vec::new(), 0.0);
-        for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
-            let learned = self.learner.learn(&batch(group), objective, keep, &mut self.gradients);
-            let learned = learned.context("training step")?;
-            total += learned.iter().sum::<f64>();
-            losses.extend(learned);
-        }
+        let batches = micro_batches(sequences, self.settings.micro_batch_tokens);
+        let losses = self.replicas.learn(&batches, objective, keep)?;
+        let total = losses.iter().fold(0.0, |total, losses| total + losses.iter().sum::<f64>());
         let loss = total / targets.max(1) as f64;
-        let grad_norm = if loss.is_finite() { self.gradients.norm()? } else { f64::NAN };
+        let grad_norm = if loss.is_finite() { self.replicas.norm()? } else { f64::NAN };
         let skipped = self.skipped(loss, grad_norm, sequences)?;
         let rate = self.settings.schedule.rate(self.progress.step + 1);
         if skipped.is_none() {
@@ -194,7 +189,7 @@ impl Trainer {
             next_sequence: self.progress.next_sequence,
             skipped,
             skipped_total: self.progress.skipped,
-            sources: report::by_source(sequences, &losses),
+            sources: report::by_source(sequences, &losses.concat()),
         })
     }
 
@@ -211,9 +206,7 @@ impl Trainer {
     /// Moves the parameters, and what is computed with.
     fn update(&mut self, grad_norm: f64, rate: f64) -> Result<()> {
         let updates = self.progress.step - self.progress.skipped + 1;
-        let (gradients, settings) = (&self.gradients, &self.settings.optimizer);
-        self.parameters.update(gradients, grad_norm, settings, rate, updates)?;
-        Ok(self.learner.follow(&self.parameters)?)
+        self.replicas.update(grad_norm, &self.settings.optimizer, rate, updates)
     }
 
     /// Mean loss of the learned tokens of `sequences`, without learning from them.
@@ -221,9 +214,9 @@ impl Trainer {
     /// # Errors
     /// If the device fails.
     pub fn evaluate(&mut self, sequences: &[Sequence]) -> Result<f64> {
+        let batches = micro_batches(sequences, self.settings.micro_batch_tokens);
         let (mut total, mut count) = (0.0, 0);
-        for group in micro_batches(sequences, self.settings.micro_batch_tokens) {
-            let losses = self.learner.losses(&batch(group)).context("evaluation")?;
+        for losses in self.replicas.losses(&batches)? {
             total += losses.iter().sum::<f64>();
             count += losses.len();
         }
@@ -284,19 +277,19 @@ pub fn batch<'a>(sequences: impl IntoIterator<Item = &'a Sequence>) -> Batch {
 }
 
 /// Runs of sequences of about `tokens_max` tokens, each with one at least.
-fn micro_batches(sequences: &[Sequence], tokens_max: usize) -> Vec<&[Sequence]> {
-    let (mut groups, mut start, mut tokens) = (Vec::new(), 0, 0);
+fn micro_batches(sequences: &[Sequence], tokens_max: usize) -> Vec<Batch> {
+    let (mut batches, mut start, mut tokens) = (Vec::new(), 0, 0);
     for (index, sequence) in sequences.iter().enumerate() {
         if tokens > 0 && tokens + sequence.tokens.len() > tokens_max {
-            groups.push(&sequences[start..index]);
+            batches.push(batch(&sequences[start..index]));
             (start, tokens) = (index, 0);
         }
         tokens += sequence.tokens.len();
     }
     if start < sequences.len() {
-        groups.push(&sequences[start..]);
+        batches.push(batch(&sequences[start..]));
     }
-    groups
+    batches
 }
 
 /// The parameters of a checkpoint, in f32.

@@ -1,5 +1,8 @@
 //! Whole steps on a tiny model: what is skipped, what is resumed, what is measured.
 
+mod gpus;
+mod replicas;
+
 use super::checkpoint::{Retention, list};
 use super::guard::Fault;
 use super::held_out::HeldOut;
@@ -60,7 +63,7 @@ fn trainer(settings: TrainSettings) -> Trainer {
     let mut rows: Vec<Vec<f32>> = table.to_vec2().unwrap();
     rows[POISON as usize].fill(f32::NAN);
     *table = Tensor::new(rows, &Device::Cpu).unwrap();
-    Trainer::new(&config, values, settings, DType::F32, &Device::Cpu).unwrap()
+    Trainer::new(&config, values, settings, DType::F32, &[Device::Cpu]).unwrap()
 }
 
 /// Two sequences of two items of two sources.
@@ -96,12 +99,12 @@ fn bits(trainer: &Trainer) -> Vec<(String, Vec<u32>)> {
         let all = [parameter.value().unwrap(), mean, mean_square];
         (name.to_owned(), all.iter().flat_map(bits).collect())
     };
-    trainer.parameters.iter().map(of).collect()
+    trainer.replicas.first().parameters.iter().map(of).collect()
 }
 
 fn resumed(folder: &Path, trainer: &Trainer) -> Trainer {
     let path = trainer.snapshot().unwrap().save(folder, &small()).unwrap();
-    Trainer::resume(&path, *trainer.settings(), DType::F32, &Device::Cpu).unwrap()
+    Trainer::resume(&path, *trainer.settings(), DType::F32, &[Device::Cpu]).unwrap()
 }
 
 fn guards(nonfinite: OnFault, spike: Option<OnFault>) -> Guards {
@@ -260,7 +263,7 @@ fn checkpoints_are_written_beside_the_steps_and_are_those_of_their_step() {
     let steps = [4, 6, 7];
     assert_eq!(found.len(), steps.len(), "{found:?}");
     for (path, step) in found.iter().zip(steps) {
-        let again = Trainer::resume(path, *trainer.settings(), DType::F32, &Device::Cpu).unwrap();
+        let again = Trainer::resume(path, *trainer.settings(), DType::F32, &[Device::Cpu]).unwrap();
         assert_eq!(again.progress().step, step as u64);
         assert_eq!(bits(&again), states[step - 1]);
     }

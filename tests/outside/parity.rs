@@ -337,7 +337,7 @@ fn an_export_is_the_model_that_was_loaded() {
             z_loss: 0.0,
         };
         let trainer =
-            Trainer::new(&config, values.clone(), settings, DType::F32, &Device::Cpu).unwrap();
+            Trainer::new(&config, values.clone(), settings, DType::F32, &[Device::Cpu]).unwrap();
         let export = place.join(name);
         trainer.export(&export, &tokenizer, DType::F32).unwrap();
         assert_eq!(ModelConfig::read(&export).unwrap(), config, "{name}");

@@ -88,7 +88,8 @@ fn cuda_is_chosen_in_one_place() {
     for (path, text) in all() {
         let is_place = path.starts_with("src/kernels") || path == Path::new("src/model/device.rs");
         let is_this = path.ends_with("tidy.rs");
-        let holds = code(&text).any(|line| line.contains("feature = \"cuda\""));
+        let features = ["feature = \"cuda\"", "feature = \"nccl\""];
+        let holds = code(&text).any(|line| features.iter().any(|feature| line.contains(feature)));
         assert!(is_place || is_this || !holds, "{path:?} depends on the cuda feature");
     }
 }

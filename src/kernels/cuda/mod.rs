@@ -16,6 +16,8 @@ mod driver;
 pub(crate) mod emulator;
 pub(crate) mod kernels;
 pub(crate) mod machine;
+#[cfg(feature = "nccl")]
+pub(crate) mod nccl;
 #[cfg(test)]
 mod parity;
 pub(crate) mod plan;
@@ -25,6 +27,25 @@ pub(crate) mod testing;
 /// Makes a device cheap to use, once, before anything is on it.
 #[cfg(feature = "cuda")]
 pub(crate) use driver::prepare;
+
+/// What a library of CUDA answers that is opened when it is first used. Its absence is a panic inside the driver
+/// crate, which is taken here as an answer, too.
+#[cfg(feature = "cuda")]
+pub(crate) fn opened<T>(
+    ask: impl FnOnce() -> candle_core::Result<T>,
+) -> std::result::Result<T, String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(ask));
+    std::panic::set_hook(hook);
+    match answer {
+        Ok(answer) => answer.map_err(|error| error.to_string()),
+        Err(panic) => Err(panic
+            .downcast_ref::<String>()
+            .cloned()
+            .unwrap_or_else(|| "the CUDA libraries could not be opened".into())),
+    }
+}
 
 /// Bytes that are free on a device; none if it is not one of those that say so.
 ///
