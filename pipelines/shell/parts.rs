@@ -27,7 +27,6 @@ use headwater_operators::mix::Mixing;
 use headwater_operators::pack::Packing;
 use headwater_operators::read::Reading;
 use headwater_operators::synthesize::Synthesis;
-use serde_json::json;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
