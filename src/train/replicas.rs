@@ -218,7 +218,10 @@ impl Replicas {
     }
 
     /// What each replica answers, by rank, once all are back.
-    fn on_each<T: Send>(
+    ///
+    /// # Errors
+    /// That of the first which has one, or whose thread panicked.
+    pub(super) fn on_each<T: Send>(
         &mut self,
         work: impl Fn(usize, &mut Replica) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {

@@ -9,10 +9,15 @@ fn gpus() -> Option<Vec<Device>> {
     match device::group("cuda:0,cuda:1") {
         Ok(devices) => Some(devices),
         Err(reason) => {
-            println!("skipped on two GPUs: {reason}");
+            skipped(&reason.to_string());
             None
         }
     }
+}
+
+#[cfg(test)]
+fn skipped(reason: &str) {
+    println!("skipped on two GPUs: {reason}");
 }
 
 fn on_host(tensor: &Tensor) -> Vec<f32> {

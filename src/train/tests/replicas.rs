@@ -110,10 +110,23 @@ fn a_device_that_fails_stops_the_step_and_leaves_no_other_waiting() {
     let mut unknown = five(0);
     unknown[4].tokens[3] = small().vocabulary() as u32; // the fifth micro-batch is dealt to device 1
     let mut trained = several(3, 1e-2);
-    check_failure(&mut trainer, &unknown, "on device 1 of 3");
+    check_failure(&mut trainer, &unknown, "the thread of device 1 panicked");
     trainer.step(&five(1)).unwrap();
     trained.step(&five(1)).unwrap();
     assert_eq!(bits_of(trainer.replicas.first()), bits_of(trained.replicas.first()));
+}
+
+#[test]
+fn the_error_of_a_device_is_told_once_all_are_back() {
+    let mut trainer = several(3, 1e-2);
+    let back = std::sync::atomic::AtomicUsize::new(0);
+    let answers = trainer.replicas.on_each(|rank, _| {
+        back.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if rank == 1 { Err(Error::Stopped("out of memory".into())) } else { Ok(rank) }
+    });
+    assert_eq!(answers.unwrap_err().to_string(), "out of memory");
+    assert_eq!(back.into_inner(), 3);
+    assert_eq!(trainer.replicas.on_each(|rank, _| Ok(rank)).unwrap(), [0, 1, 2]);
 }
 
 /// Sums that fail, or that one rank gets wrong.
