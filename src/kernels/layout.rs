@@ -190,7 +190,7 @@ mod tests {
     fn element(kind: WeightType, input: usize, word: impl Fn(usize) -> u32) -> f32 {
         match kind {
             WeightType::F32 => f32::from_bits(word(input)),
-            _ if input % 2 == 0 => f32::from_bits(word(input / 2) << 16),
+            _ if input.is_multiple_of(2) => f32::from_bits(word(input / 2) << 16),
             _ => f32::from_bits(word(input / 2) & 0xffff_0000),
         }
     }

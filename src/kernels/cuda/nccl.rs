@@ -93,10 +93,10 @@ impl Nccl {
                     rank.stream.cu_stream().cast(),
                 )
             };
-            check("ask for a sum", asked)
+            check("ask for a sum", asked).map(drop)
         };
         let asked = self.ranks.iter().zip(buffers).try_for_each(ask);
-        let ended = check("begin a sum", nccl::group_end()); // also where one could not be asked
+        let ended = check("begin a sum", nccl::group_end()).map(drop); // also where one could not be asked
         asked.and(ended)
     }
 

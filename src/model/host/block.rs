@@ -134,8 +134,7 @@ impl Block {
     pub(super) fn backward(
         &self,
         pass: &Pass<'_>,
-        x: &[f32],
-        trace: &Trace,
+        (x, trace): (&[f32], &Trace),
         of_stream: &mut [f32],
         memory: &mut BlockMemory,
         gradients: &Gradients,

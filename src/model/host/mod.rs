@@ -196,13 +196,13 @@ impl HostModel {
         let Memory { inputs, traces, block: memory, stream, of_stream, .. } = &mut self.memory;
         for (layer, (block, x)) in self.blocks.iter().zip(inputs).enumerate().rev() {
             if let Some(trace) = traces.get(layer) {
-                block.backward(&pass, x, trace, of_stream, memory, gradients)?;
+                block.backward(&pass, (x, trace), of_stream, memory, gradients)?;
                 continue;
             }
             stream.copy_from_slice(x);
             again(block, &pass, x, stream, memory)?;
             let trace = std::mem::take(&mut memory.trace);
-            block.backward(&pass, x, &trace, of_stream, memory, gradients)?;
+            block.backward(&pass, (x, &trace), of_stream, memory, gradients)?;
             memory.trace = trace;
         }
         change(gradients.of(EMBEDDING)?, |of_table| add_rows(of_stream, &batch.ids, of_table))

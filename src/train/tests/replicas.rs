@@ -110,7 +110,7 @@ fn a_device_that_fails_stops_the_step_and_leaves_no_other_waiting() {
     let mut unknown = five(0);
     unknown[4].tokens[3] = small().vocabulary() as u32; // the fifth micro-batch is dealt to device 1
     let mut trained = several(3, 1e-2);
-    check_failure(&mut trainer, &unknown, "the thread of device 1 panicked");
+    check_failure(&mut trainer, &unknown, "on device 1 of 3");
     trainer.step(&five(1)).unwrap();
     trained.step(&five(1)).unwrap();
     assert_eq!(bits_of(trainer.replicas.first()), bits_of(trained.replicas.first()));
