@@ -135,20 +135,24 @@ impl Plan {
     /// # Errors
     /// If the device fails.
     pub fn seconds_at_least(&self, settings: &Settings) -> Result<f64> {
-        let rate = matrix_rate(&settings.devices[0], DType::F32, 1024)?;
-        let synthesizer = &settings.synthesizer.config;
+        let rate = |dtype| matrix_rate(&settings.devices[0], dtype, 1024);
+        let synthesizer = &settings.synthesizer;
         let rounds = settings.preset.rounds as u64;
         let shown = self.prompt_tokens * rounds.div_ceil(2) + PAIR_TOKENS_PER_TEXT;
         let tokens = (self.census.documents * shown) as f64;
-        let synthesis = tokens * synthesizer.training_flops_per_token(shown as usize) / 3.0;
-        let training = match self.training {
+        let flops = tokens * synthesizer.config.training_flops_per_token(shown as usize) / 3.0;
+        let synthesis = match synthesizer.precision.packed() {
+            WeightType::F32 => flops / rate(DType::F32)?,
+            WeightType::Bf16 | WeightType::Int8 => flops / rate(DType::BF16)?,
+        };
+        let training = match &settings.train {
             None => 0.0,
-            Some(_) => {
+            Some(args) => {
                 let flops = settings.model.config.training_flops_per_token(settings.length);
-                self.mix_tokens as f64 * flops
+                self.mix_tokens as f64 * flops / rate(args.train_dtype.dtype(&settings.devices[0]))?
             }
         };
-        Ok((synthesis + training) / rate)
+        Ok(synthesis + training)
     }
 
     fn describe_training(&self, settings: &Settings) -> String {
