@@ -27,6 +27,7 @@ pub mod side;
 pub mod split;
 pub mod synthesizer;
 pub mod template;
+pub mod threads;
 pub mod tokenizer;
 pub mod train;
 

@@ -193,6 +193,10 @@ pub struct EngineArgs {
     /// Devices of the synthesizer, one engine each: cpu, or cuda:0,cuda:1,… [default: that of --device]
     #[arg(long, value_delimiter = ',', value_name = "DEVICE,…")]
     pub synthesizer_device: Vec<String>,
+    /// Threads of a CPU that train while texts are synthesized, which has the others; those of one that waits work for
+    /// the other [default: both share all]
+    #[arg(long, value_name = "N")]
+    pub train_threads: Option<usize>,
     /// Where answers are kept and found again, by this run or others: a directory, or off
     /// [default: requests in the run folder]
     #[arg(long, value_name = "DIR")]

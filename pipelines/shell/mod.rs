@@ -18,6 +18,7 @@ pub mod report;
 pub mod running;
 pub mod settings;
 pub mod sources;
+mod split;
 pub mod stop;
 pub mod summary;
 mod tensorboard;

@@ -2,6 +2,7 @@
 
 use super::held_out;
 use super::settings::Settings;
+use super::split;
 use super::train_args::TrainArgs;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
@@ -123,6 +124,10 @@ impl Plan {
         }
         if let Some(published) = settings.published {
             line("published", published.describe());
+        }
+        if settings.train.is_some() && settings.synthesizes_on_cpu() && settings.devices[0].is_cpu()
+        {
+            line("threads", split::describe(settings.engine.train_threads));
         }
         line("memory", format!("about {}", bytes(self.memory(settings))));
         line("requests", describe_request_store(settings));

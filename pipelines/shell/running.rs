@@ -6,6 +6,7 @@ use super::plan::{Plan, seconds};
 use super::progress::{Expected, Progress, TrainMeter};
 use super::report;
 use super::settings::Settings;
+use super::split;
 use super::stop;
 use super::summary::Summary;
 use super::training::{Drive, Ended, Told, Trained, latest, train_on};
@@ -13,6 +14,7 @@ use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::Receiver;
 use headwater::block::Converted;
 use headwater::record::Sequence;
+use headwater::threads::Share;
 use headwater::train::feed::Feed;
 use headwater::train::{StepReport, TrainSettings, Trainer};
 use std::sync::Arc;
@@ -50,6 +52,8 @@ pub fn run(
     abort_on_panic();
     let (feed, sequences) = Feed::new();
     let feed = plan.training.is_some().then_some(feed);
+    let [synthesis, training] = split::shares(settings.engine.train_threads)?;
+    synthesis.map(Share::enter); // and with this thread the engines that it starts
     let parts = Arc::new(Parts::open(settings, &plan, feed)?);
     if parts.manifest.next_epoch() > 0 {
         let epochs = parts.manifest.next_epoch();
@@ -63,7 +67,10 @@ pub fn run(
         expected(settings, &plan, &parts),
     );
     let trainer = match plan.training {
-        Some(training) => Some(spawn_trainer(settings, training, &parts, sequences, train_meter)?),
+        Some(how) => {
+            let told = (sequences, train_meter);
+            Some(spawn_trainer(settings, how, &parts, told, training)?)
+        }
         None => {
             stop_without_trainer();
             None
@@ -139,8 +146,8 @@ fn spawn_trainer(
     settings: &Settings,
     training: TrainSettings,
     parts: &Arc<Parts>,
-    sequences: Receiver<Vec<Sequence>>,
-    meter: Arc<TrainMeter>,
+    (sequences, meter): (Receiver<Vec<Sequence>>, Arc<TrainMeter>),
+    share: Option<Share>,
 ) -> Result<JoinHandle<Option<Trained>>> {
     let args = settings.train.as_ref().context("planned with training")?;
     let folder = args.folder(&settings.out);
@@ -162,6 +169,7 @@ fn spawn_trainer(
     let trainer = trainer.with_guards(args.guards());
     let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
     let train = move || -> Result<(Ended, Option<Trained>)> {
+        share.map(Share::enter);
         let mut drive = Drive::new(trainer, &tokenizer, folder, told)?;
         let epochs = parts.manifest.epochs.clone();
         let ended =

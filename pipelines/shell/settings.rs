@@ -6,6 +6,7 @@ use super::models::Model;
 use super::published::Published;
 use super::ratio::part;
 use super::sources::Sources;
+use super::split;
 use super::train_args::TrainArgs;
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::Device;
@@ -146,6 +147,8 @@ impl Settings {
         let model = train.model(length)?;
         let training = (!no_train).then_some(devices.as_slice());
         check_training(&train, training, &model, length)?;
+        let trains_on_cpu = training.is_some_and(|devices| devices[0].is_cpu());
+        split::check(engine.train_threads, [on_cpu, trains_on_cpu])?;
         let templates = match &augment.templates {
             Some(directory) => Templates::with_files_of(directory).context("--templates")?,
             None => Templates::built_in(),

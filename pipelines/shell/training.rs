@@ -11,6 +11,7 @@ use headwater::ledger::Ledger;
 use headwater::manifest::EpochRecord;
 use headwater::record::Sequence;
 use headwater::run::RunFolder;
+use headwater::threads;
 use headwater::tokenizer::Tokenizer;
 use headwater::train::checkpoint::{Retention, list};
 use headwater::train::held_out::{Evaluation, HeldOut};
@@ -247,6 +248,7 @@ pub fn train_on(
     feed: &Receiver<Vec<Sequence>>,
     mut watch: impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
+    threads::set_at_work(true);
     drive.begin()?;
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
     let behind = drive.trainer.progress().next_sequence;
@@ -258,7 +260,10 @@ pub fn train_on(
         }
     }
     loop {
-        match feed.recv_timeout(LOOK_EVERY) {
+        threads::set_at_work(false);
+        let received = feed.recv_timeout(LOOK_EVERY);
+        threads::set_at_work(true);
+        match received {
             Ok(sequences) => waiting.extend(sequences),
             Err(RecvTimeoutError::Timeout) if !stop::asked() => continue,
             Err(RecvTimeoutError::Timeout) => {

@@ -27,6 +27,7 @@ use crate::model::Llama;
 use crate::model::cache::Cache;
 use crate::record::Finish;
 use crate::synthesizer::{Job, Queue};
+use crate::threads::{self, Share};
 use crossbeam_channel::Receiver;
 use metrics::EngineCounters;
 use schedule::{Bounds, Means, PrefixReuse, Schedule, Step};
@@ -52,7 +53,7 @@ pub struct EngineSettings {
 
 /// Starts an engine; it ends when the last [`Queue`] and handle are gone.
 ///
-/// `failed` is called, once, if the device fails: requests in flight are then never answered.
+/// It computes in the share of threads that the caller has [entered](Share::enter), if there is one. `failed` is called, once, if the device fails: requests in flight are then never answered.
 ///
 /// # Errors
 /// If the cache cannot be allocated.
@@ -65,7 +66,9 @@ pub fn start(
 ) -> Result<(Queue, JoinHandle<()>)> {
     let mut engine = Engine::new(model, ends, settings, counters)?;
     let (queue, jobs) = Queue::new(settings.queue_max);
+    let share = threads::entered();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
+        share.map(Share::enter);
         if let Err(error) = engine.serve(&jobs) {
             failed(error);
         }
@@ -118,10 +121,12 @@ impl Engine {
     pub fn serve(&mut self, jobs: &Receiver<Job>) -> Result<()> {
         loop {
             if self.schedule.is_empty() {
+                threads::set_at_work(false);
                 match jobs.recv() {
                     Ok(job) => admit(&mut self.schedule, &self.model, job),
                     Err(_) => return Ok(()),
                 }
+                threads::set_at_work(true);
             }
             admit_waiting(&mut self.schedule, &self.model, jobs);
             if !self.schedule.is_empty() {

@@ -11,6 +11,7 @@ use crate::kernels::rms_norm::normalise_rows;
 use crate::kernels::rope::{RopeTable, Turn, turn_rows};
 use crate::kernels::rows::Rows;
 use crate::kernels::share::each;
+use crate::threads;
 use candle_core::Result;
 use std::cell::Cell;
 
@@ -57,7 +58,7 @@ thread_local! {
 /// Runs `work` on a thread of the pool, where the pieces of a step are cheapest to share.
 fn with_scratch<R: Send>(work: impl FnOnce(&mut Scratch) -> R + Send) -> R {
     let mut scratch = SCRATCH.take();
-    let result = rayon::scope(|_| work(&mut scratch));
+    let result = threads::run(|| work(&mut scratch));
     SCRATCH.set(scratch);
     result
 }

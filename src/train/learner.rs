@@ -104,6 +104,23 @@ impl Learner {
     }
 }
 
+/// The loss of each target of `batch` in nats, and the gradient of `objective`, as a step on `device` computes them.
+///
+/// # Errors
+/// If `values` lacks a parameter of `config`, or the device fails or does not compute in that type.
+pub fn gradients(
+    config: &ModelConfig,
+    values: Vec<(String, Tensor)>,
+    (compute, device): (DType, &Device),
+    batch: &Batch,
+    (objective, keep): (Objective, Keep),
+) -> Result<(Vec<f64>, Gradients)> {
+    let mut learner = Learner::new(config, &Parameters::new(values)?, compute, device)?;
+    let mut gradients = learner.gradients(config)?;
+    let losses = learner.learn(batch, objective, keep, &mut gradients)?;
+    Ok((losses, gradients))
+}
+
 /// Bytes that the trainer of such a model takes on a CPU while it computes micro-batches of `rows` rows: parameters with
 /// their moments and gradients, and what the pass needs.
 ///

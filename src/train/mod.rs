@@ -22,7 +22,7 @@ mod tests;
 pub mod tuning;
 pub mod writer;
 
-pub use learner::host_bytes;
+pub use learner::{gradients, host_bytes};
 pub use replicas::check_dealing;
 pub use report::{SourceLoss, StepReport};
 
@@ -33,6 +33,7 @@ use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::record::Sequence;
 use crate::seed;
+use crate::threads;
 use candle_core::{DType, Device, Tensor};
 use guard::{Fault, Guards, OnFault, Recent};
 use optimizer::AdamW;
@@ -206,7 +207,8 @@ impl Trainer {
     /// Moves the parameters, and what is computed with.
     fn update(&mut self, grad_norm: f64, rate: f64) -> Result<()> {
         let updates = self.progress.step - self.progress.skipped + 1;
-        self.replicas.update(grad_norm, &self.settings.optimizer, rate, updates)
+        let Trainer { replicas, settings, .. } = self;
+        threads::run(|| replicas.update(grad_norm, &settings.optimizer, rate, updates))
     }
 
     /// Mean loss of the learned tokens of `sequences`, without learning from them.

@@ -23,7 +23,7 @@ use headwater::synthesizer::{Request, Synthesizer};
 use headwater::tokenizer::Tokenizer;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::{Decay, Schedule};
-use headwater::train::{TrainSettings, Trainer, loaded};
+use headwater::train::{self, TrainSettings, Trainer, loaded};
 use headwater_pipelines::shell::models::{BUNDLED, Model};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -193,37 +193,46 @@ fn losses_and_gradients_of_packed_sequences_are_those_of_pytorch() {
         let recorded = Recorded::with(name, "packed.safetensors");
         let sequences: Vec<Sequence> = (0..2).map(|index| recorded.sequence(index)).collect();
         assert_eq!(sequences.iter().map(|row| row.segments.len()).collect::<Vec<_>>(), [3, 1]);
-        let batch = headwater::train::batch(&sequences);
+        let batch = train::batch(&sequences);
         assert!(batch.targets.len() < 3 + 16 + 49, "some tokens are not learned");
         check_gradients(name, &recorded, &batch);
     }
 }
 
-/// Compares loss and gradients of a batch with what was recorded of it.
+/// Compares loss and gradients of a batch with what was recorded of it: those of the pass that CPUs train with, and
+/// those of the pass in tensors.
 fn check_gradients(name: &str, recorded: &Recorded, batch: &Batch) {
     let config = &recorded.config;
     let values = loaded(config, &recorded.weights, &Device::Cpu).unwrap();
-    let values: HashMap<String, Tensor> = values.into_iter().collect();
+    let by_name: HashMap<String, Tensor> = values.iter().cloned().collect();
     let form = headwater::model::Form::Plain;
     let model =
-        Llama::build(config, form, &Device::Cpu, |name, _| Ok(values[name].clone())).unwrap();
+        Llama::build(config, form, &Device::Cpu, |name, _| Ok(by_name[name].clone())).unwrap();
+    let objective = Objective::scaled(1.0 / batch.targets.len() as f64);
     for keep in [Keep::Everything, Keep::Inputs] {
         let mut gradients = Gradients::default();
-        let scale = 1.0 / batch.targets.len() as f64;
-        let losses = model.learn(batch, Objective::scaled(scale), keep, &mut gradients).unwrap();
-        let loss = losses.iter().sum::<f64>() * scale;
-        let expected: Vec<f32> = recorded.values["loss"].to_vec1().unwrap();
-        assert!((loss - f64::from(expected[0])).abs() < 1e-5, "{name}: {loss} {expected:?}");
-        let mut seen = 0;
-        for (parameter, found) in gradients.iter() {
-            let expected = &recorded.values[&format!("gradient.{parameter}")];
-            let error = farthest(found, expected);
-            let largest = farthest(expected, &expected.zeros_like().unwrap());
-            assert!(error < 1e-4 * largest + 1e-6, "{name}: {parameter} {error} of {largest}");
-            seen += 1;
-        }
-        assert_eq!(seen, config.parameters().len());
+        let losses = model.learn(batch, objective, keep, &mut gradients).unwrap();
+        check_recorded(&format!("{name} in tensors"), recorded, &losses, &gradients);
+        let place = (DType::F32, &Device::Cpu);
+        let (losses, gradients) =
+            train::gradients(config, values.clone(), place, batch, (objective, keep)).unwrap();
+        check_recorded(&format!("{name} on a CPU"), recorded, &losses, &gradients);
     }
+}
+
+fn check_recorded(name: &str, recorded: &Recorded, losses: &[f64], gradients: &Gradients) {
+    let loss = losses.iter().sum::<f64>() / losses.len() as f64;
+    let expected: Vec<f32> = recorded.values["loss"].to_vec1().unwrap();
+    assert!((loss - f64::from(expected[0])).abs() < 1e-5, "{name}: {loss} {expected:?}");
+    let mut seen = 0;
+    for (parameter, found) in gradients.iter() {
+        let expected = &recorded.values[&format!("gradient.{parameter}")];
+        let error = farthest(found, expected);
+        let largest = farthest(expected, &expected.zeros_like().unwrap());
+        assert!(error < 1e-4 * largest + 1e-6, "{name}: {parameter} {error} of {largest}");
+        seen += 1;
+    }
+    assert_eq!(seen, recorded.config.parameters().len());
 }
 
 #[test]

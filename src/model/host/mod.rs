@@ -22,6 +22,7 @@ use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::{normalise, normalise_backward};
 use crate::kernels::rope::RopeTable;
 use crate::kernels::storage::{change, elements};
+use crate::threads;
 use block::{Block, BlockMemory, Trace};
 use candle_core::{DType, Device, Result, Tensor, bail};
 
@@ -103,7 +104,7 @@ impl HostModel {
 
     /// The loss of each target of `batch`, in nats.
     pub(crate) fn losses(&mut self, batch: &Batch) -> Result<Vec<f64>> {
-        rayon::scope(|_| {
+        threads::run(|| {
             self.forward(batch, Keep::Inputs)?;
             self.predict(batch, None)?;
             Ok(std::mem::take(&mut self.memory.head.losses))
@@ -118,7 +119,7 @@ impl HostModel {
         keep: Keep,
         gradients: &Gradients,
     ) -> Result<Vec<f64>> {
-        rayon::scope(|_| {
+        threads::run(|| {
             self.forward(batch, keep)?;
             self.predict(batch, Some((objective, gradients)))?;
             self.backward(batch, gradients)?;
