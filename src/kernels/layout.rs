@@ -12,7 +12,7 @@
 
 use super::matmul::View;
 use super::packed::WeightType;
-use super::pairs;
+use super::rounding;
 use super::tiles::PANEL;
 use pulp::bytemuck::cast_slice;
 
@@ -28,10 +28,23 @@ pub(crate) fn row(kind: WeightType, x: &[f32], words: &mut [u32]) {
     let own = kind.words(x.len());
     match kind {
         WeightType::F32 => words[..own].copy_from_slice(cast_slice(x)),
-        WeightType::Bf16 => pairs::round_row(x, &mut words[..own]),
+        WeightType::Bf16 => rounding::round_row(x, &mut words[..own]),
         WeightType::Int8 => unreachable!("8 bits have scales"),
     }
     words[own..].fill(0);
+}
+
+/// The words of rows of a panel, `stride` words from one to the next.
+#[inline(always)]
+pub(crate) fn rows(kind: WeightType, x: &[[f32; PANEL]], words: &mut [u32], stride: usize) {
+    match kind {
+        WeightType::Bf16 => rounding::round_rows(x, words, stride),
+        _ => {
+            for (x, words) in x.iter().zip(words.chunks_mut(stride)) {
+                row(kind, x, &mut words[..kind.words(PANEL)]);
+            }
+        }
+    }
 }
 
 /// The panel of 32 columns of `x` from `first`.
@@ -127,9 +140,12 @@ fn word_of_columns<const COUNT: usize>(
         _ => {
             let low = columns::<COUNT>(x, 2 * word, first);
             let high = columns::<COUNT>(x, 2 * word + 1, first);
+            if let (Some(low), Some(high)) = (low.as_array(), high.as_array()) {
+                return *rounding::pair_rows(low, high).as_array().expect("as many");
+            }
             let mut out = [0; COUNT];
             for lane in 0..COUNT {
-                out[lane] = pairs::pair(low[lane], high[lane]);
+                out[lane] = rounding::pair(low[lane], high[lane]);
             }
             out
         }
@@ -142,11 +158,8 @@ fn words_of_row(kind: WeightType, x: View<'_, f32>, row: usize, word: usize) -> 
     match kind {
         WeightType::F32 => bits(columns(x, row, word)),
         _ => {
-            let own = columns::<{ 2 * SQUARE }>(x, row, 2 * word);
             let mut out = [0; SQUARE];
-            for lane in 0..SQUARE {
-                out[lane] = pairs::pair(own[2 * lane], own[2 * lane + 1]);
-            }
+            rounding::round_row(&columns::<{ 2 * SQUARE }>(x, row, 2 * word), &mut out);
             out
         }
     }
@@ -198,7 +211,7 @@ mod tests {
     fn rounded(kind: WeightType, x: f32) -> f32 {
         match kind {
             WeightType::F32 => x,
-            _ => f32::from_bits(pairs::round(x) << 16),
+            _ => f32::from_bits(rounding::round(x) << 16),
         }
     }
 

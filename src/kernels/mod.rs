@@ -29,6 +29,7 @@ mod quads;
 mod real;
 pub mod rms_norm;
 pub mod rope;
+mod rounding;
 pub(crate) mod rows;
 pub(crate) mod share;
 pub(crate) mod storage;

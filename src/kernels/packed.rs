@@ -16,7 +16,7 @@ use super::real::simd;
 use super::rows::Rows;
 use super::storage::{elements, tensor};
 use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once};
-use super::{layout, pairs, product};
+use super::{layout, pairs, product, rounding};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
 use rayon::prelude::*;
@@ -282,7 +282,7 @@ fn lay_out<E>(
         read(output, &mut weight)?;
         match kind {
             WeightType::F32 => own.copy_from_slice(cast_slice(&weight)),
-            WeightType::Bf16 => pairs::round_row(&weight, &mut own),
+            WeightType::Bf16 => rounding::round_row(&weight, &mut own),
             WeightType::Int8 => {
                 let put = |word: usize, bytes| own[word] = bytes;
                 quads::quantise_weight(&weight, put, &mut own_scales);

@@ -24,31 +24,6 @@ pub(crate) fn words(inputs: usize) -> usize {
     inputs.div_ceil(2)
 }
 
-/// A word of two elements, each rounded to the nearest bf16, ties to even.
-#[inline(always)]
-pub(crate) fn pair(low: f32, high: f32) -> u32 {
-    round(low) | round(high) << 16
-}
-
-/// The bits of the nearest bf16, ties to even.
-#[inline(always)]
-pub(crate) fn round(x: f32) -> u32 {
-    let bits = x.to_bits();
-    (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16
-}
-
-/// Rounds a row into words.
-#[inline(always)]
-pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
-    let (whole, rest) = x.as_chunks::<2>();
-    for (word, x) in words.iter_mut().zip(whole) {
-        *word = pair(x[0], x[1]);
-    }
-    if let [last] = rest {
-        words[whole.len()] = round(*last);
-    }
-}
-
 /// What this CPU multiplies bf16 with: each rounds sums in another order.
 pub(super) fn unit() -> &'static str {
     #[cfg(target_arch = "x86_64")]
@@ -201,6 +176,7 @@ mod avx512 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::rounding::{pair, round_row};
     use super::super::twin::{close, random};
     use super::*;
     use candle_core::{DType, Device, Tensor};
@@ -238,20 +214,5 @@ mod tests {
                 check(rows, inputs);
             }
         }
-    }
-
-    #[test]
-    fn rounding_is_to_the_nearest_and_ties_go_to_even() {
-        use candle_core::DType::{BF16, F32};
-        let x = random(&[4001], F32);
-        let twin: Vec<f32> = x.to_dtype(BF16).unwrap().to_dtype(F32).unwrap().to_vec1().unwrap();
-        let mut words = vec![0; 2001];
-        round_row(&x.to_vec1::<f32>().unwrap(), &mut words);
-        for (index, twin) in twin.iter().enumerate() {
-            let word = words[index / 2];
-            assert_eq!(if index % 2 == 0 { low(word) } else { high(word) }, *twin);
-        }
-        assert_eq!(round(f32::from_bits(0x3f80_8000)), 0x3f80);
-        assert_eq!(round(f32::from_bits(0x3f81_8000)), 0x3f82);
     }
 }

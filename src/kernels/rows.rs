@@ -10,7 +10,7 @@ use super::quads::{self, Group};
 use super::real::simd;
 use super::share::{Target, each};
 use super::tiles::{PANEL, ROWS};
-use super::{ROWS_PER_TASK, pairs};
+use super::{ROWS_PER_TASK, rounding};
 use pulp::bytemuck::cast_slice;
 
 /// Rows in words. Its memory is used again for the next ones.
@@ -47,7 +47,7 @@ impl RowMut<'_> {
     pub(crate) fn set(self, x: &[f32]) {
         match self.kind {
             WeightType::F32 => self.words.copy_from_slice(cast_slice(x)),
-            WeightType::Bf16 => pairs::round_row(x, self.words),
+            WeightType::Bf16 => rounding::round_row(x, self.words),
             WeightType::Int8 => quads::quantise_row(x, self.words, self.groups),
         }
     }

@@ -214,7 +214,7 @@ impl<'a> Operands<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pairs;
+    use super::super::rounding;
     use super::super::twin::random;
     use super::*;
     use candle_core::DType;
@@ -222,7 +222,7 @@ mod tests {
     fn words(count: usize) -> Vec<u32> {
         let x: Vec<f32> =
             random(&[2 * count], DType::F32).to_vec1().expect("a vector of that many");
-        x.chunks(2).map(|x| pairs::pair(x[0], x[1])).collect()
+        x.chunks(2).map(|x| rounding::pair(x[0], x[1])).collect()
     }
 
     fn check_pairs(rows: usize, depth: usize) {

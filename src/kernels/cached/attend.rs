@@ -2,8 +2,8 @@
 
 use super::super::attention::Heads;
 use super::super::packed::WeightType;
-use super::super::pairs;
 use super::super::real::{Real, max, simd, sum};
+use super::super::rounding;
 use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
 use super::{BLOCK, Block, LayerCache, Layout, Run};
 use pulp::bytemuck::cast_slice;
@@ -132,7 +132,7 @@ impl Task<'_> {
             let columns = &q[at * width..][..width];
             match layout.kind {
                 WeightType::F32 => words.copy_from_slice(cast_slice(columns)),
-                _ => pairs::round_row(columns, words),
+                _ => rounding::round_row(columns, words),
             }
             let position = self.run.position + row;
             let first_visible = heads.first_visible(position);
@@ -292,7 +292,7 @@ impl Fold<'_> {
             let weights = &mut weights[row * BLOCK..][..BLOCK];
             match kind {
                 WeightType::F32 => weights.copy_from_slice(cast_slice(&own)),
-                _ => pairs::round_row(&own, weights),
+                _ => rounding::round_row(&own, weights),
             }
         }
         keep

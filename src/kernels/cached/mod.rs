@@ -20,8 +20,8 @@ mod attend;
 
 use super::attention::Heads;
 use super::packed::WeightType;
-use super::pairs;
 use super::real::LANES;
+use super::rounding;
 use super::share::{Target, each};
 use super::storage::{elements, tensor};
 use super::tiles::PANEL;
@@ -224,12 +224,12 @@ impl Pages {
                 }
             }
             _ => {
-                let key = |k: &[f32]| pairs::pair(k[0], k.get(1).copied().unwrap_or(0.0));
+                let key = |k: &[f32]| rounding::pair(k[0], k.get(1).copied().unwrap_or(0.0));
                 words.zip(k.chunks(2)).for_each(|(word, k)| *word = key(k));
                 let shift = 16 * (lane % 2);
                 for (stripe, v) in stripes {
                     for (word, &v) in stripe[lane / 2 * PANEL..].iter_mut().zip(v) {
-                        *word = *word & !(0xffff << shift) | pairs::round(v) << shift;
+                        *word = *word & !(0xffff << shift) | rounding::round(v) << shift;
                     }
                 }
             }

@@ -37,8 +37,11 @@ impl Task<'_> {
             }
             simd(
                 #[inline(always)]
-                || self.weigh(&block, scores, weights, [&mut inverse, &mut log_sum]),
+                || self.weigh(&block, scores, [&mut inverse, &mut log_sum]),
             );
+            for (index, scores) in scores.iter().enumerate() {
+                self.put_weights(scores, index, weights);
+            }
             self.multiply(&block, weights, value_columns, |query, column, values| {
                 let (row, width) = (self.start + block.queries.start + query, values.len());
                 // SAFETY: a row and head belong to one task.
@@ -55,19 +58,12 @@ impl Task<'_> {
     /// Turns scores into weights that are not divided by their sum yet; writes what they are to be multiplied with,
     /// and the logarithm of the sum.
     #[inline(always)]
-    fn weigh(
-        &self,
-        block: &Block,
-        scores: &mut [Scores],
-        weights: &mut [u32],
-        [inverse, log_sum]: [&mut Column; 2],
-    ) {
-        let (stride, panel_words) = (self.stride(), self.panel_words());
+    fn weigh(&self, block: &Block, scores: &mut [Scores], [inverse, log_sum]: [&mut Column; 2]) {
         let scale = self.of.heads.scale() as f32;
-        for (query, words) in weights.chunks_exact_mut(stride).enumerate() {
+        for query in 0..QUERIES {
             let row = block.queries.start + query;
             if row >= block.queries.end {
-                words[..scores.len() * panel_words].fill(0);
+                scores.iter_mut().for_each(|scores| scores[query] = [0.0; PANEL]);
                 continue;
             }
             let mut tops = [f32::NEG_INFINITY; PANEL];
@@ -80,7 +76,7 @@ impl Task<'_> {
             }
             let top = scale * tops.iter().fold(f32::NEG_INFINITY, |top, &x| top.max(x));
             let mut totals = [0.0; PANEL];
-            for (index, (panel, scores)) in block.panels.clone().zip(&*scores).enumerate() {
+            for (panel, scores) in block.panels.clone().zip(scores.iter_mut()) {
                 let mut own = scores[query];
                 for lane in 0..PANEL {
                     own[lane] = Real::exp(own[lane].mul_add(scale, -top));
@@ -89,7 +85,7 @@ impl Task<'_> {
                 for lane in 0..PANEL {
                     totals[lane] += own[lane];
                 }
-                layout::row(self.of.kind, &own, &mut words[index * panel_words..][..panel_words]);
+                scores[query] = own;
             }
             let total: f32 = totals.iter().sum();
             inverse[query] = 1.0 / total;
@@ -167,7 +163,7 @@ impl Task<'_> {
         self.turn(of_output, depth, &mut buffers.of_output_turned);
         let rows = self.rows_of(block, of_output, saved);
         let (mut p, mut ds) = ([[0.0; PANEL]; QUERIES], [[0.0; PANEL]; QUERIES]);
-        let mut panels = [[[0; PANEL]; QUERIES]; 2];
+        let (mut panels, mut out) = ([[[0; PANEL]; QUERIES]; 2], [[0.0; PANEL]; PANEL]);
         for (index, panel) in block.panels.clone().enumerate() {
             let own = panel * words * PANEL..(panel + 1) * words * PANEL;
             kind.tile(&buffers.q, words, &buffers.key_rows[own.clone()], Ahead::NOTHING, &mut p);
@@ -177,13 +173,13 @@ impl Task<'_> {
                 #[inline(always)]
                 || {
                     self.of_scores(block, panel, &rows, [&mut p, &mut ds]);
-                    self.put_weights(&ds, index, &mut buffers.weights);
                     for (scores, panel) in [&ds, &p].into_iter().zip(&mut panels) {
                         let scores = View::rows(scores.as_flattened(), count, PANEL, PANEL);
                         panel_of_columns(kind, scores, 0, panel[..depth].as_flattened_mut());
                     }
                 },
             );
+            self.put_weights(&ds, index, &mut buffers.weights);
             let own = panel * self.padded()..(panel + 1) * self.padded();
             for (turned, panel, sums) in [
                 (&buffers.q_turned, &panels[0], &mut buffers.of_keys[own.clone()]),
@@ -192,7 +188,6 @@ impl Task<'_> {
                 let panel = panel[..depth].as_flattened();
                 let rows = turned.chunks_exact(PANEL * depth);
                 for (rows, sums) in rows.zip(sums.chunks_exact_mut(PANEL)) {
-                    let mut out = [[0.0; PANEL]; PANEL];
                     kind.tile(rows, depth, panel, Ahead::NOTHING, &mut out);
                     add(sums, &out);
                 }
@@ -252,12 +247,13 @@ impl Task<'_> {
         gradients[block.queries.len()..].fill([0.0; PANEL]);
     }
 
-    #[inline(always)]
+    /// Writes what the scores of a panel are multiplied with.
     fn put_weights(&self, scores: &Scores, index: usize, weights: &mut [u32]) {
-        let (stride, words) = (self.stride(), self.panel_words());
-        for (scores, weights) in scores.iter().zip(weights.chunks_exact_mut(stride)) {
-            layout::row(self.of.kind, scores, &mut weights[index * words..][..words]);
-        }
+        let weights = &mut weights[index * self.panel_words()..];
+        simd(
+            #[inline(always)]
+            || layout::rows(self.of.kind, scores, weights, self.stride()),
+        );
     }
 }
 
