@@ -254,7 +254,7 @@ fn random(index: usize, length: usize, item_tokens: usize, vocabulary: usize) ->
         length: item_tokens.min(length - start) as u32,
     };
     let segments = (0..length).step_by(item_tokens).map(segment).collect();
-    Sequence { tokens, learned: vec![true; length], segments }
+    Sequence { tokens, learned: vec![true; length], segments, ..Sequence::default() }
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub mod writer;
 
 pub use learner::host_bytes;
 pub use replicas::check_dealing;
-pub use report::{SourceLoss, StepReport};
+pub use report::{RoundLoss, SourceLoss, StepReport};
 
 use crate::error::{Error, Result};
 use crate::kernels::cross_entropy::Objective;
@@ -173,6 +173,7 @@ impl Trainer {
         if skipped.is_none() {
             self.update(grad_norm, rate)?;
         }
+        let losses = losses.concat();
         self.recent.note(loss, grad_norm, skipped.is_some());
         self.progress.step += 1;
         self.progress.skipped += u64::from(skipped.is_some());
@@ -189,7 +190,8 @@ impl Trainer {
             next_sequence: self.progress.next_sequence,
             skipped,
             skipped_total: self.progress.skipped,
-            sources: report::by_source(sequences, &losses.concat()),
+            sources: report::by_source(sequences, &losses),
+            rounds: report::by_round(sequences, &losses),
         })
     }
 

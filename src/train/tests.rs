@@ -11,7 +11,7 @@ use super::writer::{Target, Writer};
 use super::*;
 use crate::format::jsonl::Fields;
 use crate::model::shape::Shape;
-use crate::record::Segment;
+use crate::record::{Segment, Shot};
 use crate::tokenizer::tests::small;
 use std::path::Path;
 
@@ -77,7 +77,10 @@ fn sequences(seed: u64) -> Vec<Sequence> {
             let item = format!("item {seed}.{index}.{source}");
             Segment { item, source, offset: 0, length }
         };
-        Sequence { tokens, learned: vec![true; 20], segments: vec![segment(0, 12), segment(1, 8)] }
+        let segments = vec![segment(0, 12), segment(1, 8)];
+        let shots =
+            [(0, 0, 5), (1, 5, 7)].map(|(round, offset, length)| Shot { round, offset, length });
+        Sequence { tokens, learned: vec![true; 20], segments, shots: shots.to_vec() }
     };
     (0..2).map(sequence).collect()
 }
@@ -212,8 +215,12 @@ fn a_spike_is_judged_by_the_steps_before_also_behind_a_resume() {
 }
 
 #[test]
-fn the_losses_of_the_sources_make_up_the_loss() {
+fn the_losses_of_sources_and_rounds_make_up_the_loss() {
     let report = trainer(settings(false, 1e-2)).step(&sequences(0)).unwrap();
+    let of_rounds: f64 = report.rounds.iter().map(|one| one.loss * one.learned as f64).sum();
+    let (own, rounds) = (report.sources[0], &report.rounds);
+    assert_eq!((rounds[0].learned, rounds[1].learned), (8, 14));
+    assert!((of_rounds - own.loss * own.learned as f64).abs() < 1e-9, "{report:?}");
     let learned: Vec<u64> = report.sources.iter().map(|source| source.learned).collect();
     assert_eq!(learned, [22, 14]);
     let sum: f64 = report.sources.iter().map(|source| source.loss * source.learned as f64).sum();

@@ -76,6 +76,7 @@ impl Recorded {
             tokens: self.ids(&format!("tokens.{index}")),
             learned: self.ids(&format!("learned.{index}")).iter().map(|&flag| flag > 0).collect(),
             segments: self.ids(&format!("lengths.{index}")).into_iter().map(segment).collect(),
+            ..Sequence::default()
         }
     }
 
