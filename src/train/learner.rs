@@ -2,9 +2,8 @@
 
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
-use crate::kernels::cross_entropy::Objective;
 use crate::kernels::packed::WeightType;
-use crate::model::backward::{Batch, Gradients, Keep};
+use crate::model::backward::{Batch, Gradients, Keep, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::host::HostModel;
 use crate::model::{Form, Llama};
@@ -74,13 +73,12 @@ impl Learner {
     pub(super) fn learn(
         &mut self,
         batch: &Batch,
-        objective: Objective,
-        keep: Keep,
+        learning: Learning,
         gradients: &mut Gradients,
     ) -> candle_core::Result<Vec<f64>> {
         match self {
-            Learner::Host(model) => model.learn(batch, objective, keep, gradients),
-            Learner::Tensors { model, .. } => model.learn(batch, objective, keep, gradients),
+            Learner::Host(model) => model.learn(batch, learning, gradients),
+            Learner::Tensors { model, .. } => model.learn(batch, learning, gradients),
         }
     }
 

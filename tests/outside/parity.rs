@@ -13,7 +13,7 @@ use headwater::engine::{self, EngineSettings};
 use headwater::kernels::attention::attention;
 use headwater::kernels::cross_entropy::Objective;
 use headwater::model::Llama;
-use headwater::model::backward::{Batch, Gradients, Keep};
+use headwater::model::backward::{Batch, Gradients, Keep, Learning};
 use headwater::model::config::ModelConfig;
 use headwater::model::precision::Precision;
 use headwater::model::weights::Weights;
@@ -211,7 +211,8 @@ fn check_gradients(name: &str, recorded: &Recorded, batch: &Batch) {
     for keep in [Keep::Everything, Keep::Inputs] {
         let mut gradients = Gradients::default();
         let scale = 1.0 / batch.targets.len() as f64;
-        let losses = model.learn(batch, Objective::scaled(scale), keep, &mut gradients).unwrap();
+        let learning = Learning { objective: Objective::scaled(scale), keep, dropout: None };
+        let losses = model.learn(batch, learning, &mut gradients).unwrap();
         let loss = losses.iter().sum::<f64>() * scale;
         let expected: Vec<f32> = recorded.values["loss"].to_vec1().unwrap();
         assert!((loss - f64::from(expected[0])).abs() < 1e-5, "{name}: {loss} {expected:?}");
@@ -336,6 +337,7 @@ fn an_export_is_the_model_that_was_loaded() {
             },
             recompute: false,
             z_loss: 0.0,
+            dropout: None,
         };
         let trainer =
             Trainer::new(&config, values.clone(), settings, DType::F32, &[Device::Cpu]).unwrap();
