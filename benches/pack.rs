@@ -12,7 +12,7 @@ fn items() -> Vec<Item> {
     let item = |number: usize| {
         let draw = number * 7919 % 1000; // a prime: all values, well mixed
         let tokens = vec![number as u32; 1 + draw * draw / 312];
-        Item { id: number.to_string(), source: 0, tokens, learned: Vec::new() }
+        Item { id: number.to_string(), tokens, ..Item::default() }
     };
     (0..ITEMS).map(item).collect()
 }

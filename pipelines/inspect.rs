@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use headwater::augment::{AUGMENTED, Augmented};
 use headwater::manifest::{EpochRecord, Manifest};
-use headwater::record::{Rejected, Segment, Sequence};
+use headwater::record::{Rejected, Segment, Sequence, Shot};
 use headwater::run::RunFolder;
 use headwater::tokenizer::Tokenizer;
 use headwater::train::checkpoint;
@@ -130,16 +130,21 @@ impl ShownSequence {
         Ok(ShownSequence { number, epoch: epoch.epoch, sequence, documents })
     }
 
-    /// The segments with the text of each.
-    fn segments(&self, tokenizer: &Tokenizer) -> Vec<(&Segment, String)> {
+    /// The segments with the text of each, and where in its item each round wrote.
+    fn segments(&self, tokenizer: &Tokenizer) -> Vec<(&Segment, String, Vec<Shot>)> {
+        let Sequence { tokens, segments, shots, .. } = &self.sequence;
         let mut start = 0;
         let mut cut = |segment: &Segment| {
-            let end = start + segment.length as usize;
-            let text = tokenizer.decode(&self.sequence.tokens[start..end]);
-            start = end;
-            text
+            let run = start..start + segment.length;
+            start = run.end;
+            let shots = shots.iter().filter_map(|shot| shot.within(&run, segment.offset)).collect();
+            (tokenizer.decode(&tokens[run.start as usize..run.end as usize]), shots)
         };
-        self.sequence.segments.iter().map(|segment| (segment, cut(segment))).collect()
+        let shown = |segment| {
+            let (text, shots) = cut(segment);
+            (segment, text, shots)
+        };
+        segments.iter().map(shown).collect()
     }
 
     /// The document a segment was cut from; none for items of side sources.
@@ -151,13 +156,14 @@ impl ShownSequence {
         let segments: Vec<Value> = self
             .segments(tokenizer)
             .into_iter()
-            .map(|(segment, text)| {
+            .map(|(segment, text, shots)| {
                 let origin = self.origin(segment);
                 json!({
                     "item": segment.item,
                     "source": segment.source,
                     "offset": segment.offset,
                     "length": segment.length,
+                    "shots": shots,
                     "text": text,
                     "documents": origin.map(|document| &document.source_ids),
                     "places": origin.map(places),
@@ -175,10 +181,13 @@ impl ShownSequence {
             self.sequence.tokens.len(),
             self.sequence.segments.len()
         );
-        for (segment, words) in self.segments(tokenizer) {
+        for (segment, words, shots) in self.segments(tokenizer) {
             let Segment { item, source, offset, length } = segment;
             let end = offset + length;
             let _ = writeln!(text, "\n── {item} · source {source} · tokens {offset} to {end}");
+            for Shot { round, offset, length } in shots {
+                let _ = writeln!(text, "   round {round}: tokens {offset} to {}", offset + length);
+            }
             if let Some(document) = self.origin(segment) {
                 for place in places(document) {
                     let _ = writeln!(text, "   from {place}");

@@ -14,8 +14,7 @@ use crate::shell::report;
 use crate::shell::running::abort_on_panic;
 use crate::shell::settings::digests;
 use crate::shell::stop::STOPPED;
-use crate::shell::train_args::check_rate;
-use crate::shell::train_args::{Compute, micro_batch_tokens};
+use crate::shell::train_args::{Compute, check_rate, micro_batch_tokens, probability};
 use crate::shell::training::{Drive, Ended, Told, Trained, TrainingFolder, latest};
 use crate::shell::{has_rejected, wrong_use};
 use anyhow::{Context, Result, bail, ensure};
@@ -35,7 +34,7 @@ use headwater::tokenizer::Tokenizer;
 use headwater::train::checkpoint::Retention;
 use headwater::train::schedule::{Decay, Schedule};
 use headwater::train::tuning::{LessonSettings, Lessons, LossOn};
-use headwater::train::{StepReport, TrainSettings, Trainer};
+use headwater::train::{HiddenDropout, StepReport, TrainSettings, Trainer};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -83,6 +82,9 @@ pub struct Tune {
     /// Steps of warm-up [default: 1000]
     #[arg(long, value_name = "N")]
     warmup: Option<u64>,
+    /// Probability that an element is dropped where the stream begins, and of all that is added to it
+    #[arg(long, default_value_t = 0.0, value_parser = probability, value_name = "P")]
+    hidden_dropout: f64,
     /// What to learn of each row: its pairs, or everything (to make a base model)
     #[arg(long, default_value = "pairs")]
     loss_on: String,
@@ -174,10 +176,8 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         eprintln!("stopped; run the same command again to go on");
         return Ok(ExitCode::from(STOPPED));
     };
-    let held_out_loss = match class.held_out.is_empty() {
-        true => None,
-        false => Some(drive.trainer.evaluate(&class.held_out)?),
-    };
+    let held_out = Some(&class.held_out).filter(|held_out| !held_out.is_empty());
+    let held_out_loss = held_out.map(|held_out| drive.trainer.evaluate(held_out)).transpose()?;
     let Trained { first, last, .. } = drive.trained().context("there was nothing to learn")?;
     let report =
         Report { first, last, held_out_loss, scores, spent: start.elapsed().as_secs_f64() };
@@ -422,6 +422,7 @@ fn training(args: &Tune, tokens: u64, device: &Device) -> TrainSettings {
         optimizer: OPTIMIZER,
         recompute: false,
         z_loss: 0.0,
+        dropout: HiddenDropout::of(args.hidden_dropout, args.machine.seed),
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::chain::Chain;
 use crate::ledger::Ledger;
 use crate::prompt::Pair;
-use crate::record::{Entry, Finish, Item, Rejected, Stage, excerpt};
+use crate::record::{Entry, Finish, Item, Rejected, Shot, Stage, excerpt};
 use crate::template::Templates;
 use crate::template::choice::Choices;
 use crate::template::render::{Rendered, render};
@@ -131,7 +131,7 @@ impl Augmenter {
         for mut group in chain.into_groups() {
             for rendered in render(&group, &self.templates, self.seed) {
                 count_rendering(&rendered, &group, &mut output);
-                let item = self.item(&rendered);
+                let item = self.item(&rendered, round);
                 output.documents.push((self.lineage(rendered, &mut group, round, &item), item));
             }
             round += group.len() as u32;
@@ -139,8 +139,24 @@ impl Augmenter {
         output
     }
 
-    fn item(&self, rendered: &Rendered) -> Item {
-        item(&rendered.id, AUGMENTED, &rendered.text, &self.tokenizer)
+    /// The item of a document whose group began in `round`.
+    fn item(&self, rendered: &Rendered, round: u32) -> Item {
+        let Rendered { id, text, entries, starts, choices, .. } = rendered;
+        if choices.is_none() {
+            return item(id, AUGMENTED, text, &self.tokenizer);
+        }
+        let (mut item, firsts) = match starts.as_slice() {
+            [_] => (item(id, AUGMENTED, text, &self.tokenizer), vec![0]),
+            starts => item_with_starts(id, text, starts, &self.tokenizer),
+        };
+        let ends = firsts[1..].iter().copied().chain([item.tokens.len()]);
+        let shot = |((&entry, &first), end): ((&usize, &usize), usize)| Shot {
+            round: round + entry as u32,
+            offset: first as u32,
+            length: (end - first) as u32,
+        };
+        item.shots = entries.iter().zip(&firsts).zip(ends).map(shot).collect();
+        item
     }
 
     /// The lineage of a rendered document; its texts and pairs are taken out of their group.
@@ -184,7 +200,28 @@ pub fn item(id: &str, source: u32, text: &str, tokenizer: &Tokenizer) -> Item {
     tokens.extend(tokenizer.bos());
     tokenizer.encode_onto(text, &mut tokens);
     tokens.extend(tokenizer.eos());
-    Item { id: id.to_owned(), source, tokens, learned: Vec::new() }
+    Item { id: id.to_owned(), source, tokens, ..Item::default() }
+}
+
+/// An augmented text as an item, with the first token of each of its parts, which start at these bytes: the
+/// first token that starts there or behind, and the opening id for the first part.
+fn item_with_starts(
+    id: &str,
+    text: &str,
+    starts: &[usize],
+    tokenizer: &Tokenizer,
+) -> (Item, Vec<usize>) {
+    let (ids, places) = tokenizer.encode_with_starts(text);
+    let mut tokens: Vec<u32> = tokenizer.bos().into_iter().collect();
+    let opening = tokens.len();
+    tokens.extend(ids);
+    tokens.extend(tokenizer.eos());
+    let first = |&start: &usize| match start {
+        0 => 0,
+        start => opening + places.partition_point(|&place| place < start),
+    };
+    let firsts = starts.iter().map(first).collect();
+    (Item { id: id.to_owned(), source: AUGMENTED, tokens, ..Item::default() }, firsts)
 }
 
 fn count_generation(entry: &Entry, output: &mut ChainOutput) {
@@ -371,6 +408,44 @@ mod tests {
             hidden += own;
         }
         assert!((80..100).contains(&hidden), "{hidden} of 100"); // 95 are expected
+    }
+
+    /// A chain whose texts saw each other.
+    fn linked(texts: usize) -> Chain {
+        let mut chain = chain(&vec![("<QUE> Who? <ANS> Nobody </END>", Finish::Stop); texts]);
+        chain.entries.iter_mut().skip(1).for_each(|entry| entry.inherits = true);
+        chain
+    }
+
+    #[test]
+    fn a_shot_is_a_text_with_the_pairs_of_its_round() {
+        for seed in 0..20 {
+            let output = augmenter(Templates::built_in(), seed).augment(linked(3));
+            let [(document, item)] = output.documents.as_slice() else { panic!("one document") };
+            let rounds: Vec<u32> = item.shots.iter().map(|shot| shot.round).collect();
+            assert_eq!((rounds, &document.rounds), (vec![0, 1, 2], &vec![0, 1, 2]));
+            let mut next = 0;
+            for shot in &item.shots {
+                assert_eq!(shot.offset, next);
+                next += shot.length;
+                let text = small().decode(&item.tokens[shot.offset as usize..next as usize]);
+                for round in 0..3 {
+                    let own = format!("Text {round}.");
+                    assert_eq!(text.contains(&own), round == shot.round, "{own:?} in {text:?}");
+                }
+                assert!(text.contains("Who?"), "{text:?}");
+            }
+            assert_eq!(next as usize, item.tokens.len());
+        }
+    }
+
+    #[test]
+    fn a_text_without_pairs_is_of_no_round() {
+        let pair = "<QUE> a <ANS> b </END>";
+        let output = augment(&[("", Finish::Stop), (pair, Finish::Stop)]);
+        let shots: Vec<&[Shot]> = output.documents.iter().map(|(_, item)| &*item.shots).collect();
+        let length = output.documents[1].1.tokens.len() as u32;
+        assert_eq!(shots, [&[][..], &[Shot { round: 1, offset: 0, length }][..]]);
     }
 
     #[test]

@@ -210,7 +210,7 @@ fn empty(length: usize) -> Sequence {
     Sequence {
         tokens: Vec::with_capacity(length),
         learned: Vec::with_capacity(length),
-        segments: Vec::new(),
+        ..Sequence::default()
     }
 }
 
@@ -218,6 +218,8 @@ fn append(sequence: &mut Sequence, item: &Item, at: usize, count: usize) {
     if count == 0 {
         return;
     }
+    let (start, run) = (sequence.tokens.len() as u32, at as u32..(at + count) as u32);
+    sequence.shots.extend(item.shots.iter().filter_map(|shot| shot.within(&run, start)));
     sequence.tokens.extend_from_slice(&item.tokens[at..at + count]);
     match item.learned.get(at..at + count) {
         Some(learned) if !item.learned.is_empty() => sequence.learned.extend_from_slice(learned),
@@ -244,6 +246,9 @@ fn pour(from: &Sequence, into: &mut [Sequence], length: usize) -> u64 {
             }
             let taken = free.min(count - done);
             let run = start + done..start + done + taken;
+            let (place, cut) = (into[target].tokens.len() as u32, run.start as u32..run.end as u32);
+            let shots = from.shots.iter().filter_map(|shot| shot.within(&cut, place));
+            into[target].shots.extend(shots);
             into[target].tokens.extend_from_slice(&from.tokens[run.clone()]);
             into[target].learned.extend_from_slice(&from.learned[run]);
             into[target].segments.push(Segment {
@@ -262,6 +267,7 @@ fn pour(from: &Sequence, into: &mut [Sequence], length: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::Shot;
     use crate::seed;
     use proptest::prelude::*;
 
@@ -271,9 +277,24 @@ mod tests {
             let tokens: Vec<u32> = (next..next + length as u32).collect();
             next += length as u32;
             let learned = tokens.iter().map(|token| token % 3 > 0).collect();
-            Item { id: format!("item-{index}"), source: index as u32 % 2, tokens, learned }
+            // Two shots with a token between them that belongs to none.
+            let (offset, half) = (length as u32 / 2, length as u32 / 3);
+            let shots = [(0, 0, half), (1, offset, length as u32 - offset)]
+                .map(|(round, offset, length)| Shot { round, offset, length })
+                .to_vec();
+            Item { id: format!("item-{index}"), source: index as u32 % 2, tokens, learned, shots }
         };
         lengths.iter().enumerate().map(item).collect()
+    }
+
+    /// The round of each token.
+    fn rounds_of(tokens: &[u32], shots: &[Shot]) -> Vec<(u32, Option<u32>)> {
+        assert!(shots.windows(2).all(|two| two[0].offset + two[0].length <= two[1].offset));
+        let holds =
+            |shot: &&Shot, place: u32| (shot.offset..shot.offset + shot.length).contains(&place);
+        let round =
+            |place: u32| shots.iter().find(|shot| holds(shot, place)).map(|shot| shot.round);
+        tokens.iter().zip(0..).map(|(&token, place)| (token, round(place))).collect()
     }
 
     fn pack(items: &[Item], length: usize, mode: PackMode) -> (Vec<Sequence>, PackTally) {
@@ -351,9 +372,11 @@ mod tests {
             let items = items(&lengths);
             let (sequences, tally) = pack(&items, length, mode);
             let mut runs: BTreeMap<(String, u32), (Vec<u32>, Vec<bool>)> = BTreeMap::new();
+            let mut rounds: BTreeMap<u32, Option<u32>> = BTreeMap::new();
             for sequence in &sequences {
                 prop_assert!(!sequence.tokens.is_empty() && sequence.tokens.len() <= length);
                 prop_assert_eq!(sequence.positions().count(), sequence.tokens.len());
+                rounds.extend(rounds_of(&sequence.tokens, &sequence.shots));
                 let mut start = 0;
                 for segment in &sequence.segments {
                     let run = start..start + segment.length as usize;
@@ -366,6 +389,9 @@ mod tests {
                 }
             }
             for item in &items {
+                for (token, round) in rounds_of(&item.tokens, &item.shots) {
+                    prop_assert_eq!(rounds[&token], round, "token {}", token);
+                }
                 let of_item = || runs.iter().filter(|((id, _), _)| *id == item.id);
                 let tokens: Vec<u32> = of_item().flat_map(|(_, run)| run.0.clone()).collect();
                 let learned: Vec<bool> = of_item().flat_map(|(_, run)| run.1.clone()).collect();

@@ -7,6 +7,7 @@ use crate::gate::Refusal;
 use crate::prompt::{Pair, Reason};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use xxhash_rust::xxh3::Xxh3;
 
 /// One raw input.
@@ -154,6 +155,27 @@ pub struct Item {
     pub tokens: Vec<u32>,
     /// Which tokens are to be learned; empty means all.
     pub learned: Vec<bool>,
+    /// Where the synthesizer wrote pairs, in order; empty for what it had no part in.
+    pub shots: Vec<Shot>,
+}
+
+/// A run of tokens that hold a text with the pairs that were written for it in one round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Shot {
+    /// The round, from 0.
+    pub round: u32,
+    /// First token of the run in the item or sequence.
+    pub offset: u32,
+    /// Number of tokens.
+    pub length: u32,
+}
+
+impl Shot {
+    /// What of it lies within a run of tokens that is written to `start`.
+    pub fn within(&self, run: &Range<u32>, start: u32) -> Option<Shot> {
+        let (from, to) = (self.offset.max(run.start), (self.offset + self.length).min(run.end));
+        (from < to).then(|| Shot { offset: start + from - run.start, length: to - from, ..*self })
+    }
 }
 
 /// A run of tokens of one item inside a sequence.
@@ -178,6 +200,8 @@ pub struct Sequence {
     pub learned: Vec<bool>,
     /// The segments, covering all tokens.
     pub segments: Vec<Segment>,
+    /// The shots of all segments, in order; empty as well where they were not written down.
+    pub shots: Vec<Shot>,
 }
 
 impl Sequence {

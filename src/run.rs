@@ -326,7 +326,8 @@ mod tests {
         ledger.add("read/records", epoch + 1);
         let segment = Segment { item: "a".into(), source: 0, offset: 0, length: 2 };
         let (tokens, learned) = (vec![1, 2], vec![true; 2]);
-        let sequence = Sequence { tokens, learned, segments: vec![segment] };
+        let segments = vec![segment];
+        let sequence = Sequence { tokens, learned, segments, ..Sequence::default() };
         let rejected = Rejected::unread("no_text", "", crate::record::Place::default(), "x");
         EpochOutput {
             epoch,

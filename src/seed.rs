@@ -10,6 +10,9 @@
 
 use xxhash_rust::xxh3::Xxh3;
 
+/// What the state grows by from one number to the next.
+const STEP: u64 = 0x9E37_79B9_7F4A_7C15;
+
 /// A stream of random numbers for one purpose of one record.
 #[derive(Clone, Debug)]
 pub struct Stream {
@@ -38,11 +41,24 @@ pub fn stream(run: u64, id: &str, purpose: &str) -> Stream {
 impl Stream {
     /// The next 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut bits = self.state;
+        let bits = self.at(0);
+        self.state = self.state.wrapping_add(STEP);
+        bits
+    }
+
+    /// The bits that [`Stream::next_u64`] gives behind so many others, without those: a stream is a counter.
+    #[inline(always)]
+    pub fn at(&self, index: u64) -> u64 {
+        let mut bits = self.state.wrapping_add(index.wrapping_add(1).wrapping_mul(STEP));
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         bits ^ (bits >> 31)
+    }
+
+    /// The stream of one of many like parts of what this one is for.
+    #[inline(always)]
+    pub fn part(&self, index: u64) -> Stream {
+        Stream { state: self.at(index) }
     }
 
     /// A uniform number in `0..bound`, without bias (Lemire, ACM TOMACS 2019).
@@ -111,6 +127,16 @@ mod tests {
         let mut stream = stream(1, "pmid:7551119", "template mode");
         let bits: Vec<u64> = (0..3).map(|_| stream.next_u64()).collect();
         assert_eq!(bits, [1516814397157134736, 14334877883619412064, 8840628004797995568]);
+    }
+
+    #[test]
+    fn a_number_of_a_stream_can_be_had_without_those_before_it() {
+        let stream = stream(1, "x", "y");
+        let mut drawn = stream.clone();
+        for index in 0..100 {
+            assert_eq!(stream.at(index), drawn.next_u64());
+            assert_ne!(stream.part(index).at(0), stream.part(index + 1).at(0));
+        }
     }
 
     #[test]

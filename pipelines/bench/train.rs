@@ -12,7 +12,7 @@ use super::ceiling;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
 use crate::shell::summary::peak_memory;
-use crate::shell::train_args::{Compute, micro_batch_tokens};
+use crate::shell::train_args::{Compute, micro_batch_tokens, probability};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
@@ -24,7 +24,7 @@ use headwater::model::shape::Shape;
 use headwater::record::{Segment, Sequence};
 use headwater::seed;
 use headwater::train::schedule::{Decay, Schedule};
-use headwater::train::{TrainSettings, Trainer, check_dealing};
+use headwater::train::{HiddenDropout, TrainSettings, Trainer, check_dealing};
 use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -55,6 +55,9 @@ pub(super) struct Train {
     /// Run blocks again in the backward pass instead of keeping their activations
     #[arg(long)]
     recompute: bool,
+    /// Probability that an element is dropped where the stream begins, and of all that is added to it
+    #[arg(long, default_value_t = 0.0, value_parser = probability, value_name = "P")]
+    hidden_dropout: f64,
     /// Where the model computes: cpu, cuda:0, or cuda:0,cuda:1,… for a part of each step on every one
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     device: String,
@@ -181,6 +184,7 @@ impl Setup {
             optimizer: OPTIMIZER,
             recompute: args.recompute,
             z_loss: 0.0,
+            dropout: HiddenDropout::of(args.hidden_dropout, 9),
         };
         let config = &self.model.config;
         let values = self.model.parameters(9, &self.devices[0])?;
@@ -215,6 +219,7 @@ impl Setup {
             "steps": args.steps,
             "micro_batch_tokens": self.micro_batch_tokens(args),
             "recompute": args.recompute,
+            "hidden_dropout": args.hidden_dropout,
             "tokens_per_s": measured.tokens_per_s(),
             "step_ms": measured.median_ms(),
             "operations_per_s": measured.operations_per_s,
@@ -254,7 +259,7 @@ fn random(index: usize, length: usize, item_tokens: usize, vocabulary: usize) ->
         length: item_tokens.min(length - start) as u32,
     };
     let segments = (0..length).step_by(item_tokens).map(segment).collect();
-    Sequence { tokens, learned: vec![true; length], segments }
+    Sequence { tokens, learned: vec![true; length], segments, ..Sequence::default() }
 }
 
 #[cfg(test)]

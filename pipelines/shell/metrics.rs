@@ -55,15 +55,18 @@ pub struct Line {
     pub report: StepReport,
     /// The loss of each source, by name, where several are mixed.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub sources: BTreeMap<String, OfSource>,
+    pub sources: BTreeMap<String, OfPart>,
+    /// The loss of each round of synthesis, by its number, where tokens have one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub rounds: BTreeMap<String, OfPart>,
     /// What that took.
     #[serde(flatten)]
     pub measured: Measured,
 }
 
-/// What a step did for one source.
+/// What a step did for a part of its tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct OfSource {
+pub struct OfPart {
     /// Mean loss of its learned tokens, in nats; none if it is not finite.
     pub loss: Option<f64>,
     /// Its learned tokens.
@@ -253,7 +256,7 @@ mod tests {
         });
         let measured = Measured { step_ms, mfu, data_wait_share, ..Measured::default() };
         let report = serde_json::from_value(report).unwrap();
-        Line { report, sources: BTreeMap::new(), measured }
+        Line { report, sources: BTreeMap::new(), rounds: BTreeMap::new(), measured }
     }
 
     #[test]

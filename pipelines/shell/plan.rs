@@ -15,7 +15,7 @@ use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
-use headwater::train::{TrainSettings, host_bytes};
+use headwater::train::{HiddenDropout, TrainSettings, host_bytes};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Instant;
@@ -67,7 +67,8 @@ impl Plan {
         let sequences = mix_tokens.div_ceil(settings.length as u64);
         let training = settings.train.as_ref();
         let training = training.map(|args| {
-            self::training(args, &settings.model.name, sequences, &settings.devices[0])
+            let (device, seed) = (&settings.devices[0], settings.machine.seed);
+            self::training(args, &settings.model.name, sequences, device, seed)
         });
         Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
     }
@@ -220,6 +221,10 @@ pub fn training_bytes(
     let (rows, compute) =
         (args.micro_batch_tokens(device).max(length), args.train_dtype.dtype(device));
     match host_bytes(config, compute, args.recompute, rows) {
+        // Dropout wants one more buffer: what a part puts out before it joins the stream.
+        Ok(bytes) if device.is_cpu() && args.hidden_dropout > 0.0 => {
+            bytes + 4 * (rows * config.hidden_size) as u64
+        }
         Ok(bytes) if device.is_cpu() => bytes,
         _ => tensor_bytes(config, rows),
     }
@@ -247,8 +252,14 @@ pub fn snapshot_bytes(config: &ModelConfig) -> u64 {
     config.parameter_count() * 3 * 4 + largest * 2 * 4
 }
 
-/// How to train a model on so many sequences.
-pub fn training(args: &TrainArgs, model: &str, sequences: u64, device: &Device) -> TrainSettings {
+/// How to train a model on so many sequences, in a run with such a seed.
+pub fn training(
+    args: &TrainArgs,
+    model: &str,
+    sequences: u64,
+    device: &Device,
+    seed: u64,
+) -> TrainSettings {
     let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch() as u64)).max(1);
     let random = headwater::model::shape::Shape::named(model).is_some();
     TrainSettings {
@@ -264,6 +275,7 @@ pub fn training(args: &TrainArgs, model: &str, sequences: u64, device: &Device) 
         optimizer: OPTIMIZER,
         recompute: args.recompute,
         z_loss: args.z_loss,
+        dropout: HiddenDropout::of(args.hidden_dropout, seed),
     }
 }
 

@@ -1,6 +1,6 @@
 //! `report.html` in the run folder: what a training came to, on one page that needs nothing else.
 
-use super::metrics::{self, Line, OfSource, Totals};
+use super::metrics::{self, Line, OfPart, Totals};
 use super::plan::{bytes, count};
 use super::plot::{COLOURS, Curve, Plot, Scale, escape};
 use anyhow::Result;
@@ -82,27 +82,22 @@ fn plots(lines: &[Line], evaluations: &[Evaluation]) -> Vec<Plot> {
         scale,
         size: NARROW,
     };
-    let mut sources: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
+    let mut sources = Parts::new();
     for Evaluation { step, source, loss, .. } in evaluations {
-        sources.entry(source).or_default().push((*step as f64, loss.unwrap_or(f64::NAN)));
+        sources.entry(source.clone()).or_default().push((*step as f64, loss.unwrap_or(f64::NAN)));
     }
-    let mut learned: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
-    for line in lines {
-        for (name, OfSource { loss, .. }) in &line.sources {
-            let point = (line.report.step as f64, loss.unwrap_or(f64::NAN));
-            learned.entry(name).or_default().push(point);
-        }
-    }
-    let by_source = |title, sources: BTreeMap<&str, Vec<(f64, f64)>>| {
-        let curve = |(name, points): (&str, _)| Curve { name: name.into(), points };
-        let curves = sources.into_iter().map(curve).collect();
+    let by_part = |title, parts: Parts| {
+        let curve = |(name, points)| Curve { name, points };
+        let curves = parts.into_iter().map(curve).collect();
         Plot { title, unit: "nats per token", curves, scale: Scale::Fitted, size: WIDE }
     };
+    let round = |name: &str| format!("round {name}");
     let loss = one("Loss", "nats per token", Scale::Fitted, |line| Some(line.report.loss));
     vec![
         Plot { size: WIDE, ..loss },
-        by_source("Loss by source", learned),
-        by_source("Held-out loss", sources),
+        by_part("Loss by source", parts(lines, |line| &line.sources, str::to_owned)),
+        by_part("Loss by round", parts(lines, |line| &line.rounds, round)),
+        by_part("Held-out loss", sources),
         one("Learning rate", "rate", Scale::FromZero, |line| Some(line.report.lr)),
         one("Gradient norm", "norm before clipping", Scale::Logarithmic, |line| {
             Some(line.report.grad_norm)
@@ -112,6 +107,25 @@ fn plots(lines: &[Line], evaluations: &[Evaluation]) -> Vec<Plot> {
             Some(100.0 * line.measured.data_wait_share)
         }),
     ]
+}
+
+/// The points of curves, by their names.
+type Parts = BTreeMap<String, Vec<(f64, f64)>>;
+
+/// The losses of parts of the tokens, each part under what `name` makes of its own.
+fn parts(
+    lines: &[Line],
+    of: impl Fn(&Line) -> &BTreeMap<String, OfPart>,
+    name: impl Fn(&str) -> String,
+) -> Parts {
+    let mut parts = Parts::new();
+    for line in lines {
+        for (own, OfPart { loss, .. }) in of(line) {
+            let point = (line.report.step as f64, loss.unwrap_or(f64::NAN));
+            parts.entry(name(own)).or_default().push(point);
+        }
+    }
+    parts
 }
 
 struct Page<'a> {
@@ -181,6 +195,7 @@ mod tests {
             let line = json!({
                 "step": step, "loss": 9.0 / step as f64, "grad_norm": 1.0, "lr": 1e-3, "tokens": 64,
                 "learned": 60, "tokens_total": 64 * step, "next_sequence": step, "skipped_total": 0,
+                "rounds": { "0": { "loss": 2.5, "learned": 9 }, "1": { "loss": 1.5, "learned": 9 } },
                 "step_ms": 4.0, "tokens_per_s": 16000.0, "mfu": 0.25, "peak_operations_per_s": 2e11,
             });
             writeln!(lines, "{line}").unwrap();
@@ -207,13 +222,15 @@ mod tests {
         }
         for text in [
             "Held-out loss",
+            "Loss by round",
+            "round 1 1.5000",
             "&lt;b&gt;web&lt;/b&gt; 4.5000",
             "&lt;script&gt;",
             "25.0 % of 200.0 Gop/s",
         ] {
             assert!(page.contains(text), "{text}");
         }
-        assert_eq!(page.matches("<figure").count(), 6);
+        assert_eq!(page.matches("<figure").count(), 7);
     }
 
     #[test]

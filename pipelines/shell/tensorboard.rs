@@ -102,11 +102,14 @@ fn old(folder: &Path) -> Result<Vec<(String, Option<u64>)>> {
 /// The record of a step. What is null in its line is left out.
 fn record(line: &Value) -> Vec<u8> {
     let of_run = SCALARS.map(|(tag, field)| (tag.to_owned(), &line[field]));
-    let sources = line["sources"].as_object().into_iter().flatten();
-    let of_sources = sources.map(|(name, source)| (format!("train/loss/{name}"), &source["loss"]));
+    let parts = |field: &str, tag: &'static str| {
+        let parts = line[field].as_object().into_iter().flatten();
+        parts.map(move |(name, part)| (format!("{tag}/{name}"), &part["loss"]))
+    };
     let values: Vec<(String, f32)> = of_run
         .into_iter()
-        .chain(of_sources)
+        .chain(parts("sources", "train/loss"))
+        .chain(parts("rounds", "train/loss_by_round"))
         .filter_map(|(tag, value)| Some((tag, value.as_f64()? as f32)))
         .collect();
     events::scalars(
@@ -130,7 +133,12 @@ mod tests {
 
     fn line(step: u64) -> Value {
         let sources = json!({ "web": { "loss": 2.5, "learned": 4 } });
-        json!({ "step": step, "loss": 3.5, "mfu": null, "lr": 0.1, "unix_time": 7.0, "sources": sources })
+        let rounds =
+            json!({ "0": { "loss": 1.5, "learned": 3 }, "1": { "loss": null, "learned": 1 } });
+        json!({
+            "step": step, "loss": 3.5, "mfu": null, "lr": 0.1, "unix_time": 7.0, "sources": sources,
+            "rounds": rounds,
+        })
     }
 
     fn held_out(step: u64, loss: Option<f64>) -> Evaluation {
@@ -173,7 +181,12 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_not_shown() {
-        let values = [("train/loss", 3.5), ("train/lr", 0.1), ("train/loss/web", 2.5)];
+        let values = [
+            ("train/loss", 3.5),
+            ("train/lr", 0.1),
+            ("train/loss/web", 2.5),
+            ("train/loss_by_round/0", 1.5),
+        ];
         assert_eq!(record(&line(1)), events::scalars(7.0, 1, values));
     }
 }

@@ -64,6 +64,9 @@ pub struct TrainArgs {
     /// Weight of a loss that keeps logits from drifting; PaLM had 1e-4
     #[arg(long, default_value_t = 0.0, value_name = "X")]
     pub z_loss: f64,
+    /// Probability that an element is dropped where the stream begins, and of all that is added to it
+    #[arg(long, default_value_t = 0.0, value_parser = probability, value_name = "P")]
+    pub hidden_dropout: f64,
     /// What to do about a step whose loss or gradient is not finite: stop the run, or skip its update
     #[arg(long, value_enum, default_value_t = OnNonfinite::Stop, value_name = "HOW")]
     pub on_nonfinite: OnNonfinite,
@@ -308,6 +311,17 @@ impl TrainArgs {
     }
 }
 
+/// The value of `--hidden-dropout`.
+///
+/// # Errors
+/// If not even a part would be kept.
+pub fn probability(value: &str) -> std::result::Result<f64, String> {
+    match value.parse() {
+        Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
+        _ => Err("a probability is 0 or more and below 1".into()),
+    }
+}
+
 /// Checks a learning rate.
 ///
 /// # Errors
@@ -360,6 +374,12 @@ mod tests {
             "--batch 4 --micro-batch-tokens 256",
             Err("too few for 2 devices: raise --batch"),
         );
+    }
+
+    #[test]
+    fn a_probability_leaves_a_part() {
+        assert_eq!(["0", "0.1", "0.99"].map(probability), [Ok(0.0), Ok(0.1), Ok(0.99)]);
+        assert!(["1", "-0.1", "NaN", "x"].map(probability).iter().all(std::result::Result::is_err));
     }
 
     #[test]

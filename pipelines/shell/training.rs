@@ -16,7 +16,7 @@ use headwater::tokenizer::Tokenizer;
 use headwater::train::checkpoint::{Retention, list};
 use headwater::train::held_out::{Evaluation, HeldOut};
 use headwater::train::writer::{Target, Writer};
-use headwater::train::{SourceLoss, StepReport, Trainer};
+use headwater::train::{RoundLoss, SourceLoss, StepReport, Trainer};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
@@ -155,6 +155,9 @@ impl Drive {
         if let Some(sources) = self.by_source(&report.sources) {
             line["sources"] = sources;
         }
+        if !report.rounds.is_empty() {
+            line["rounds"] = report.rounds.iter().map(of_round).collect();
+        }
         measured.add_to(&mut line);
         self.metrics.write(&line)?;
         self.board.step(&line)?;
@@ -223,6 +226,11 @@ impl Drive {
         };
         (names.len() > 1).then(|| losses.iter().map(named).collect())
     }
+}
+
+/// The loss of a round, by its number.
+fn of_round(one: &RoundLoss) -> (String, Value) {
+    (one.round.to_string(), json!({ "loss": one.loss, "learned": one.learned }))
 }
 
 /// Records that were to be held out and cannot be used.

@@ -206,6 +206,7 @@ fn answers_equal_those_of_computing_each_text_anew() {
                     rows: vec![rows as u32 - 2],
                     targets: vec![next],
                     ids,
+                    ..Batch::default()
                 };
                 plain.losses(&batch).unwrap()[0]
             };

@@ -5,6 +5,7 @@
 //! position_ids   list<int32>     position of each token in its segment: attention stays within segments
 //! loss_mask      list<boolean>   whether the token is to be learned from those before it
 //! segments       list<struct<item: string, source: int32, offset: int32, length: int32>>
+//! shots          list<struct<round: int32, offset: int32, length: int32>>   files written before have none
 //! ```
 //!
 //! Written and read column by column: the Arrow half of the format library is not needed for this, and is
@@ -12,7 +13,7 @@
 
 use super::pages::{Levels, differences, truths};
 use crate::error::{Error, Result};
-use crate::record::{Segment, Sequence};
+use crate::record::{Segment, Sequence, Shot};
 use bytes::Bytes;
 use parquet::basic::{Compression, Encoding, ZstdLevel};
 use parquet::column::reader::ColumnReaderImpl;
@@ -23,6 +24,7 @@ use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::file::reader::{FileReader, RowGroupReader, SerializedFileReader};
 use parquet::file::writer::{SerializedFileWriter, SerializedRowGroupWriter};
 use parquet::schema::parser::parse_message_type;
+use parquet::schema::types::ColumnDescPtr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -37,7 +39,15 @@ message sequence {
     REQUIRED INT32 offset;
     REQUIRED INT32 length;
   } } }
+  REQUIRED GROUP shots (LIST) { REPEATED GROUP list { REQUIRED GROUP element {
+    REQUIRED INT32 round;
+    REQUIRED INT32 offset;
+    REQUIRED INT32 length;
+  } } }
 }";
+
+/// Columns of a file that was written without shots.
+const COLUMNS_BEFORE_SHOTS: usize = 7;
 
 /// Sequences of one row group.
 const ROWS_PER_GROUP: usize = 256;
@@ -59,7 +69,26 @@ pub fn read(path: &Path, bytes: Vec<u8>) -> Result<Vec<Sequence>> {
 }
 
 fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> {
-    let schema = Arc::new(parse_message_type(SCHEMA)?);
+    file(SCHEMA, sequences, |rows, group, columns| {
+        write_tokens(rows, group, columns)?;
+        write_segments(rows, group)?;
+        write_shots(rows, group)
+    })
+}
+
+type Rows<'a> = SerializedRowGroupWriter<'a, Vec<u8>>;
+
+/// A file whose row groups `write` writes.
+fn file(
+    schema: &str,
+    sequences: &[Sequence],
+    write: impl Fn(
+        &mut Rows<'_>,
+        &[Sequence],
+        &[ColumnDescPtr],
+    ) -> std::result::Result<(), ParquetError>,
+) -> std::result::Result<Vec<u8>, ParquetError> {
+    let schema = Arc::new(parse_message_type(schema)?);
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(ZstdLevel::try_new(1)?))
         .set_statistics_enabled(EnabledStatistics::None)
@@ -71,45 +100,74 @@ fn encode(sequences: &[Sequence]) -> std::result::Result<Vec<u8>, ParquetError> 
     let columns = file.schema_descr().columns().to_vec();
     for group in sequences.chunks(ROWS_PER_GROUP) {
         let mut rows = file.next_row_group()?;
-        let levels = Levels::of_tokens(group);
-        let count = group.iter().map(|sequence| sequence.tokens.len()).sum();
-        let mut numbers: Vec<i32> = Vec::with_capacity(count);
-        for sequence in group {
-            numbers.extend(sequence.tokens.iter().map(|&id| id as i32));
-        }
-        // Packed to the bits they need, ids are hardly compressed any further.
-        let page = levels.page(3 * count, |page| differences(&numbers, page));
-        let packed = Encoding::DELTA_BINARY_PACKED;
-        levels.append(&mut rows, columns[0].clone(), packed, false, page)?;
-        numbers.clear();
-        for sequence in group {
-            for segment in &sequence.segments {
-                numbers.extend(0..segment.length as i32);
-            }
-        }
-        // Positions rise by one: as differences they are nothing.
-        let page = levels.page(count / 8, |page| differences(&numbers, page));
-        levels.append(&mut rows, columns[1].clone(), packed, true, page)?;
-        let mut learned = Vec::with_capacity(count);
-        group.iter().for_each(|sequence| learned.extend_from_slice(&sequence.learned));
-        let page = levels.page(count / 8 + 1, |page| truths(&learned, page));
-        levels.append(&mut rows, columns[2].clone(), Encoding::PLAIN, true, page)?;
-        let segments = Lists::of(group, |sequence| sequence.segments.len());
-        segments.write::<ByteArrayType>(&mut rows, group, |sequence, values| {
-            values.extend(sequence.segments.iter().map(|segment| segment.item.as_str().into()));
-        })?;
-        for field in [
-            |segment: &Segment| segment.source,
-            |segment: &Segment| segment.offset,
-            |segment: &Segment| segment.length,
-        ] {
-            segments.write::<Int32Type>(&mut rows, group, |sequence, values| {
-                values.extend(sequence.segments.iter().map(|segment| field(segment) as i32));
-            })?;
-        }
+        write(&mut rows, group, &columns)?;
         rows.close()?;
     }
     file.into_inner()
+}
+
+/// The columns of tokens.
+fn write_tokens(
+    rows: &mut Rows<'_>,
+    group: &[Sequence],
+    columns: &[ColumnDescPtr],
+) -> std::result::Result<(), ParquetError> {
+    let levels = Levels::of_tokens(group);
+    let count = group.iter().map(|sequence| sequence.tokens.len()).sum();
+    let mut numbers: Vec<i32> = Vec::with_capacity(count);
+    for sequence in group {
+        numbers.extend(sequence.tokens.iter().map(|&id| id as i32));
+    }
+    // Packed to the bits they need, ids are hardly compressed any further.
+    let page = levels.page(3 * count, |page| differences(&numbers, page));
+    let packed = Encoding::DELTA_BINARY_PACKED;
+    levels.append(rows, columns[0].clone(), packed, false, page)?;
+    numbers.clear();
+    for sequence in group {
+        for segment in &sequence.segments {
+            numbers.extend(0..segment.length as i32);
+        }
+    }
+    // Positions rise by one: as differences they are nothing.
+    let page = levels.page(count / 8, |page| differences(&numbers, page));
+    levels.append(rows, columns[1].clone(), packed, true, page)?;
+    let mut learned = Vec::with_capacity(count);
+    group.iter().for_each(|sequence| learned.extend_from_slice(&sequence.learned));
+    let page = levels.page(count / 8 + 1, |page| truths(&learned, page));
+    levels.append(rows, columns[2].clone(), Encoding::PLAIN, true, page)?;
+    Ok(())
+}
+
+/// The columns of segments.
+fn write_segments(
+    rows: &mut Rows<'_>,
+    group: &[Sequence],
+) -> std::result::Result<(), ParquetError> {
+    let segments = Lists::of(group, |sequence| sequence.segments.len());
+    segments.write::<ByteArrayType>(rows, group, |sequence, values| {
+        values.extend(sequence.segments.iter().map(|segment| segment.item.as_str().into()));
+    })?;
+    for field in [
+        |segment: &Segment| segment.source,
+        |segment: &Segment| segment.offset,
+        |segment: &Segment| segment.length,
+    ] {
+        segments.write::<Int32Type>(rows, group, |sequence, values| {
+            values.extend(sequence.segments.iter().map(|segment| field(segment) as i32));
+        })?;
+    }
+    Ok(())
+}
+
+/// The columns of shots.
+fn write_shots(rows: &mut Rows<'_>, group: &[Sequence]) -> std::result::Result<(), ParquetError> {
+    let shots = Lists::of(group, |sequence| sequence.shots.len());
+    for field in [|shot: &Shot| shot.round, |shot: &Shot| shot.offset, |shot: &Shot| shot.length] {
+        shots.write::<Int32Type>(rows, group, |sequence, values| {
+            values.extend(sequence.shots.iter().map(|shot| field(shot) as i32));
+        })?;
+    }
+    Ok(())
 }
 
 /// Where the lists of a column start and which are empty: the levels of Parquet.
@@ -160,6 +218,7 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<Sequence>, ParquetError> {
         let items = get::<ByteArrayType>(&*rows, 3)?;
         let [sources, offsets, lengths] = [4, 5, 6].map(|column| get::<Int32Type>(&*rows, column));
         let (sources, offsets, lengths) = (sources?, offsets?, lengths?);
+        let mut shots = shots(&*rows, ids.len())?;
         for row in 0..ids.len() {
             let segment = |i: usize| -> std::result::Result<Segment, ParquetError> {
                 let item: &ByteArray = &items[row][i];
@@ -176,10 +235,32 @@ fn decode(bytes: Bytes) -> std::result::Result<Vec<Sequence>, ParquetError> {
                 segments: (0..items[row].len())
                     .map(segment)
                     .collect::<std::result::Result<_, _>>()?,
+                shots: std::mem::take(&mut shots[row]),
             });
         }
     }
     Ok(sequences)
+}
+
+/// The shots of each sequence of a row group; none where they were not written down.
+fn shots(
+    rows: &dyn RowGroupReader,
+    count: usize,
+) -> std::result::Result<Vec<Vec<Shot>>, ParquetError> {
+    if rows.metadata().num_columns() == COLUMNS_BEFORE_SHOTS {
+        return Ok(vec![Vec::new(); count]);
+    }
+    let [rounds, offsets, lengths] = [7, 8, 9].map(|column| get::<Int32Type>(rows, column));
+    let columns = rounds?.into_iter().zip(offsets?).zip(lengths?);
+    let shot = |((&round, &offset), &length): ((&i32, &i32), &i32)| Shot {
+        round: round as u32,
+        offset: offset as u32,
+        length: length as u32,
+    };
+    let of_row = |((rounds, offsets), lengths): ((Vec<i32>, Vec<i32>), Vec<i32>)| {
+        rounds.iter().zip(&offsets).zip(&lengths).map(shot).collect()
+    };
+    Ok(columns.map(of_row).collect())
 }
 
 /// Reads a column of a row group: a list of values for each sequence.
@@ -236,6 +317,9 @@ mod tests {
             sequence.learned.extend((0..length).map(|token| token % 2 == 0));
             let item = format!("item ä {index}");
             sequence.segments.push(Segment { item, source: 1, offset: 5, length });
+            if index % 2 == 0 {
+                sequence.shots.push(Shot { round: index as u32, offset: 9, length });
+            }
         }
         sequence
     }
@@ -259,7 +343,19 @@ mod tests {
             let learned = tokens.iter().map(|id| id % 3 > 0).collect();
             let item = String::from("item");
             let segments = vec![Segment { item, source: 0, offset: 0, length: 500 }];
-            check(&[Sequence { tokens, learned, segments }]);
+            check(&[Sequence { tokens, learned, segments, ..Sequence::default() }]);
         }
+    }
+
+    #[test]
+    fn a_file_without_shots_is_read_as_if_there_were_none() {
+        let (before, _) = SCHEMA.split_once("  REQUIRED GROUP shots").unwrap();
+        let mut all = vec![sequence(&[3, 1, 200]), sequence(&[]), sequence(&[1])];
+        let bytes = file(&format!("{before}}}"), &all, |rows, group, columns| {
+            write_tokens(rows, group, columns)?;
+            write_segments(rows, group)
+        });
+        all.iter_mut().for_each(|sequence| sequence.shots.clear());
+        assert_eq!(decode(bytes.unwrap().into()).unwrap(), all);
     }
 }

@@ -16,6 +16,7 @@ pub mod attention;
 pub mod cached;
 pub mod cross_entropy;
 pub mod cuda;
+pub mod dropout;
 pub mod embedding;
 pub(crate) mod fetch;
 pub(crate) mod layout;

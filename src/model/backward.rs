@@ -5,17 +5,16 @@
 //! [`Keep::Inputs`], a block's forward pass is run again instead of being saved.
 
 use super::Llama;
-use super::layers::{Block, Trace};
+pub use super::gradients::Gradients;
+use super::layers::{Block, Masks, Trace, masked};
 use crate::kernels::attention::{Attended, Heads, attention, attention_backward};
 use crate::kernels::cross_entropy::{self, Objective, cross_entropy};
+use crate::kernels::dropout::{Dropout, Site};
 use crate::kernels::embedding::{embed, embed_backward};
 use crate::kernels::rms_norm::{rms_norm, rms_norm_backward};
 use crate::kernels::rope::{RopeTable, Turn, rope};
-use crate::kernels::storage::change;
 use crate::kernels::swiglu::{swiglu, swiglu_backward};
-use candle_core::{DType, Device, Result, Tensor, bail};
-use rayon::prelude::*;
-use std::collections::BTreeMap;
+use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
 /// Items to learn from, without any padding.
@@ -31,6 +30,19 @@ pub struct Batch {
     pub rows: Vec<u32>,
     /// The token each of them must predict.
     pub targets: Vec<u32>,
+    /// The number of the first row among all rows of a step.
+    pub first_row: u64,
+}
+
+/// How to learn from a batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Learning {
+    /// What is to become small.
+    pub objective: Objective,
+    /// What to keep between the forward and the backward pass.
+    pub keep: Keep,
+    /// What is dropped, if anything.
+    pub dropout: Option<Dropout>,
 }
 
 /// What to keep between the forward and the backward pass.
@@ -40,90 +52,6 @@ pub enum Keep {
     Everything,
     /// The input of each block: one more forward pass, least memory.
     Inputs,
-}
-
-/// Gradients by parameter name, in f32 or wider.
-#[derive(Clone, Debug, Default)]
-pub struct Gradients {
-    by_name: BTreeMap<String, Tensor>,
-}
-
-impl Gradients {
-    /// Adds the gradient of one parameter.
-    pub fn add(&mut self, name: &str, gradient: Tensor) -> Result<()> {
-        let gradient = match gradient.dtype() {
-            DType::F32 | DType::F64 => gradient,
-            _ => gradient.to_dtype(DType::F32)?,
-        };
-        match self.by_name.get_mut(name) {
-            Some(sum) => *sum = (&*sum + gradient)?,
-            None => drop(self.by_name.insert(name.to_owned(), gradient)),
-        }
-        Ok(())
-    }
-
-    /// Zeros for every parameter, in f32 on the CPU.
-    pub(crate) fn zeros(parameters: &[(String, Vec<usize>)]) -> Result<Self> {
-        let zero = |(name, shape): &(String, Vec<usize>)| {
-            Ok((name.clone(), Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))
-        };
-        Ok(Gradients { by_name: parameters.iter().map(zero).collect::<Result<_>>()? })
-    }
-
-    /// Sets all to zero, in their memory.
-    pub(crate) fn clear(&mut self) -> Result<()> {
-        let zero = |gradient: &Tensor| {
-            change(gradient, |values| {
-                values.par_chunks_mut(1 << 16).for_each(|values| values.fill(0.0));
-            })
-        };
-        self.by_name.values().try_for_each(zero)
-    }
-
-    /// The gradient of one parameter, which is there.
-    pub(crate) fn of(&self, name: &str) -> Result<&Tensor> {
-        match self.by_name.get(name) {
-            Some(gradient) => Ok(gradient),
-            None => bail!("parameter {name:?} has no gradient"),
-        }
-    }
-
-    /// The gradient of each of `parameters` as a flat tensor in its memory: zeros on `device` where there is none.
-    pub(crate) fn flat(
-        &mut self,
-        parameters: &[(String, Vec<usize>)],
-        device: &Device,
-    ) -> Result<Vec<Tensor>> {
-        let flat = |(name, shape): &(String, Vec<usize>)| {
-            let whole = match self.by_name.get(name) {
-                Some(gradient) => gradient.contiguous()?,
-                None => Tensor::zeros(shape.as_slice(), DType::F32, device)?,
-            };
-            let flat = whole.flatten_all()?;
-            self.by_name.insert(name.clone(), whole);
-            Ok(flat)
-        };
-        parameters.iter().map(flat).collect()
-    }
-
-    /// The gradients in the order of their names.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.by_name.iter().map(|(name, gradient)| (name.as_str(), gradient))
-    }
-
-    /// The gradient of one parameter.
-    pub fn get(&self, name: &str) -> Option<&Tensor> {
-        self.by_name.get(name)
-    }
-
-    /// The Euclidean norm of all gradients together, summed in the order of names.
-    pub fn norm(&self) -> Result<f64> {
-        let mut total = 0.0;
-        for gradient in self.by_name.values() {
-            total += sum_of_squares(gradient)?;
-        }
-        Ok(total.sqrt())
-    }
 }
 
 impl Llama {
@@ -143,17 +71,19 @@ impl Llama {
     pub fn learn(
         &self,
         batch: &Batch,
-        objective: Objective,
-        keep: Keep,
+        learning: Learning,
         gradients: &mut Gradients,
     ) -> Result<Vec<f64>> {
+        let Learning { objective, keep, dropout } = learning;
         let (inputs, layers) = self.plain()?;
-        let pass = Pass { batch, heads: self.config.heads(), table: &inputs.table };
-        let mut x = embed(&inputs.embed_tokens, &batch.ids)?;
+        let pass = Pass { batch, heads: self.config.heads(), table: &inputs.table, dropout };
+        let x = embed(&inputs.embed_tokens, &batch.ids)?;
+        let mut x = masked(&x, pass.mask(Site::Embedding, &x)?.as_ref())?;
         let blocks = &layers.blocks;
         let mut saved = Vec::with_capacity(blocks.len());
-        for block in blocks {
-            let (y, trace) = pass.forward(block, x)?;
+        for (layer, block) in blocks.iter().enumerate() {
+            let masks = pass.masks(layer, &x)?;
+            let (y, trace) = pass.forward(block, x, masks.as_ref())?;
             saved.push(match keep {
                 Keep::Everything => Saved::Trace(Box::new(trace)),
                 Keep::Inputs => Saved::Input(trace.x),
@@ -162,13 +92,15 @@ impl Llama {
         }
         let (losses, mut gradient) = self.learn_head(&x, batch, objective, gradients)?;
         drop(x);
-        for block in blocks.iter().rev() {
+        for (layer, block) in blocks.iter().enumerate().rev() {
+            let masks = pass.masks(layer, &gradient)?;
             let trace = match saved.pop().expect("one for each block") {
                 Saved::Trace(trace) => *trace,
-                Saved::Input(x) => pass.forward(block, x)?.1,
+                Saved::Input(x) => pass.forward(block, x, masks.as_ref())?.1,
             };
-            gradient = pass.backward(block, &trace, gradient, gradients)?;
+            gradient = pass.backward((block, masks.as_ref()), &trace, gradient, gradients)?;
         }
+        let gradient = masked(&gradient, pass.mask(Site::Embedding, &gradient)?.as_ref())?;
         let of_table = embed_backward(&gradient, &batch.ids, self.config.vocab_size)?;
         gradients.add("model.embed_tokens.weight", of_table)?;
         Ok(losses)
@@ -218,28 +150,54 @@ struct Pass<'a> {
     batch: &'a Batch,
     heads: Heads,
     table: &'a RopeTable,
+    dropout: Option<Dropout>,
 }
 
 impl Pass<'_> {
-    fn forward(&self, block: &Block, x: Tensor) -> Result<(Tensor, Trace<Attended>)> {
-        block.forward(x, self.table, &self.batch.positions, |[q, k, v]| {
+    fn forward(
+        &self,
+        block: &Block,
+        x: Tensor,
+        masks: Option<&Masks>,
+    ) -> Result<(Tensor, Trace<Attended>)> {
+        block.forward(x, self.table, &self.batch.positions, masks, |[q, k, v]| {
             let attended = attention(q, k, v, &self.batch.spans, &self.heads)?;
             Ok((attended.output.clone(), attended))
         })
     }
 
+    /// What rows like `x` are multiplied by at a site.
+    fn mask(&self, site: Site, x: &Tensor) -> Result<Option<Tensor>> {
+        let Some(dropout) = self.dropout else { return Ok(None) };
+        let (rows, width) = x.dims2()?;
+        let factors = dropout.mask(site, self.batch.first_row, width).factors(rows);
+        let exact = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let mask = Tensor::from_vec(factors, (rows, width), &Device::Cpu)?;
+        Ok(Some(mask.to_dtype(exact)?.to_device(x.device())?))
+    }
+
+    /// The masks of a layer whose stream is like `x`.
+    fn masks(&self, layer: usize, x: &Tensor) -> Result<Option<Masks>> {
+        let attention = self.mask(Site::Attention(layer), x)?;
+        let feed_forward = self.mask(Site::FeedForward(layer), x)?;
+        Ok(attention
+            .zip(feed_forward)
+            .map(|(attention, feed_forward)| Masks { attention, feed_forward }))
+    }
+
     /// From the gradient of a block's output to that of its input.
     fn backward(
         &self,
-        block: &Block,
+        (block, masks): (&Block, Option<&Masks>),
         trace: &Trace<Attended>,
         gradient: Tensor,
         gradients: &mut Gradients,
     ) -> Result<Tensor> {
-        let of_middle = feed_forward_backward(block, trace, gradient, gradients)?;
+        let of_middle = feed_forward_backward((block, masks), trace, gradient, gradients)?;
         let output = &trace.attended.output;
+        let of_output = masked(&of_middle, masks.map(|masks| &masks.attention))?;
         let of_output = Part { block, gradients, name: "self_attn.o_proj", weight: &block.o_proj }
-            .backward(output, &of_middle)?;
+            .backward(output, &of_output)?;
         let [q, k, v] = &trace.qkv;
         let [of_q, of_k, of_v] = attention_backward(
             [q, k, v],
@@ -268,14 +226,15 @@ impl Pass<'_> {
 
 /// From the gradient of a block's output to that of the stream between attention and feed-forward.
 fn feed_forward_backward(
-    block: &Block,
+    (block, masks): (&Block, Option<&Masks>),
     trace: &Trace<Attended>,
     gradient: Tensor,
     gradients: &mut Gradients,
 ) -> Result<Tensor> {
     let gated = swiglu(&trace.gate, &trace.up)?;
+    let of_output = masked(&gradient, masks.map(|masks| &masks.feed_forward))?;
     let of_gated = Part { block, gradients, name: "mlp.down_proj", weight: &block.down_proj }
-        .backward(&gated, &gradient)?;
+        .backward(&gated, &of_output)?;
     let (of_gate, of_up) = swiglu_backward(&trace.gate, &trace.up, &of_gated)?;
     let normed = rms_norm(&trace.middle, &block.post_attention_layernorm, block.epsilon)?;
     let of_normed = Part { block, gradients, name: "mlp.gate_proj", weight: &block.gate_proj }
@@ -310,19 +269,11 @@ impl Part<'_> {
     }
 }
 
-/// In blocks of fixed size, in f64.
-fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
-    if !tensor.device().is_cpu() {
-        return tensor.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar();
-    }
-    let flat = tensor.flatten_all()?.contiguous()?;
-    crate::kernels::sum_of_squares(&flat)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Form;
     use super::super::config::ModelConfig;
+    use super::super::gradients::sum_of_squares;
     use super::super::shape::Shape;
     use super::*;
     use crate::seed;
@@ -382,19 +333,27 @@ mod tests {
         batch
     }
 
-    fn learn(config: &ModelConfig, keep: Keep) -> (f64, Gradients) {
+    /// Learning with and without dropout.
+    const DROPOUT: [Option<f64>; 2] = [None, Some(0.3)];
+
+    fn learning(keep: Keep, dropout: Option<f64>) -> Learning {
+        let dropout = dropout.map(|probability| Dropout::new(probability, 3, 8));
+        Learning { objective: Objective::scaled(1.0), keep, dropout }
+    }
+
+    fn learn(config: &ModelConfig, learning: Learning) -> (f64, Gradients) {
         let mut gradients = Gradients::default();
-        let losses = model(config, None)
-            .learn(&batch(), Objective::scaled(1.0), keep, &mut gradients)
-            .unwrap();
+        let losses = model(config, None).learn(&batch(), learning, &mut gradients).unwrap();
         (losses.iter().sum(), gradients)
     }
 
     #[test]
     fn gradients_equal_finite_differences() {
-        for tied in [true, false] {
+        for (tied, dropout) in [(true, None), (false, None), (true, Some(0.3)), (false, Some(0.1))]
+        {
             let config = config(tied);
-            let (_, gradients) = learn(&config, Keep::Everything);
+            let how = learning(Keep::Everything, dropout);
+            let (_, gradients) = learn(&config, how);
             let mut stream = seed::stream(2, "entries", "test");
             for (name, shape) in config.parameters() {
                 let gradient: Vec<f64> =
@@ -403,7 +362,11 @@ mod tests {
                     let index = stream.index(shape.iter().product());
                     let loss = |by| -> f64 {
                         let model = model(&config, Some((&name, index, by)));
-                        model.losses(&batch()).unwrap().iter().sum()
+                        let losses = match dropout {
+                            None => model.losses(&batch()),
+                            Some(_) => model.learn(&batch(), how, &mut Gradients::default()),
+                        };
+                        losses.unwrap().iter().sum()
                     };
                     let step = 1e-5;
                     let slope = (loss(step) - loss(-step)) / (2.0 * step);
@@ -417,7 +380,7 @@ mod tests {
     #[test]
     fn every_parameter_has_a_gradient_that_is_not_zero() {
         let config = config(false);
-        let (_, gradients) = learn(&config, Keep::Everything);
+        let (_, gradients) = learn(&config, learning(Keep::Everything, None));
         for (name, shape) in config.parameters() {
             let gradient = gradients.get(&name).expect(&name);
             assert_eq!(gradient.dims(), shape, "{name}");
@@ -426,27 +389,16 @@ mod tests {
     }
 
     #[test]
-    fn a_flat_gradient_is_the_gradient_itself_and_zero_where_there_is_none() {
-        let row = Tensor::new(&[[1f32, 2.0, 3.0]], &Device::Cpu).unwrap();
-        let mut gradients = Gradients::default();
-        gradients.add("a", row.broadcast_as((2, 3)).unwrap()).unwrap(); // not contiguous
-        let parameters = [("a".to_owned(), vec![2, 3]), ("b".to_owned(), vec![4])];
-        let flat = gradients.flat(&parameters, &Device::Cpu).unwrap();
-        flat[0].slice_set(&Tensor::new(&[9f32], &Device::Cpu).unwrap(), 0, 4).unwrap();
-        let a: Vec<Vec<f32>> = gradients.of("a").unwrap().to_vec2().unwrap();
-        assert_eq!(a, [[1.0, 2.0, 3.0], [1.0, 9.0, 3.0]]);
-        assert_eq!(gradients.of("b").unwrap().to_vec1::<f32>().unwrap(), [0.0; 4]);
-    }
-
-    #[test]
     fn running_a_block_again_changes_no_bit() {
         let config = config(true);
-        let (loss, gradients) = learn(&config, Keep::Everything);
-        let (again, of_inputs) = learn(&config, Keep::Inputs);
-        assert_eq!(loss.to_bits(), again.to_bits());
-        for ((name, kept), (_, again)) in gradients.iter().zip(of_inputs.iter()) {
-            let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
-            assert_eq!(bits(kept), bits(again), "{name}");
+        for dropout in DROPOUT {
+            let (loss, gradients) = learn(&config, learning(Keep::Everything, dropout));
+            let (again, of_inputs) = learn(&config, learning(Keep::Inputs, dropout));
+            assert_eq!(loss.to_bits(), again.to_bits());
+            for ((name, kept), (_, again)) in gradients.iter().zip(of_inputs.iter()) {
+                let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+                assert_eq!(bits(kept), bits(again), "{name}");
+            }
         }
     }
 
@@ -469,6 +421,7 @@ mod tests {
                     .filter(|(row, _)| mine(row))
                     .map(|(_, target)| *target)
                     .collect(),
+                ..Batch::default()
             };
             alone.extend(model(&config, None).losses(&one).unwrap());
         }

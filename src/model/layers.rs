@@ -58,16 +58,28 @@ pub struct Trace<A> {
     pub up: Tensor,
 }
 
+/// What the two parts of a block put out is multiplied by, `(rows, hidden)` in f32 or wider.
+#[derive(Clone, Debug)]
+pub struct Masks {
+    /// For the output of the attention.
+    pub attention: Tensor,
+    /// For that of the feed-forward part.
+    pub feed_forward: Tensor,
+}
+
 impl Block {
     /// Runs the block over rows at `positions`.
     ///
     /// `attend` takes turned queries and keys, and values; it returns rows of attention output, and
     /// whatever the caller wants to keep of it.
+    ///
+    /// With `masks`, what its parts put out is multiplied by them before it joins the stream.
     pub fn forward<A>(
         &self,
         x: Tensor,
         table: &RopeTable,
         positions: &[u32],
+        masks: Option<&Masks>,
         attend: impl FnOnce(&[Tensor; 3]) -> Result<(Tensor, A)>,
     ) -> Result<(Tensor, Trace<A>)> {
         let normed = rms_norm(&x, &self.input_layernorm, self.epsilon)?;
@@ -77,11 +89,21 @@ impl Block {
             project(&normed, &self.v_proj)?,
         ];
         let (output, attended) = attend(&qkv)?;
-        let middle = (&x + project(&output, &self.o_proj)?)?;
+        let output = project(&output, &self.o_proj)?;
+        let middle = (&x + masked(&output, masks.map(|masks| &masks.attention))?)?;
         let normed = rms_norm(&middle, &self.post_attention_layernorm, self.epsilon)?;
         let (gate, up) = (project(&normed, &self.gate_proj)?, project(&normed, &self.up_proj)?);
-        let y = (&middle + project(&swiglu(&gate, &up)?, &self.down_proj)?)?;
+        let output = project(&swiglu(&gate, &up)?, &self.down_proj)?;
+        let y = (&middle + masked(&output, masks.map(|masks| &masks.feed_forward))?)?;
         Ok((y, Trace { x, qkv, attended, middle, gate, up }))
+    }
+}
+
+/// `x` times a mask, if there is one; the product is rounded once.
+pub(super) fn masked(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    match mask {
+        None => Ok(x.clone()),
+        Some(mask) => (x.to_dtype(mask.dtype())? * mask)?.to_dtype(x.dtype()),
     }
 }
 

@@ -9,6 +9,7 @@ pub mod cache;
 pub mod config;
 pub mod device;
 mod gpu;
+mod gradients;
 pub(crate) mod host;
 pub mod layers;
 mod load;
@@ -255,7 +256,7 @@ impl Llama {
                 let mut x = embed(&inputs.embed_tokens, ids)?;
                 for (layer, block) in layers.blocks.iter().enumerate() {
                     let attend = |qkv: &[Tensor; 3]| Ok((attend(layer, qkv)?, ()));
-                    (x, _) = block.forward(x, &inputs.table, positions, attend)?;
+                    (x, _) = block.forward(x, &inputs.table, positions, None, attend)?;
                 }
                 Ok(x)
             }

@@ -18,6 +18,8 @@ pub struct Rendered {
     pub text: String,
     /// Indices into the group of the entries it was made of.
     pub entries: Vec<usize>,
+    /// The byte of the text that what was made of each entry starts at.
+    pub starts: Vec<usize>,
     /// What was drawn; none for a raw text.
     pub choices: Option<Choices>,
     /// Pairs whose answer is in the text.
@@ -48,6 +50,7 @@ pub fn render(group: &[Entry], templates: &Templates, run: u64) -> Vec<Rendered>
                 id: entry.document.id.clone(),
                 text: entry.document.text.clone(),
                 entries: vec![index],
+                starts: vec![0],
                 choices: None,
                 shown: 0,
                 hidden: 0,
@@ -88,9 +91,15 @@ fn augmented(
         })
         .collect();
     let joint = &templates.free_form.get(choices.joint).separator;
+    let start = |at: &mut usize, text: &String| {
+        let start = *at;
+        *at += text.len() + joint.len();
+        Some(start)
+    };
+    let starts = texts.iter().scan(0, start).collect();
     let (text, shown, hidden) = (texts.join(joint), writer.shown, writer.hidden);
     let entries = usable.iter().map(|(index, _)| *index).collect();
-    Rendered { id, text, entries, choices: Some(choices), shown, hidden, dropped }
+    Rendered { id, text, entries, starts, choices: Some(choices), shown, hidden, dropped }
 }
 
 /// Writes the texts of one document.

@@ -2,9 +2,8 @@
 
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
-use crate::kernels::cross_entropy::Objective;
 use crate::kernels::packed::WeightType;
-use crate::model::backward::{Batch, Gradients, Keep};
+use crate::model::backward::{Batch, Gradients, Keep, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::host::HostModel;
 use crate::model::{Form, Llama};
@@ -74,13 +73,12 @@ impl Learner {
     pub(super) fn learn(
         &mut self,
         batch: &Batch,
-        objective: Objective,
-        keep: Keep,
+        learning: Learning,
         gradients: &mut Gradients,
     ) -> candle_core::Result<Vec<f64>> {
         match self {
-            Learner::Host(model) => model.learn(batch, objective, keep, gradients),
-            Learner::Tensors { model, .. } => model.learn(batch, objective, keep, gradients),
+            Learner::Host(model) => model.learn(batch, learning, gradients),
+            Learner::Tensors { model, .. } => model.learn(batch, learning, gradients),
         }
     }
 
@@ -104,7 +102,7 @@ impl Learner {
     }
 }
 
-/// The loss of each target of `batch` in nats, and the gradient of `objective`, as a step on `device` computes them.
+/// The loss of each target of `batch` in nats, and the gradient of the objective, as a step on `device` computes them.
 ///
 /// # Errors
 /// If `values` lacks a parameter of `config`, or the device fails or does not compute in that type.
@@ -113,11 +111,11 @@ pub fn gradients(
     values: Vec<(String, Tensor)>,
     (compute, device): (DType, &Device),
     batch: &Batch,
-    (objective, keep): (Objective, Keep),
+    learning: Learning,
 ) -> Result<(Vec<f64>, Gradients)> {
     let mut learner = Learner::new(config, &Parameters::new(values)?, compute, device)?;
     let mut gradients = learner.gradients(config)?;
-    let losses = learner.learn(batch, objective, keep, &mut gradients)?;
+    let losses = learner.learn(batch, learning, &mut gradients)?;
     Ok((losses, gradients))
 }
 

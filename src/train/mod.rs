@@ -24,11 +24,12 @@ pub mod writer;
 
 pub use learner::{gradients, host_bytes};
 pub use replicas::check_dealing;
-pub use report::{SourceLoss, StepReport};
+pub use report::{RoundLoss, SourceLoss, StepReport};
 
 use crate::error::{Error, Result};
 use crate::kernels::cross_entropy::Objective;
-use crate::model::backward::{Batch, Keep};
+use crate::kernels::dropout::Dropout;
+use crate::model::backward::{Batch, Keep, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::record::Sequence;
@@ -61,6 +62,25 @@ pub struct TrainSettings {
     /// The weight of the z-loss, 0 for none ([`Objective::z_loss`]).
     #[serde(default)]
     pub z_loss: f64,
+    /// What is dropped while learning, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<HiddenDropout>,
+}
+
+/// Dropout on the embedding, and on what attention and feed-forward parts add to the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct HiddenDropout {
+    /// The probability that an element is dropped, above 0 and below 1.
+    pub probability: f64,
+    /// The seed of the run.
+    pub seed: u64,
+}
+
+impl HiddenDropout {
+    /// None where nothing is dropped.
+    pub fn of(probability: f64, seed: u64) -> Option<Self> {
+        (probability > 0.0).then_some(HiddenDropout { probability, seed })
+    }
 }
 
 /// A model in training.
@@ -165,7 +185,11 @@ impl Trainer {
         let scale = 1.0 / targets.max(1) as f64;
         let objective = Objective { scale, z_loss: self.settings.z_loss };
         let batches = micro_batches(sequences, self.settings.micro_batch_tokens);
-        let losses = self.replicas.learn(&batches, objective, keep)?;
+        let dropout = self.settings.dropout.map(|HiddenDropout { probability, seed }| {
+            Dropout::new(probability, seed, self.progress.step + 1)
+        });
+        let learning = Learning { objective, keep, dropout };
+        let losses = self.replicas.learn(&batches, learning)?;
         let total = losses.iter().fold(0.0, |total, losses| total + losses.iter().sum::<f64>());
         let loss = total / targets.max(1) as f64;
         let grad_norm = if loss.is_finite() { self.replicas.norm()? } else { f64::NAN };
@@ -174,6 +198,7 @@ impl Trainer {
         if skipped.is_none() {
             self.update(grad_norm, rate)?;
         }
+        let losses = losses.concat();
         self.recent.note(loss, grad_norm, skipped.is_some());
         self.progress.step += 1;
         self.progress.skipped += u64::from(skipped.is_some());
@@ -190,7 +215,8 @@ impl Trainer {
             next_sequence: self.progress.next_sequence,
             skipped,
             skipped_total: self.progress.skipped,
-            sources: report::by_source(sequences, &losses.concat()),
+            sources: report::by_source(sequences, &losses),
+            rounds: report::by_round(sequences, &losses),
         })
     }
 
@@ -290,6 +316,11 @@ fn micro_batches(sequences: &[Sequence], tokens_max: usize) -> Vec<Batch> {
     }
     if start < sequences.len() {
         batches.push(batch(&sequences[start..]));
+    }
+    let mut rows = 0;
+    for batch in &mut batches {
+        batch.first_row = rows;
+        rows += batch.ids.len() as u64;
     }
     batches
 }

@@ -14,8 +14,7 @@ use super::learner::Learner;
 use super::optimizer::{AdamW, Parameters};
 use crate::error::{Context, Error, Result};
 use crate::kernels::all_reduce::{AllReduce, HostSum, nccl};
-use crate::kernels::cross_entropy::Objective;
-use crate::model::backward::{Batch, Gradients, Keep};
+use crate::model::backward::{Batch, Gradients, Learning};
 use crate::model::config::ModelConfig;
 use candle_core::{DType, Device, Tensor};
 
@@ -122,17 +121,12 @@ impl Replicas {
     ///
     /// # Errors
     /// If a device fails.
-    pub(super) fn learn(
-        &mut self,
-        batches: &[Batch],
-        objective: Objective,
-        keep: Keep,
-    ) -> Result<Vec<Vec<f64>>> {
+    pub(super) fn learn(&mut self, batches: &[Batch], learning: Learning) -> Result<Vec<Vec<f64>>> {
         for replica in &mut self.all {
             replica.learner.clear(&mut replica.gradients)?;
         }
         let losses = self.deal(batches, "training step", &|replica, batch| {
-            replica.learner.learn(batch, objective, keep, &mut replica.gradients)
+            replica.learner.learn(batch, learning, &mut replica.gradients)
         })?;
         let Some(buckets) = &self.buckets else { return Ok(losses) };
         let flat = |(replica, device): (&mut Replica, &Device)| {

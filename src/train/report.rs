@@ -33,6 +33,9 @@ pub struct StepReport {
     /// The loss of each source, by its index. Written by name, by whoever knows the names.
     #[serde(skip)]
     pub sources: Vec<SourceLoss>,
+    /// The loss of each round that is known of some tokens.
+    #[serde(skip)]
+    pub rounds: Vec<RoundLoss>,
 }
 
 /// The loss of the tokens of one source in a step.
@@ -40,6 +43,17 @@ pub struct StepReport {
 pub struct SourceLoss {
     /// Index of the source, as in [`crate::record::Segment::source`].
     pub source: u32,
+    /// Mean loss of its learned tokens, in nats.
+    pub loss: f64,
+    /// Learned tokens.
+    pub learned: u64,
+}
+
+/// The loss of the tokens of one round in a step.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RoundLoss {
+    /// The round, as in [`crate::record::Shot::round`].
+    pub round: u32,
     /// Mean loss of its learned tokens, in nats.
     pub loss: f64,
     /// Learned tokens.
@@ -61,6 +75,35 @@ pub(super) fn by_source(sequences: &[Sequence], losses: &[f64]) -> Vec<SourceLos
     sums.into_iter().filter_map(mean).collect()
 }
 
+/// `losses` of the learned tokens of `sequences`, in their order, by round; those without one are left out.
+pub(super) fn by_round(sequences: &[Sequence], losses: &[f64]) -> Vec<RoundLoss> {
+    let mut sums: BTreeMap<u32, (f64, u64)> = BTreeMap::new();
+    let mut losses = losses.iter();
+    for sequence in sequences {
+        let mut shots = sequence.shots.iter().peekable();
+        for (token, loss) in predicted(sequence).zip(losses.by_ref()) {
+            while shots.next_if(|shot| shot.offset + shot.length <= token).is_some() {}
+            if let Some(shot) = shots.peek().filter(|shot| shot.offset <= token) {
+                let (sum, count) = sums.entry(shot.round).or_default();
+                *sum += loss;
+                *count += 1;
+            }
+        }
+    }
+    let mean = |(round, (sum, learned)): (u32, (f64, u64))| RoundLoss {
+        round,
+        loss: sum / learned as f64,
+        learned,
+    };
+    sums.into_iter().map(mean).collect()
+}
+
+/// The tokens that have a loss, in order: those that are learned, but for the first of each segment.
+fn predicted(sequence: &Sequence) -> impl Iterator<Item = u32> {
+    let rows = sequence.positions().zip(&sequence.learned).zip(0..);
+    rows.filter(|((position, learned), _)| *position > 0 && **learned).map(|(_, token)| token)
+}
+
 /// The source of each segment, and how many of its tokens are learned: never the first.
 pub(super) fn learned(sequence: &Sequence) -> impl Iterator<Item = (u32, usize)> {
     sequence.segments.iter().scan(0, |start, segment| {
@@ -79,16 +122,22 @@ fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Segment;
+    use crate::record::{Segment, Shot};
 
     #[test]
-    fn losses_are_told_apart_by_the_source_of_their_segment() {
+    fn losses_are_told_apart_by_source_and_by_round() {
         let segment = |source, length| Segment { item: String::new(), source, offset: 0, length };
         let sequence = Sequence {
             tokens: vec![7; 9],
             learned: vec![true, true, false, true, true, true, true, true, true],
             segments: vec![segment(1, 4), segment(0, 3), segment(1, 2)],
+            shots: [(2, 1, 2), (0, 5, 3)]
+                .map(|(round, offset, length)| Shot { round, offset, length })
+                .to_vec(),
         };
+        let rounds = by_round(&[sequence.clone()], &[1.0, 2.0, 3.0, 4.0, 9.0]);
+        let of = |round, loss, learned| RoundLoss { round, loss, learned };
+        assert_eq!(rounds, [of(0, 3.5, 2), of(2, 1.0, 1)]);
         let found = by_source(
             &[sequence.clone(), sequence],
             &[1.0, 2.0, 3.0, 4.0, 9.0, 1.0, 1.0, 1.0, 1.0, 1.0],
@@ -111,6 +160,7 @@ mod tests {
             skipped: Some(Fault::Nonfinite),
             skipped_total: 1,
             sources: Vec::new(),
+            rounds: Vec::new(),
         };
         let line = serde_json::to_value(&report).unwrap();
         assert_eq!(

@@ -11,7 +11,7 @@ use super::writer::{Target, Writer};
 use super::*;
 use crate::format::jsonl::Fields;
 use crate::model::shape::Shape;
-use crate::record::Segment;
+use crate::record::{Segment, Shot};
 use crate::tokenizer::tests::small;
 use std::path::Path;
 
@@ -53,7 +53,12 @@ fn settings(recompute: bool, peak: f64) -> TrainSettings {
         },
         recompute,
         z_loss: 0.0,
+        dropout: None,
     }
+}
+
+fn dropping(settings: TrainSettings, probability: f64) -> TrainSettings {
+    TrainSettings { dropout: HiddenDropout::of(probability, 4), ..settings }
 }
 
 fn trainer(settings: TrainSettings) -> Trainer {
@@ -77,7 +82,10 @@ fn sequences(seed: u64) -> Vec<Sequence> {
             let item = format!("item {seed}.{index}.{source}");
             Segment { item, source, offset: 0, length }
         };
-        Sequence { tokens, learned: vec![true; 20], segments: vec![segment(0, 12), segment(1, 8)] }
+        let segments = vec![segment(0, 12), segment(1, 8)];
+        let shots =
+            [(0, 0, 5), (1, 5, 7)].map(|(round, offset, length)| Shot { round, offset, length });
+        Sequence { tokens, learned: vec![true; 20], segments, shots: shots.to_vec() }
     };
     (0..2).map(sequence).collect()
 }
@@ -113,14 +121,16 @@ fn guards(nonfinite: OnFault, spike: Option<OnFault>) -> Guards {
 
 #[test]
 fn a_resumed_run_ends_with_the_same_bits() {
-    for recompute in [false, true] {
+    let kinds = [(false, 0.0), (true, 0.0), (false, 0.3), (true, 0.3)];
+    for (recompute, probability) in kinds {
+        let settings = dropping(settings(recompute, 1e-2), probability);
         let place = tempfile::tempdir().unwrap();
         let skip = guards(OnFault::Skip, None);
         let batches: Vec<Vec<Sequence>> =
             (0..7).map(|step| if step == 2 { poisoned() } else { sequences(step) }).collect();
-        let mut whole = trainer(settings(recompute, 1e-2)).with_guards(skip);
+        let mut whole = trainer(settings).with_guards(skip);
         let expected: Vec<StepReport> = batches.iter().map(|b| whole.step(b).unwrap()).collect();
-        let mut parts = trainer(settings(recompute, 1e-2)).with_guards(skip);
+        let mut parts = trainer(settings).with_guards(skip);
         let mut found = Vec::new();
         for batch in &batches {
             parts = resumed(place.path(), &parts).with_guards(skip);
@@ -134,12 +144,47 @@ fn a_resumed_run_ends_with_the_same_bits() {
 
 #[test]
 fn a_run_that_computes_blocks_again_is_the_same_run() {
-    let run = |recompute| {
-        let mut trainer = trainer(settings(recompute, 1e-2));
+    let run = |recompute, probability| {
+        let mut trainer = trainer(dropping(settings(recompute, 1e-2), probability));
         (0..3).for_each(|step| drop(trainer.step(&sequences(step)).unwrap()));
         bits(&trainer)
     };
-    assert_eq!(run(true), run(false));
+    assert_eq!(run(true, 0.0), run(false, 0.0));
+    assert_eq!(run(true, 0.3), run(false, 0.3));
+    assert_ne!(run(true, 0.3), run(true, 0.0));
+}
+
+#[test]
+fn what_is_dropped_depends_on_seed_and_step_and_not_on_micro_batches() {
+    let losses = |settings| {
+        let mut trainer = trainer(settings);
+        let (first, second) = (sequences(0), sequences(1));
+        [&first, &first, &second].map(|batch| {
+            let report = trainer.step(batch).unwrap();
+            (report.loss, report.grad_norm)
+        })
+    };
+    let still = settings(false, 1e-12); // nothing moves: the same sequences have the same loss
+    let dropped = dropping(still, 0.3);
+    let whole = losses(TrainSettings { micro_batch_tokens: 40, ..dropped });
+    for ((loss, norm), (whole_loss, whole_norm)) in losses(dropped).into_iter().zip(whole) {
+        assert!((loss / whole_loss - 1.0).abs() < 1e-6, "{loss} and {whole_loss}");
+        assert!((norm / whole_norm - 1.0).abs() < 1e-5, "{norm} and {whole_norm}");
+    }
+    assert_ne!(whole[0], whole[1], "each step drops anew");
+    let other = HiddenDropout::of(0.3, 5);
+    assert_ne!(losses(TrainSettings { dropout: other, ..dropped })[0], losses(dropped)[0]);
+    let plain = losses(still);
+    assert!((plain[0].0 - plain[1].0).abs() < 1e-6, "{plain:?}");
+}
+
+#[test]
+fn nothing_is_dropped_where_a_model_is_measured() {
+    let evaluate = |probability| {
+        let mut trainer = trainer(dropping(settings(false, 1e-2), probability));
+        trainer.evaluate(&sequences(3)).unwrap()
+    };
+    assert_eq!(evaluate(0.5).to_bits(), evaluate(0.0).to_bits());
 }
 
 #[test]
@@ -212,8 +257,12 @@ fn a_spike_is_judged_by_the_steps_before_also_behind_a_resume() {
 }
 
 #[test]
-fn the_losses_of_the_sources_make_up_the_loss() {
+fn the_losses_of_sources_and_rounds_make_up_the_loss() {
     let report = trainer(settings(false, 1e-2)).step(&sequences(0)).unwrap();
+    let of_rounds: f64 = report.rounds.iter().map(|one| one.loss * one.learned as f64).sum();
+    let (own, rounds) = (report.sources[0], &report.rounds);
+    assert_eq!((rounds[0].learned, rounds[1].learned), (8, 14));
+    assert!((of_rounds - own.loss * own.learned as f64).abs() < 1e-9, "{report:?}");
     let learned: Vec<u64> = report.sources.iter().map(|source| source.learned).collect();
     assert_eq!(learned, [22, 14]);
     let sum: f64 = report.sources.iter().map(|source| source.loss * source.learned as f64).sum();

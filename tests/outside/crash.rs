@@ -48,7 +48,7 @@ pub(crate) fn is_measured(name: &Path) -> bool {
 }
 
 /// What `metrics.jsonl` says of a step, but for clocks.
-const OF_A_STEP: [&str; 11] = [
+const OF_A_STEP: [&str; 12] = [
     "step",
     "loss",
     "grad_norm",
@@ -60,6 +60,7 @@ const OF_A_STEP: [&str; 11] = [
     "skipped",
     "skipped_total",
     "sources",
+    "rounds",
 ];
 
 /// The same steps with the same figures, but for clocks.

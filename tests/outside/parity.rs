@@ -13,7 +13,7 @@ use headwater::engine::{self, EngineSettings};
 use headwater::kernels::attention::attention;
 use headwater::kernels::cross_entropy::Objective;
 use headwater::model::Llama;
-use headwater::model::backward::{Batch, Gradients, Keep};
+use headwater::model::backward::{Batch, Gradients, Keep, Learning};
 use headwater::model::config::ModelConfig;
 use headwater::model::precision::Precision;
 use headwater::model::weights::Weights;
@@ -76,6 +76,7 @@ impl Recorded {
             tokens: self.ids(&format!("tokens.{index}")),
             learned: self.ids(&format!("learned.{index}")).iter().map(|&flag| flag > 0).collect(),
             segments: self.ids(&format!("lengths.{index}")).into_iter().map(segment).collect(),
+            ..Sequence::default()
         }
     }
 
@@ -211,11 +212,12 @@ fn check_gradients(name: &str, recorded: &Recorded, batch: &Batch) {
     let objective = Objective::scaled(1.0 / batch.targets.len() as f64);
     for keep in [Keep::Everything, Keep::Inputs] {
         let mut gradients = Gradients::default();
-        let losses = model.learn(batch, objective, keep, &mut gradients).unwrap();
+        let learning = Learning { objective, keep, dropout: None };
+        let losses = model.learn(batch, learning, &mut gradients).unwrap();
         check_recorded(&format!("{name} in tensors"), recorded, &losses, &gradients);
         let place = (DType::F32, &Device::Cpu);
         let (losses, gradients) =
-            train::gradients(config, values.clone(), place, batch, (objective, keep)).unwrap();
+            train::gradients(config, values.clone(), place, batch, learning).unwrap();
         check_recorded(&format!("{name} on a CPU"), recorded, &losses, &gradients);
     }
 }
@@ -344,6 +346,7 @@ fn an_export_is_the_model_that_was_loaded() {
             },
             recompute: false,
             z_loss: 0.0,
+            dropout: None,
         };
         let trainer =
             Trainer::new(&config, values.clone(), settings, DType::F32, &[Device::Cpu]).unwrap();

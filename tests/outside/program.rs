@@ -128,6 +128,7 @@ fn a_run_can_be_inspected_and_trained_on() {
     let run = out.to_str().unwrap();
     check(&["inspect", run], 0, "unknown 0");
     check(&["inspect", run, "--sequence", "0"], 0, "tokens 0 to");
+    check(&["inspect", run, "--sequence", "0"], 0, "round 0: tokens 0 to");
     check(&["inspect", run, "--sequence", "99999"], 1, "no sequence 99999");
     let printed = check(&["inspect", run, "--document", "doc-3", "--json"], 0, "doc-3");
     let shown: Value = serde_json::from_str(&printed).unwrap();

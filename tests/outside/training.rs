@@ -38,7 +38,7 @@ fn shards(folder: &Path) -> PathBuf {
 fn training(shards: &Path, out: &Path, [web, books]: &[PathBuf; 2]) -> String {
     format!(
         "train --shards {} --out {} --model 2m --batch 2 --epochs 3 --schedule wsd --decay-share 50 \
-         --on-spike skip --on-nonfinite skip --checkpoint-every 1 --keep-checkpoints 2 --keep-every 4 \
+         --hidden-dropout 0.1 --on-spike skip --on-nonfinite skip --checkpoint-every 1 --keep-checkpoints 2 --keep-every 4 \
          --eval {} {} --eval-every 3 --progress none",
         shards.display(),
         out.display(),
@@ -146,6 +146,8 @@ fn training_that_is_killed_at_any_moment_ends_with_the_same_bytes() {
     let before = files();
     check(&words(&again), 0, "perplexity");
     assert!(files() == before);
+    let other = again.replace("--hidden-dropout 0.1", "--hidden-dropout 0.2");
+    check(&words(&other), 2, "training.dropout.probability: 0.1 in the folder, 0.2 now");
 }
 
 #[test]
@@ -199,6 +201,7 @@ fn flags_of_training_that_cannot_work_are_explained() {
         ("--on-spike ignore", "ignore"),
         ("--keep-every 4", "--checkpoint-every 3"),
         ("--eval-every 4", "--eval <FILE>"),
+        ("--hidden-dropout 1", "below 1"),
         ("--eval /no/such/file.txt", "/no/such/file.txt"),
         ("--eval x.pdf", "x.pdf"),
         (&format!("--eval {empty}"), "malformed_json"),

@@ -6,12 +6,15 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const TAGS: [&str; 9] = [
+const TAGS: [&str; 12] = [
     "train/data_wait_share",
     "train/grad_norm",
     "train/loss",
     "train/loss/augmented",
     "train/loss/general",
+    "train/loss_by_round/0",
+    "train/loss_by_round/1",
+    "train/loss_by_round/2",
     "train/lr",
     "train/memory_bytes",
     "train/mfu",
@@ -38,8 +41,9 @@ fn expected(lines: &[Line], tag: &str) -> Vec<Point> {
     let field = tag.strip_prefix("train/").unwrap();
     let point = |line: &Line| {
         let value = serde_json::to_value(line).unwrap();
-        let number = match field.strip_prefix("loss/") {
-            Some(source) => &value["sources"][source]["loss"],
+        let number = match field.split_once('/') {
+            Some(("loss", source)) => &value["sources"][source]["loss"],
+            Some((_, round)) => &value["rounds"][round]["loss"],
             None => &value[field],
         };
         Some((line.report.step, line.measured.unix_time, number.as_f64()? as f32))

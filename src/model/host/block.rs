@@ -2,6 +2,7 @@
 
 use super::Pass;
 use crate::kernels::attention::tiled::{Packed, Saved};
+use crate::kernels::dropout::{Mask, Site};
 use crate::kernels::linear::{self, Branch, Scratch, Weight, sized};
 use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::{normalise, normalise_backward};
@@ -14,6 +15,8 @@ use candle_core::{Result, Tensor};
 /// The parameters of a block.
 #[derive(Debug)]
 pub(super) struct Block {
+    /// Its number, from 0.
+    layer: usize,
     /// Name of the block in the checkpoint, such as `model.layers.0`.
     name: String,
     input_layernorm: Tensor,
@@ -56,16 +59,19 @@ pub(super) struct BlockMemory {
     of_gated: Vec<f32>,
     of_attended: Vec<f32>,
     of_qkv: [Vec<f32>; 3],
+    /// What dropout acts on: the output of a part of the block, or its gradient. Empty without dropout.
+    dropped: Vec<f32>,
 }
 
 impl Block {
     /// The block `layer` of a model of f32 tensors by name.
     pub(super) fn new<E: From<candle_core::Error>>(
-        name: String,
+        layer: usize,
         epsilon: f64,
         kind: WeightType,
         parameter: &mut impl FnMut(&str) -> std::result::Result<Tensor, E>,
     ) -> std::result::Result<Self, E> {
+        let name = format!("model.layers.{layer}");
         let mut value = |part: &str| parameter(&format!("{name}.{part}.weight"));
         let input_layernorm = value("input_layernorm")?;
         let post_attention_layernorm = value("post_attention_layernorm")?;
@@ -81,6 +87,7 @@ impl Block {
             up_proj: weight("mlp.up_proj")?,
             down_proj: weight("mlp.down_proj")?,
             epsilon,
+            layer,
             name,
         })
     }
@@ -101,7 +108,7 @@ impl Block {
         stream: &mut [f32],
         memory: &mut BlockMemory,
     ) -> Result<()> {
-        let BlockMemory { scratch, normed, gated: open, .. } = memory;
+        let BlockMemory { scratch, normed, gated: open, dropped, .. } = memory;
         let Trace { q, k, v, attended, log_sums, middle, gate, up } = trace;
         let rows = pass.batch.ids.len();
         let normed = sized(normed, x.len());
@@ -113,7 +120,8 @@ impl Block {
         turn_rows([q, k], pass.table, &pass.batch.positions, Turn::Forward)?;
         let attended = sized(attended, q.len());
         pass.attention([q, k, v]).forward(attended, sized(log_sums, rows * pass.heads.query));
-        linear::forward_add(&self.o_proj, attended, stream, scratch)?;
+        let mask = pass.mask(Site::Attention(self.layer));
+        join((&self.o_proj, mask), attended, stream, (scratch, dropped))?;
         let middle = sized(middle, x.len());
         middle.copy_from_slice(stream);
 
@@ -127,7 +135,8 @@ impl Block {
         )?;
         let open = sized(open, gate.len());
         gated(gate, up, open);
-        linear::forward_add(&self.down_proj, open, stream, scratch)
+        let mask = pass.mask(Site::FeedForward(self.layer));
+        join((&self.down_proj, mask), open, stream, (scratch, dropped))
     }
 
     /// From the gradient of the block's output to that of its input `x`, in place.
@@ -139,11 +148,12 @@ impl Block {
         memory: &mut BlockMemory,
         gradients: &Gradients,
     ) -> Result<()> {
-        self.feed_forward_backward(trace, of_stream, memory, gradients)?;
-        let BlockMemory { scratch, normed, of_normed, of_attended, of_qkv, .. } = memory;
+        self.feed_forward_backward(pass, trace, of_stream, memory, gradients)?;
+        let BlockMemory { scratch, normed, of_normed, of_attended, of_qkv, dropped, .. } = memory;
         let Trace { q, k, v, attended, log_sums, .. } = trace;
         let of_attended = sized(of_attended, attended.len());
-        let branch = self.branch("self_attn.o_proj", &self.o_proj, of_stream, gradients)?;
+        let of_output = left(pass.mask(Site::Attention(self.layer)), of_stream, dropped);
+        let branch = self.branch("self_attn.o_proj", &self.o_proj, of_output, gradients)?;
         linear::backward(&[branch], attended, of_attended, scratch)?;
         let [of_q, of_k, of_v] = of_qkv;
         let of_qkv = [(of_q, q), (of_k, k), (of_v, v)].map(|(of, own)| sized(of, own.len()));
@@ -169,16 +179,18 @@ impl Block {
     /// From the gradient of the block's output to that of the stream between attention and feed-forward.
     fn feed_forward_backward(
         &self,
+        pass: &Pass<'_>,
         trace: &Trace,
         of_stream: &mut [f32],
         memory: &mut BlockMemory,
         gradients: &Gradients,
     ) -> Result<()> {
-        let BlockMemory { scratch, normed, of_normed, gated: open, of_gated, .. } = memory;
+        let BlockMemory { scratch, normed, of_normed, gated: open, of_gated, dropped, .. } = memory;
         let Trace { middle, gate, up, .. } = trace;
         let (open, of_up) = (sized(open, gate.len()), sized(of_gated, gate.len()));
         gated(gate, up, open);
-        let branch = self.branch("mlp.down_proj", &self.down_proj, of_stream, gradients)?;
+        let of_output = left(pass.mask(Site::FeedForward(self.layer)), of_stream, dropped);
+        let branch = self.branch("mlp.down_proj", &self.down_proj, of_output, gradients)?;
         linear::backward(&[branch], open, of_up, scratch)?;
         let of_gate = open;
         gated_backward(gate, up, of_gate, of_up);
@@ -209,6 +221,29 @@ impl Block {
     ) -> Result<Branch<'a>> {
         Ok(Branch { weight, of_output, of_weight: self.gradient(part, gradients)? })
     }
+}
+
+/// Adds what a part of a block puts out to the stream, or what dropout leaves of it.
+fn join(
+    (weight, mask): (&Weight, Option<Mask>),
+    x: &[f32],
+    stream: &mut [f32],
+    (scratch, output): (&mut Scratch, &mut Vec<f32>),
+) -> Result<()> {
+    let Some(mask) = mask else { return linear::forward_add(weight, x, stream, scratch) };
+    let output = sized(output, stream.len());
+    linear::forward([(weight, &mut *output)], x, scratch)?;
+    mask.add(output, stream);
+    Ok(())
+}
+
+/// The gradient of what a part of a block put out: that of the stream, or what dropout leaves of it.
+fn left<'a>(mask: Option<Mask>, of_stream: &'a [f32], of_output: &'a mut Vec<f32>) -> &'a [f32] {
+    let Some(mask) = mask else { return of_stream };
+    let of_output = sized(of_output, of_stream.len());
+    of_output.copy_from_slice(of_stream);
+    mask.apply(of_output);
+    of_output
 }
 
 impl Pass<'_> {

@@ -12,10 +12,11 @@
 mod block;
 mod size;
 
-use super::backward::{Batch, Gradients, Keep};
+use super::backward::{Batch, Gradients, Keep, Learning};
 use super::config::ModelConfig;
 use crate::kernels::attention::Heads;
 use crate::kernels::cross_entropy::{HeadMemory, Objective, learn_rows};
+use crate::kernels::dropout::{Dropout, Mask, Site};
 use crate::kernels::embedding::{add_rows, copy_rows};
 use crate::kernels::linear::{Weight, sized};
 use crate::kernels::packed::WeightType;
@@ -67,6 +68,15 @@ struct Pass<'a> {
     heads: Heads,
     table: &'a RopeTable,
     kind: WeightType,
+    hidden: usize,
+    dropout: Option<Dropout>,
+}
+
+impl Pass<'_> {
+    /// What is dropped at a site, if anything.
+    fn mask(&self, site: Site) -> Option<Mask> {
+        self.dropout.map(|dropout| dropout.mask(site, self.batch.first_row, self.hidden))
+    }
 }
 
 impl HostModel {
@@ -80,8 +90,7 @@ impl HostModel {
         let table = RopeTable::new(&frequencies, positions, DType::F32, &Device::Cpu)?;
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for layer in 0..config.num_hidden_layers {
-            let (name, epsilon) = (format!("model.layers.{layer}"), config.rms_norm_eps);
-            blocks.push(Block::new(name, epsilon, kind, &mut parameter)?);
+            blocks.push(Block::new(layer, config.rms_norm_eps, kind, &mut parameter)?);
         }
         let head = Weight::new(parameter(head_name(config))?, kind)?;
         Ok(HostModel {
@@ -105,7 +114,7 @@ impl HostModel {
     /// The loss of each target of `batch`, in nats.
     pub(crate) fn losses(&mut self, batch: &Batch) -> Result<Vec<f64>> {
         threads::run(|| {
-            self.forward(batch, Keep::Inputs)?;
+            self.forward(batch, Keep::Inputs, None)?;
             self.predict(batch, None)?;
             Ok(std::mem::take(&mut self.memory.head.losses))
         })
@@ -115,14 +124,14 @@ impl HostModel {
     pub(crate) fn learn(
         &mut self,
         batch: &Batch,
-        objective: Objective,
-        keep: Keep,
+        learning: Learning,
         gradients: &Gradients,
     ) -> Result<Vec<f64>> {
+        let Learning { objective, keep, dropout } = learning;
         threads::run(|| {
-            self.forward(batch, keep)?;
+            self.forward(batch, keep, dropout)?;
             self.predict(batch, Some((objective, gradients)))?;
-            self.backward(batch, gradients)?;
+            self.backward(batch, dropout, gradients)?;
             Ok(std::mem::take(&mut self.memory.head.losses))
         })
     }
@@ -142,9 +151,9 @@ impl HostModel {
     }
 
     /// From ids to the stream behind the last block.
-    fn forward(&mut self, batch: &Batch, keep: Keep) -> Result<()> {
+    fn forward(&mut self, batch: &Batch, keep: Keep, dropout: Option<Dropout>) -> Result<()> {
         self.check(batch)?;
-        let pass = pass(&self.config, &self.table, self.kind, batch);
+        let pass = pass((&self.config, &self.table, self.kind), batch, dropout);
         let Memory { inputs, traces, block: memory, stream, .. } = &mut self.memory;
         let length = batch.ids.len() * self.config.hidden_size;
         let kept = if keep == Keep::Everything { self.blocks.len() } else { 0 };
@@ -152,6 +161,9 @@ impl HostModel {
         inputs.resize_with(self.blocks.len(), Vec::new);
         let stream = sized(stream, length);
         copy_rows(&elements::<f32>(&self.embed_tokens)?, &batch.ids, stream);
+        if let Some(mask) = pass.mask(Site::Embedding) {
+            mask.apply(stream);
+        }
         for (layer, (block, x)) in self.blocks.iter().zip(inputs).enumerate() {
             let x = sized(x, length);
             x.copy_from_slice(stream);
@@ -192,8 +204,13 @@ impl HostModel {
     }
 
     /// From the gradient of the stream behind the last block to those of all parameters before it.
-    fn backward(&mut self, batch: &Batch, gradients: &Gradients) -> Result<()> {
-        let pass = pass(&self.config, &self.table, self.kind, batch);
+    fn backward(
+        &mut self,
+        batch: &Batch,
+        dropout: Option<Dropout>,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        let pass = pass((&self.config, &self.table, self.kind), batch, dropout);
         let Memory { inputs, traces, block: memory, stream, of_stream, .. } = &mut self.memory;
         for (layer, (block, x)) in self.blocks.iter().zip(inputs).enumerate().rev() {
             if let Some(trace) = traces.get(layer) {
@@ -205,6 +222,9 @@ impl HostModel {
             let trace = std::mem::take(&mut memory.trace);
             block.backward(&pass, (x, &trace), of_stream, memory, gradients)?;
             memory.trace = trace;
+        }
+        if let Some(mask) = pass.mask(Site::Embedding) {
+            mask.apply(of_stream);
         }
         change(gradients.of(EMBEDDING)?, |of_table| add_rows(of_stream, &batch.ids, of_table))
     }
@@ -225,12 +245,11 @@ fn again(
 }
 
 fn pass<'a>(
-    config: &ModelConfig,
-    table: &'a RopeTable,
-    kind: WeightType,
+    (config, table, kind): (&ModelConfig, &'a RopeTable, WeightType),
     batch: &'a Batch,
+    dropout: Option<Dropout>,
 ) -> Pass<'a> {
-    Pass { batch, heads: config.heads(), table, kind }
+    Pass { batch, heads: config.heads(), table, kind, hidden: config.hidden_size, dropout }
 }
 
 fn head_name(config: &ModelConfig) -> &'static str {
@@ -248,6 +267,12 @@ mod tests {
     use crate::seed;
 
     const OBJECTIVE: Objective = Objective { scale: 0.5, z_loss: 1e-3 };
+
+    /// Learning with this probability of dropout, none for 0.
+    fn learning(keep: Keep, probability: f64) -> Learning {
+        let dropout = (probability > 0.0).then(|| Dropout::new(probability, 3, 8));
+        Learning { objective: OBJECTIVE, keep, dropout }
+    }
 
     fn config(tied: bool) -> ModelConfig {
         ModelConfig {
@@ -284,7 +309,7 @@ mod tests {
 
     /// Two items of 90 and 43 tokens, every third without a target.
     fn batch() -> Batch {
-        let mut batch = Batch { spans: vec![0..90, 90..133], ..Batch::default() };
+        let mut batch = Batch { spans: vec![0..90, 90..133], first_row: 1000, ..Batch::default() };
         for span in batch.spans.clone() {
             for (position, row) in span.enumerate() {
                 batch.ids.push((row * row % 300) as u32);
@@ -301,12 +326,12 @@ mod tests {
     fn learn(
         config: &ModelConfig,
         kind: WeightType,
-        keep: Keep,
+        learning: Learning,
     ) -> (Vec<f64>, Gradients, HostModel) {
         let parameters = parameters(config);
         let mut model = HostModel::new(config, kind, |name| named(&parameters, name)).unwrap();
         let gradients = Gradients::zeros(&config.parameters()).unwrap();
-        let losses = model.learn(&batch(), OBJECTIVE, keep, &gradients).unwrap();
+        let losses = model.learn(&batch(), learning, &gradients).unwrap();
         (losses, gradients, model)
     }
 
@@ -315,18 +340,22 @@ mod tests {
     }
 
     /// Losses, and the length of the difference of each gradient as a share of its length, are within bounds.
-    fn check(tied: bool, kind: WeightType, loss_bound: f64, bound: f32) {
+    fn check(tied: bool, kind: WeightType, dropout: f64, (loss_bound, bound): (f64, f32)) {
         let config = config(tied);
         let parameters = parameters(&config);
         let get = |name: &str, _: &[usize]| Ok(named(&parameters, name)?);
         let twin = Llama::build(&config, Form::Plain, &Device::Cpu, get).unwrap();
         let mut exact = Gradients::default();
-        let theirs = twin.learn(&batch(), OBJECTIVE, Keep::Everything, &mut exact).unwrap();
-        let (ours, gradients, mut model) = learn(&config, kind, Keep::Everything);
+        let how = learning(Keep::Everything, dropout);
+        let theirs = twin.learn(&batch(), how, &mut exact).unwrap();
+        let (ours, gradients, mut model) = learn(&config, kind, how);
         for (ours, theirs) in ours.iter().zip(&theirs) {
             assert!((ours - theirs).abs() <= loss_bound, "loss {ours}, not {theirs}");
         }
-        assert_eq!(model.losses(&batch()).unwrap(), ours);
+        // Where nothing is learned, nothing is dropped.
+        let (_, _, mut without) = learn(&config, kind, learning(Keep::Everything, 0.0));
+        assert_eq!(model.losses(&batch()).unwrap(), without.losses(&batch()).unwrap());
+        assert_eq!(model.losses(&batch()).unwrap() == ours, dropout == 0.0);
         for (name, exact) in exact.iter() {
             let (ours, exact) = (flat(gradients.of(name).unwrap()), flat(exact));
             let length = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
@@ -339,27 +368,32 @@ mod tests {
     #[test]
     fn losses_and_gradients_are_those_of_tensors() {
         for tied in [true, false] {
-            check(tied, WeightType::F32, 1e-5, 1e-5);
+            check(tied, WeightType::F32, 0.0, (1e-5, 1e-5));
+            check(tied, WeightType::F32, 0.2, (1e-5, 1e-5));
         }
     }
 
     #[test]
     fn in_bf16_they_are_near() {
         for tied in [true, false] {
-            check(tied, WeightType::Bf16, 0.05, 0.03);
+            check(tied, WeightType::Bf16, 0.0, (0.05, 0.03));
+            check(tied, WeightType::Bf16, 0.2, (0.05, 0.03));
         }
     }
 
     #[test]
     fn running_a_block_again_changes_no_bit_and_neither_does_used_memory() {
-        for kind in [WeightType::F32, WeightType::Bf16] {
+        let kinds = [WeightType::F32, WeightType::Bf16];
+        for (kind, dropout) in kinds.into_iter().flat_map(|kind| [(kind, 0.0), (kind, 0.2)]) {
             let config = config(true);
-            let (losses, gradients, mut model) = learn(&config, kind, Keep::Everything);
-            let (again, of_inputs, _) = learn(&config, kind, Keep::Inputs);
+            let (everything, inputs) =
+                (learning(Keep::Everything, dropout), learning(Keep::Inputs, dropout));
+            let (losses, gradients, mut model) = learn(&config, kind, everything);
+            let (again, of_inputs, _) = learn(&config, kind, inputs);
             assert_eq!(losses, again);
             let mut reused = Gradients::zeros(&config.parameters()).unwrap();
             reused.clear().unwrap();
-            assert_eq!(model.learn(&batch(), OBJECTIVE, Keep::Inputs, &reused).unwrap(), losses);
+            assert_eq!(model.learn(&batch(), inputs, &reused).unwrap(), losses);
             for (name, gradient) in gradients.iter() {
                 assert_eq!(flat(gradient), flat(of_inputs.of(name).unwrap()), "{name}");
                 assert_eq!(flat(gradient), flat(reused.of(name).unwrap()), "{name}");
@@ -370,10 +404,11 @@ mod tests {
     #[test]
     fn gradients_of_two_batches_add_up() {
         let config = config(false);
-        let (_, once, mut model) = learn(&config, WeightType::F32, Keep::Everything);
+        let everything = learning(Keep::Everything, 0.1);
+        let (_, once, mut model) = learn(&config, WeightType::F32, everything);
         let twice = Gradients::zeros(&config.parameters()).unwrap();
         for _ in 0..2 {
-            model.learn(&batch(), OBJECTIVE, Keep::Everything, &twice).unwrap();
+            model.learn(&batch(), everything, &twice).unwrap();
         }
         for (name, once) in once.iter() {
             let (once, twice) = (flat(once), flat(twice.of(name).unwrap()));
@@ -387,13 +422,14 @@ mod tests {
     #[test]
     fn what_the_model_does_not_know_is_an_error() {
         let config = config(true);
-        let (_, gradients, mut model) = learn(&config, WeightType::F32, Keep::Everything);
+        let everything = learning(Keep::Everything, 0.0);
+        let (_, gradients, mut model) = learn(&config, WeightType::F32, everything);
         let mut unknown = batch();
         unknown.ids[7] = 300;
         let mut far = batch();
         far.positions[3] = 128;
         for (batch, said) in [(unknown, "token id 300"), (far, "position 128")] {
-            let error = model.learn(&batch, OBJECTIVE, Keep::Everything, &gradients).unwrap_err();
+            let error = model.learn(&batch, everything, &gradients).unwrap_err();
             assert!(error.to_string().contains(said), "{error}");
         }
     }

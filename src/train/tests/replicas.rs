@@ -10,7 +10,12 @@ fn group(count: usize) -> Group {
 
 /// Steps of five sequences in micro-batches of one.
 fn several(count: usize, peak: f64) -> Trainer {
+    several_that_drop(count, peak, 0.0)
+}
+
+fn several_that_drop(count: usize, peak: f64, probability: f64) -> Trainer {
     let settings = TrainSettings { micro_batch_tokens: 20, ..settings(false, peak) };
+    let settings = dropping(settings, probability);
     let config = config();
     let values = initial(&config, 1, &Device::Cpu).unwrap();
     Trainer::of(&config, values, settings, DType::F32, group(count)).unwrap()
@@ -45,8 +50,9 @@ fn distance(a: &Trainer, b: &Trainer) -> f32 {
 
 #[test]
 fn several_devices_learn_what_one_learns_but_for_the_order_of_a_sum() {
-    for count in [2, 3, 7] {
-        let (mut one, mut all) = (several(1, 1e-3), several(count, 1e-3));
+    for (count, dropped) in [(2, 0.0), (3, 0.0), (7, 0.0), (3, 0.2)] {
+        let several = |count| several_that_drop(count, 1e-3, dropped);
+        let (mut one, mut all) = (several(1), several(count));
         for step in 0..4 {
             let (expected, found) =
                 (one.step(&five(step)).unwrap(), all.step(&five(step)).unwrap());
