@@ -135,7 +135,7 @@ mod tests {
                 .map(|(round, offset, length)| Shot { round, offset, length })
                 .to_vec(),
         };
-        let rounds = by_round(&[sequence.clone()], &[1.0, 2.0, 3.0, 4.0, 9.0]);
+        let rounds = by_round(std::slice::from_ref(&sequence), &[1.0, 2.0, 3.0, 4.0, 9.0]);
         let of = |round, loss, learned| RoundLoss { round, loss, learned };
         assert_eq!(rounds, [of(0, 3.5, 2), of(2, 1.0, 1)]);
         let found = by_source(

@@ -62,6 +62,14 @@ pub(crate) fn small_run(documents: &Path, general: &Path, out: &Path) -> Vec<Str
     .collect()
 }
 
+/// The same, with answers that are long enough to hold pairs.
+pub(crate) fn small_run_with_pairs(documents: &Path, general: &Path, out: &Path) -> Vec<String> {
+    let mut arguments = small_run(documents, general, out);
+    let tokens = arguments.iter().position(|word| word == "--new-tokens").unwrap() + 1;
+    arguments[tokens] = "80".into();
+    arguments
+}
+
 #[test]
 fn wrong_use_is_explained_before_anything_is_spent() {
     let place = tempfile::tempdir().unwrap();
@@ -110,7 +118,7 @@ fn a_run_can_be_inspected_and_trained_on() {
     let place = tempfile::tempdir().unwrap();
     let (documents, general) = corpus(place.path());
     let out = place.path().join("run");
-    let arguments = small_run(&documents, &general, &out);
+    let arguments = small_run_with_pairs(&documents, &general, &out);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let printed = check(&arguments, 0, "what became of everything");
     assert!(printed.contains("unknown      0"), "{printed}");

@@ -1,6 +1,6 @@
 //! What people watch of a training: metrics, TensorBoard's events, the report.
 
-use crate::program::{check, corpus, small_run};
+use crate::program::{check, corpus, small_run_with_pairs};
 use headwater_pipelines::shell::metrics::{self, Line};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ fn trained() -> (tempfile::TempDir, PathBuf, String) {
     let place = tempfile::tempdir().unwrap();
     let (documents, general) = corpus(place.path());
     let out = place.path().join("run");
-    let mut arguments = small_run(&documents, &general, &out);
+    let mut arguments = small_run_with_pairs(&documents, &general, &out);
     arguments.push("--json".into());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let printed = check(&arguments, 0, "");
@@ -76,6 +76,9 @@ fn a_training_leaves_metrics_events_and_a_report() {
     let page = std::fs::read_to_string(out.join("report.html")).unwrap();
     let last = &lines[lines.len() - 1].report;
     assert!(page.contains(&format!("{:.4} at step {}", last.loss, last.step)), "{page}");
+    for title in ["Loss by source", "Loss by round"] {
+        assert!(page.contains(&format!("<figcaption>{title} <span")), "{title}");
+    }
     for title in ["Loss", "Learning rate", "Gradient norm", "Speed", "Waiting for sequences"] {
         assert!(page.contains(&format!("<figcaption>{title}</figcaption>\n<svg")), "{title}");
     }
