@@ -3,6 +3,7 @@
 use crate::program::{check, corpus, small_run_with_pairs};
 use headwater_pipelines::shell::metrics::{self, Line};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -20,6 +21,9 @@ const TAGS: [&str; 12] = [
     "train/mfu",
     "train/tokens_per_s",
 ];
+
+/// Six for each parameter that multiplies, and attention over items of up to 128 tokens (2m).
+const FLOPS_OF_A_TOKEN: Range<f64> = 6e6..15e6;
 
 /// A point of a curve: its step, its time in seconds since 1970, its value.
 type Point = (u64, f64, f32);
@@ -59,7 +63,9 @@ fn a_training_leaves_metrics_events_and_a_report() {
     for (line, step) in lines.iter().zip(1..) {
         assert_eq!(line.report.step, step);
         let measured = &line.measured;
-        assert!(measured.mfu.is_some_and(|mfu| mfu > 0.0 && mfu < 1.0), "{measured:?}");
+        let peak = measured.peak_operations_per_s.unwrap();
+        let of_a_token = measured.mfu.unwrap() * peak / measured.tokens_per_s;
+        assert!(FLOPS_OF_A_TOKEN.contains(&of_a_token), "{of_a_token}: {measured:?}");
         assert!((0.0..1.0).contains(&measured.data_wait_share), "{measured:?}");
         assert!(measured.memory_bytes > 1 << 20 && measured.peak_operations_per_s > Some(1e9));
     }
