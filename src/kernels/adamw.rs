@@ -1,9 +1,8 @@
 //! Adam with decoupled weight decay, in place (Loshchilov and Hutter, 2019; arXiv 1711.05101).
 
+use super::cuda::training;
 use super::real::simd;
-use candle_core::{
-    CpuStorage, CudaStorage, DType, Device, InplaceOp2, Layout, Result, Tensor, bail,
-};
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
 use rayon::prelude::*;
 
 const ELEMENTS_PER_TASK: usize = 1 << 15;
@@ -25,6 +24,31 @@ pub struct Update {
     pub step: u64,
     /// Factor on the gradient: the clipping of its norm.
     pub gradient_scale: f64,
+}
+
+/// The rates of one update in f32, as kernels use them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Factors {
+    /// On the mean of gradients.
+    pub(crate) beta1: f32,
+    /// On the mean of squared gradients.
+    pub(crate) beta2: f32,
+    /// On a new gradient in its mean.
+    pub(crate) new1: f32,
+    /// On its square.
+    pub(crate) new2: f32,
+    /// What undoes the bias of the mean.
+    pub(crate) correct1: f32,
+    /// What undoes that of the mean square.
+    pub(crate) correct2: f32,
+    /// On the value: what decay leaves of it.
+    pub(crate) keep: f32,
+    /// On the change.
+    pub(crate) rate: f32,
+    /// Added to the root of the mean square.
+    pub(crate) epsilon: f32,
+    /// On the gradient.
+    pub(crate) scale: f32,
 }
 
 /// One parameter with its optimizer state, in f32: `(3, elements)` of value, mean and mean square.
@@ -66,9 +90,10 @@ impl Parameter {
     /// Moves the value against `gradient`, which has its shape.
     pub fn update(&self, gradient: &Tensor, update: &Update) -> Result<()> {
         let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.contiguous()?;
-        match self.state.device() {
-            Device::Cpu => self.state.inplace_op2(&gradient, update),
-            _ => self.update_composed(&gradient, update),
+        match training::machine(&self.state)? {
+            Some(machine) => training::adamw(&*machine, &self.state, &gradient, update),
+            None if self.state.device().is_cpu() => self.state.inplace_op2(&gradient, update),
+            None => self.update_composed(&gradient, update),
         }
     }
 
@@ -93,6 +118,23 @@ impl Update {
     fn corrections(&self) -> (f64, f64) {
         let step = self.step as f64;
         (1.0 / (1.0 - self.beta1.powf(step)), 1.0 / (1.0 - self.beta2.powf(step)))
+    }
+
+    /// What kernels compute with.
+    pub(crate) fn factors(&self) -> Factors {
+        let (correct1, correct2) = self.corrections();
+        Factors {
+            beta1: self.beta1 as f32,
+            beta2: self.beta2 as f32,
+            new1: (1.0 - self.beta1) as f32,
+            new2: (1.0 - self.beta2) as f32,
+            correct1: correct1 as f32,
+            correct2: correct2 as f32,
+            keep: (1.0 - self.rate * self.decay) as f32,
+            rate: self.rate as f32,
+            epsilon: self.epsilon as f32,
+            scale: self.gradient_scale as f32,
+        }
     }
 }
 
@@ -134,7 +176,7 @@ impl InplaceOp2 for Update {
     }
 
     fn cuda_fwd(&self, _: &mut CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<()> {
-        bail!("parameters on a GPU are updated by composed operations")
+        bail!("parameters on a GPU are updated by a kernel of it")
     }
 }
 
@@ -146,13 +188,9 @@ fn step(
     mean_square: &mut [f32],
     gradient: &[f32],
 ) {
-    let (correct1, correct2) = update.corrections();
-    let (beta1, beta2) = (update.beta1 as f32, update.beta2 as f32);
-    let (new1, new2) = ((1.0 - update.beta1) as f32, (1.0 - update.beta2) as f32);
-    let (correct1, correct2) = (correct1 as f32, correct2 as f32);
-    let keep = (1.0 - update.rate * update.decay) as f32;
-    let (rate, epsilon) = (update.rate as f32, update.epsilon as f32);
-    let scale = update.gradient_scale as f32;
+    let factors = update.factors();
+    let Factors { beta1, beta2, new1, new2, correct1, correct2, keep, rate, epsilon, scale } =
+        factors;
     for i in 0..value.len() {
         let gradient = gradient[i] * scale;
         mean[i] = mean[i] * beta1 + gradient * new1;
@@ -166,6 +204,7 @@ fn step(
 mod tests {
     use super::super::twin::{close, random};
     use super::*;
+    use candle_core::Device;
 
     const UPDATE: Update = Update {
         rate: 1e-2,

@@ -8,6 +8,7 @@
 //! the logits of a chunk of rows are used for everything before the next chunk is made.
 
 use super::{
+    cuda::{machine::Machine, training},
     dispatch,
     linear::{self, Branch, Weight, sized},
     matmul::{Into, View, multiply_parallel},
@@ -77,6 +78,7 @@ pub fn cross_entropy(
     dispatch!(
         hidden,
         T => kernel::<T>(hidden, weight, targets, gradients),
+        machine => launched(&*machine, hidden, weight, targets, gradients),
         composed(hidden, weight, targets, gradients)
     )
 }
@@ -185,6 +187,45 @@ fn loss_of_row<T: Real>(logits: &mut [T], target: usize, gradients: Gradients) -
         logits[target] += -T::real(objective.scale);
     }
     log_total + (top - wanted).to_f64()
+}
+
+/// Products of tensors, with a kernel of a GPU between them.
+fn launched(
+    machine: &dyn Machine,
+    hidden: &Tensor,
+    weight: &Tensor,
+    targets: &[u32],
+    gradients: Gradients,
+) -> Result<HeadLoss> {
+    let all = targets.len();
+    let losses = Tensor::zeros(all.max(1), DType::F32, hidden.device())?;
+    let mut of_x = Vec::new();
+    let mut of_w = match gradients {
+        Gradients::Skip => None,
+        Gradients::Of(_) => Some(weight.zeros_like()?.to_dtype(DType::F32)?),
+    };
+    for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
+        let (at, rows) = (chunk * CHUNK, targets.len());
+        let x = hidden.narrow(0, at, rows)?;
+        let logits = x.matmul(&weight.t()?)?;
+        training::cross_entropy(
+            machine,
+            &logits,
+            targets,
+            gradients,
+            &losses.narrow(0, at, rows)?,
+        )?;
+        let Some(sum) = &of_w else { continue };
+        of_x.push(logits.matmul(weight)?);
+        of_w = Some((sum + logits.t()?.matmul(&x)?.to_dtype(DType::F32)?)?);
+    }
+    let gradients = match of_w {
+        None => None,
+        Some(of_w) if of_x.is_empty() => Some((hidden.zeros_like()?, of_w)),
+        Some(of_w) => Some((Tensor::cat(&of_x, 0)?, of_w)),
+    };
+    let losses = losses.narrow(0, 0, all)?.to_vec1::<f32>()?;
+    Ok(HeadLoss { losses: losses.into_iter().map(f64::from).collect(), gradients })
 }
 
 fn composed(

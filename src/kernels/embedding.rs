@@ -1,6 +1,7 @@
 //! Rows of the embedding table, and the gradient that flows back into them.
 
 use super::{
+    cuda::training,
     dispatch,
     real::{Real, simd},
     storage::{elements, tensor},
@@ -23,6 +24,7 @@ pub fn embed_backward(gradient: &Tensor, ids: &[u32], vocabulary: usize) -> Resu
     dispatch!(
         gradient,
         T => kernel::<T>(gradient, ids, vocabulary),
+        machine => training::embed_backward(&*machine, gradient, ids, vocabulary),
         composed(gradient, ids, vocabulary)
     )
 }

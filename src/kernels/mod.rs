@@ -1,9 +1,10 @@
 //! Fused operations with forward and backward passes.
 //!
 //! Each file holds one operation: the function the models call, a CPU kernel for f32 and f64, the same
-//! operation *composed* of plain tensor operations (used on every other device and type, and as the
-//! twin that the kernel is tested against), and its gradient. None of them records a graph: a layer
-//! calls the forward and, later, the backward function itself.
+//! operation *composed* of plain tensor operations (used for every other device and type, and as the
+//! twin that kernels are tested against), and its gradient. Kernels for GPUs, in f32 and bf16, stand in
+//! [`cuda`]. None of them records a graph: a layer calls the forward and, later, the backward function
+//! itself.
 //!
 //! Sums are taken in an order that is written down, so results do not depend on the number of threads
 //! or on other rows of a batch.
@@ -39,19 +40,28 @@ pub(crate) mod tiles;
 #[cfg(test)]
 mod twin;
 
-/// Runs the CPU kernel for the element type of a tensor, or the composed operation where there is none.
+/// Runs the kernel of a GPU or of the CPU for the element type of a tensor, or the composed operation where there
+/// is none. Kernels of a GPU are tried where the condition behind `if` holds.
 macro_rules! dispatch {
-    ($tensor:expr, $Element:ident => $kernel:expr, $composed:expr) => {
-        match ($tensor.device(), $tensor.dtype()) {
-            (candle_core::Device::Cpu, candle_core::DType::F32) => {
-                type $Element = f32;
-                $kernel
-            }
-            (candle_core::Device::Cpu, candle_core::DType::F64) => {
-                type $Element = f64;
-                $kernel
-            }
-            _ => $composed,
+    (
+        $tensor:expr,
+        $Element:ident => $kernel:expr,
+        $machine:ident $(if $has_kernel:expr)? => $launch:expr,
+        $composed:expr $(,)?
+    ) => {
+        match $crate::kernels::cuda::training::machine($tensor)? {
+            Some($machine) $(if $has_kernel)? => $launch,
+            _ => match ($tensor.device(), $tensor.dtype()) {
+                (candle_core::Device::Cpu, candle_core::DType::F32) => {
+                    type $Element = f32;
+                    $kernel
+                }
+                (candle_core::Device::Cpu, candle_core::DType::F64) => {
+                    type $Element = f64;
+                    $kernel
+                }
+                _ => $composed,
+            },
         }
     };
 }

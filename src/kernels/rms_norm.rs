@@ -3,7 +3,9 @@
 //! `y = x / sqrt(mean(x^2) + epsilon) * weight`, over the last dimension.
 
 use super::{
-    ROWS_PER_TASK, dispatch,
+    ROWS_PER_TASK,
+    cuda::training,
+    dispatch,
     packed::WeightType,
     real::{Real, dot, simd},
     rows::Rows,
@@ -14,7 +16,12 @@ use rayon::prelude::*;
 
 /// Normalises the rows of `x (rows, width)` and scales them by `weight (width)`.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, epsilon: f64) -> Result<Tensor> {
-    dispatch!(x, T => forward::<T>(x, weight, epsilon), composed(x, weight, epsilon))
+    dispatch!(
+        x,
+        T => forward::<T>(x, weight, epsilon),
+        machine => training::rms_norm(&*machine, x, weight, epsilon),
+        composed(x, weight, epsilon)
+    )
 }
 
 /// The gradients of `x` and `weight` given that of the output.
@@ -27,6 +34,7 @@ pub fn rms_norm_backward(
     dispatch!(
         x,
         T => backward::<T>(x, weight, epsilon, gradient),
+        machine => training::rms_norm_backward(&*machine, x, weight, epsilon, gradient),
         composed_backward(x, weight, epsilon, gradient)
     )
 }

@@ -4,7 +4,9 @@
 //! `position * frequency(i)`. The gradient is the turn back.
 
 use super::{
-    ROWS_PER_TASK, dispatch,
+    ROWS_PER_TASK,
+    cuda::training,
+    dispatch,
     real::{Real, simd},
     share::each,
     storage::{elements, tensor},
@@ -59,6 +61,13 @@ impl RopeTable {
         &self.sines
     }
 
+    /// The same table in another type and place.
+    #[cfg(test)]
+    pub(crate) fn moved(&self, dtype: DType, device: &Device) -> Result<Self> {
+        let moved = |table: &Tensor| table.to_dtype(dtype)?.to_device(device);
+        Ok(RopeTable { cosines: moved(&self.cosines)?, sines: moved(&self.sines)? })
+    }
+
     /// The number of positions the table covers.
     pub fn positions(&self) -> usize {
         self.cosines.dims()[0]
@@ -75,6 +84,7 @@ pub fn rope(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn) -> Res
     dispatch!(
         x,
         T => kernel::<T>(x, table, positions, turn),
+        machine => training::rope(&*machine, x, table, positions, turn),
         composed(x, table, positions, turn)
     )
 }

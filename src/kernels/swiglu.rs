@@ -3,6 +3,7 @@
 //! `y = silu(gate) * up`, element by element, with `silu(x) = x / (1 + exp(-x))`.
 
 use super::{
+    cuda::training,
     dispatch,
     real::{Real, simd},
     storage::{elements, tensor},
@@ -14,7 +15,12 @@ const ELEMENTS_PER_TASK: usize = 1 << 14;
 
 /// Applies the gate to `up`. Both have the same shape.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    dispatch!(gate, T => forward::<T>(gate, up), gate.silu()? * up)
+    dispatch!(
+        gate,
+        T => forward::<T>(gate, up),
+        machine => training::swiglu(&*machine, gate, up),
+        gate.silu()? * up
+    )
 }
 
 /// The gradients of `gate` and `up` given that of the output.
@@ -22,6 +28,7 @@ pub fn swiglu_backward(gate: &Tensor, up: &Tensor, gradient: &Tensor) -> Result<
     dispatch!(
         gate,
         T => backward::<T>(gate, up, gradient),
+        machine => training::swiglu_backward(&*machine, gate, up, gradient),
         composed_backward(gate, up, gradient)
     )
 }

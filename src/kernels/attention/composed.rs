@@ -16,7 +16,7 @@ pub(super) fn forward(
         let part = Part::new(q, k, v, span, heads)?;
         part.merge(&part.weights()?.matmul(&part.v)?)
     })?;
-    let log_sums = Tensor::zeros(0, DType::F32, q.device())?; // the weights are computed again
+    let log_sums = Tensor::zeros(1, DType::F32, q.device())?; // unused: the weights are computed again
     Ok(Attended { output: outputs, log_sums })
 }
 

@@ -13,6 +13,7 @@ mod composed;
 mod kernel;
 pub(crate) mod tiled;
 
+use super::cuda::training;
 use super::dispatch;
 use candle_core::{Result, Tensor};
 use std::ops::Range;
@@ -73,6 +74,10 @@ pub fn attention(
     dispatch!(
         q,
         T => kernel::forward::<T>(q, k, v, spans, heads),
+        machine if training::has_width(heads.width) => {
+            let (output, log_sums) = training::attention(&*machine, [q, k, v], spans, heads)?;
+            Ok(Attended { output, log_sums })
+        },
         composed::forward(q, k, v, spans, heads)
     )
 }
@@ -89,6 +94,10 @@ pub fn attention_backward(
     dispatch!(
         q,
         T => kernel::backward::<T>([q, k, v], attended, gradient, spans, heads),
+        machine if training::has_width(heads.width) => {
+            let saved = [&attended.output, &attended.log_sums];
+            training::attention_backward(&*machine, [q, k, v], saved, gradient, (spans, heads))
+        },
         composed::backward([q, k, v], &attended.output, gradient, spans, heads)
     )
 }

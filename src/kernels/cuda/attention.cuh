@@ -2,7 +2,7 @@
 //
 // The words of a step are laid out by src/kernels/cuda/plan.rs, which says what each of them means.
 #pragma once
-#include "tensor_core.cuh"
+#include "tiles.cuh"
 
 /// Positions of one partition. A row is summed up partition by partition, each from nothing, whether one block
 /// of threads walks through all of them or each has one: `PARTITION` in src/kernels/cuda/plan.rs.
@@ -25,12 +25,6 @@ __device__ inline Run run_at(const word *words, word runs, word index) {
 __device__ inline word first_visible(word position, word window) {
   return window != 0 && position + 1 > window ? position + 1 - window : 0;
 }
-
-/// The running maximum and sum of a row, to the base of 2.
-struct Softmax {
-  float top;
-  float total;
-};
 
 /// What two parts of a row are to be multiplied with when they are put together.
 struct Shares {

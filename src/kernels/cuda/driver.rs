@@ -3,13 +3,15 @@
 // Reason: kernels and products take addresses.
 #![expect(unsafe_code, reason = "calls of the CUDA driver and of cuBLAS")]
 
-use super::machine::{Argument, Element, Function, Launch, Machine, Memory, Product};
-use candle_core::cuda_backend::WrapErr;
+use super::machine::{
+    Argument, Element, Function, Launch, Machine, Memory, Operand, Place, Product,
+};
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result::gemm_ex, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelArg, result, sys,
 };
-use candle_core::{CudaDevice, Result, bail};
+use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
+use candle_core::{CudaDevice, Layout, Result, Storage, bail};
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -20,15 +22,28 @@ macro_rules! ptx {
     };
 }
 
-const SOURCES: [(&str, &str); 8] = ptx![
+const SOURCES: [(&str, &str); 21] = ptx![
+    "adamw",
     "argmax",
     "attention_merge",
     "attention_rows",
     "attention_tiles",
+    "cross_entropy",
     "embed",
+    "embedding_gradient",
+    "packed_along",
+    "packed_forward",
+    "packed_keys",
+    "packed_queries",
+    "packed_rows",
     "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "rope_store",
+    "rope_turn",
     "swiglu",
+    "swiglu_backward",
+    "swiglu_forward",
 ];
 
 /// Bytes of shared memory that a kernel may use unless it asks for more.
@@ -59,6 +74,26 @@ impl Gpu {
     pub(crate) fn new(device: &CudaDevice) -> Result<Self> {
         let blas = Blas(device.cublas_handle());
         Ok(Gpu { stream: device.cuda_stream(), device: device.clone(), blas })
+    }
+
+    /// Where the first element of a tensor stands.
+    fn address(&self, storage: &Storage, layout: &Layout) -> Result<u64> {
+        fn start<T>(slice: &CudaSlice<T>) -> u64 {
+            slice.device_ptr(slice.stream()).0
+        }
+        let Storage::Cuda(storage) = storage else {
+            bail!("a kernel of a GPU was called with a tensor elsewhere")
+        };
+        if storage.device.id() != self.device.id() {
+            bail!("a kernel was called with tensors of several devices")
+        }
+        let (start, size) = match &storage.slice {
+            CudaStorageSlice::F32(slice) => (start(slice), 4),
+            CudaStorageSlice::U32(slice) => (start(slice), 4),
+            CudaStorageSlice::BF16(slice) => (start(slice), 2),
+            _ => bail!("a kernel was called with a tensor of a type that it does not have"),
+        };
+        Ok(start + (size * layout.start_offset()) as u64)
     }
 
     fn owned(slice: CudaSlice<u8>, bytes: usize) -> Memory {
@@ -182,6 +217,27 @@ impl Machine for Gpu {
         // SAFETY: as the caller has promised.
         unsafe { builder.launch(shape) }.w()?;
         Ok(())
+    }
+
+    fn with_operands(
+        &self,
+        operands: &[Operand<'_>],
+        work: &mut dyn FnMut(&[Argument]) -> Result<()>,
+    ) -> Result<()> {
+        let mut borrowed = Vec::with_capacity(operands.len());
+        let mut arguments = Vec::with_capacity(operands.len());
+        for operand in operands {
+            arguments.push(match operand.place()? {
+                Place::Argument(argument) => argument,
+                Place::Tensor(tensor) => {
+                    let (storage, layout) = tensor.storage_and_layout();
+                    let address = self.address(&storage, layout)?;
+                    borrowed.push(storage);
+                    Argument::Address(address)
+                }
+            });
+        }
+        work(&arguments)
     }
 
     unsafe fn product(&self, product: &Product) -> Result<()> {

@@ -57,3 +57,16 @@ __device__ inline float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
+
+/// The sum over a block of `THREADS` threads; each thread gets the same bits. `parts` is shared memory that may
+/// have been used by the sum before.
+template <int THREADS> __device__ inline float block_sum(float x, float (&parts)[THREADS / 32]) {
+  x = warp_sum(x);
+  __syncthreads(); // the sum before has been read
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < THREADS / 32; ++warp) sum = sum + parts[warp];
+  return sum;
+}

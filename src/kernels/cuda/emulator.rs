@@ -6,8 +6,12 @@
 // Reason: compiled kernels are called, and memory is mapped.
 #![expect(unsafe_code, reason = "calls of compiled kernels")]
 
-use super::machine::{Argument, Element, Function, Launch, Machine, Memory, Product};
-use candle_core::{Device, Result, Tensor, bail};
+use super::kernels::with_bytes;
+use super::machine::{
+    Argument, Element, Function, Launch, Machine, Memory, Operand, Place, Product,
+};
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor, bail};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
@@ -17,18 +21,37 @@ macro_rules! sources {
     ($($name:literal),+ $(,)?) => { [$(($name, include_str!($name))),+] };
 }
 
-const HEADERS: [(&str, &str); 4] =
-    sources!["attention.cuh", "element.cuh", "emulation.h", "tensor_core.cuh"];
+const HEADERS: [(&str, &str); 6] = sources![
+    "attention.cuh",
+    "element.cuh",
+    "emulation.h",
+    "packed.cuh",
+    "tensor_core.cuh",
+    "tiles.cuh",
+];
 
-const SOURCES: [(&str, &str); 8] = sources![
+const SOURCES: [(&str, &str); 21] = sources![
+    "adamw.cu",
     "argmax.cu",
     "attention_merge.cu",
     "attention_rows.cu",
     "attention_tiles.cu",
+    "cross_entropy.cu",
     "embed.cu",
+    "embedding_gradient.cu",
+    "packed_along.cu",
+    "packed_forward.cu",
+    "packed_keys.cu",
+    "packed_queries.cu",
+    "packed_rows.cu",
     "rms_norm.cu",
+    "rms_norm_backward.cu",
+    "rms_norm_forward.cu",
     "rope_store.cu",
+    "rope_turn.cu",
     "swiglu.cu",
+    "swiglu_backward.cu",
+    "swiglu_forward.cu",
 ];
 
 /// Shared memory of a block of threads at most, as on Hopper.
@@ -220,6 +243,42 @@ impl Machine for Emulator {
         Ok(())
     }
 
+    /// Tensors are those of the CPU. Kernels work on copies of them, so that they end where nobody may touch; one
+    /// that is to be set holds no number before.
+    fn with_operands(
+        &self,
+        operands: &[Operand<'_>],
+        work: &mut dyn FnMut(&[Argument]) -> Result<()>,
+    ) -> Result<()> {
+        let (mut arguments, mut written, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+        for operand in operands {
+            let tensor = match operand.place()? {
+                Place::Tensor(tensor) => tensor,
+                Place::Argument(argument) => {
+                    arguments.push(argument);
+                    continue;
+                }
+            };
+            let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+            let memory = self.allocate(bytes)?;
+            if !matches!(operand, Operand::Set(_)) {
+                with_bytes(tensor, |bytes| self.upload(bytes, &memory, 0))?;
+            }
+            arguments.push(Argument::Address(memory.address(0, bytes)));
+            match operand {
+                Operand::Read(_) => copies.push(memory),
+                _ => written.push((tensor, memory, bytes)),
+            }
+        }
+        work(&arguments)?;
+        for (tensor, memory, length) in written {
+            let mut bytes = vec![0; length];
+            self.download(&memory, &mut bytes)?;
+            tensor.inplace_op1(&Overwrite(bytes))?;
+        }
+        Ok(())
+    }
+
     unsafe fn product(&self, product: &Product) -> Result<()> {
         let Product { rows, inputs, outputs, element, out_element, adds, .. } = *product;
         // SAFETY: as the caller has promised.
@@ -241,7 +300,7 @@ impl Machine for Emulator {
             }
         }
         let out = Tensor::new(out, &Device::Cpu)?.to_dtype(out_element.dtype())?;
-        super::kernels::with_bytes(&out, |bytes| {
+        with_bytes(&out, |bytes| {
             // SAFETY: as the caller has promised.
             unsafe {
                 (product.out as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
@@ -265,4 +324,26 @@ unsafe fn numbers(at: u64, count: usize, element: Element) -> Result<Vec<f32>> {
     let bytes = unsafe { std::slice::from_raw_parts(at as *const u8, count * element.bytes()) };
     let tensor = Tensor::from_raw_buffer(bytes, element.dtype(), &[count], &Device::Cpu)?;
     tensor.to_dtype(candle_core::DType::F32)?.to_vec1()
+}
+
+/// Writes bytes over the elements of a contiguous tensor.
+struct Overwrite(Vec<u8>);
+
+impl InplaceOp1 for Overwrite {
+    fn name(&self) -> &'static str {
+        "overwrite"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let (start, size) = (layout.start_offset(), storage.dtype().size_in_bytes());
+        let all: *mut u8 = match storage {
+            CpuStorage::F32(all) => all.as_mut_ptr().cast(),
+            CpuStorage::BF16(all) => all.as_mut_ptr().cast(),
+            _ => bail!("a kernel does not write to tensors of this type"),
+        };
+        assert_eq!(self.0.len(), layout.shape().elem_count() * size, "a tensor of another size");
+        // SAFETY: a contiguous tensor has so many bytes from its start on.
+        unsafe { all.add(start * size).copy_from_nonoverlapping(self.0.as_ptr(), self.0.len()) };
+        Ok(())
+    }
 }

@@ -393,6 +393,7 @@ pub(super) fn with_bytes<R>(
         Storage::Cpu(CpuStorage::F32(all)) => use_them(bytes(&all[start..end])),
         Storage::Cpu(CpuStorage::BF16(all)) => use_them(bytes(&all[start..end])),
         Storage::Cpu(CpuStorage::F16(all)) => use_them(bytes(&all[start..end])),
+        Storage::Cpu(CpuStorage::U32(all)) => use_them(bytes(&all[start..end])),
         _ => bail!("only tensors in host memory can be uploaded, not {:?}", tensor.dtype()),
     }
 }

@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "kernels take addresses")]
 #![cfg_attr(not(any(feature = "cuda", test)), expect(dead_code, reason = "there is no machine"))]
 
-use candle_core::{DType, Result, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -135,6 +135,52 @@ pub(crate) enum Argument {
     Float(f32),
 }
 
+/// What stands for an argument of a kernel that works on tensors.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Operand<'a> {
+    /// A tensor that is read.
+    Read(&'a Tensor),
+    /// A tensor of which every element is set.
+    Set(&'a Tensor),
+    /// A tensor that is read, and changed in places.
+    Change(&'a Tensor),
+    /// A number.
+    Word(usize),
+    /// A number.
+    Float(f64),
+}
+
+/// Where the memory of an operand stands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place<'a> {
+    /// In a tensor.
+    Tensor(&'a Tensor),
+    /// Nowhere: it is a number.
+    Argument(Argument),
+}
+
+impl<'a> Operand<'a> {
+    /// Where it stands.
+    ///
+    /// # Errors
+    /// If a tensor has gaps, or a number is beyond 32 bits.
+    pub(crate) fn place(self) -> Result<Place<'a>> {
+        match self {
+            Operand::Read(tensor) | Operand::Set(tensor) | Operand::Change(tensor) => {
+                match tensor.is_contiguous() {
+                    true => Ok(Place::Tensor(tensor)),
+                    false => bail!("a kernel wants contiguous tensors, not {:?}", tensor.layout()),
+                }
+            }
+            Operand::Word(word) => {
+                let word = u32::try_from(word).map_err(candle_core::Error::wrap)?;
+                Ok(Place::Argument(Argument::Word(word)))
+            }
+            Operand::Float(float) => Ok(Place::Argument(Argument::Float(float as f32))),
+        }
+    }
+}
+
 /// A kernel with its arguments and how many run it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Launch<'a> {
@@ -188,6 +234,13 @@ pub(crate) trait Machine: Debug + Send + Sync {
     /// The arguments are those of the kernel, and what it reads and writes through them lies in memory of
     /// this machine that lives, and that nothing else has a claim on.
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Calls `work` with the arguments that stand for `operands`, whose tensors are those of this machine.
+    fn with_operands(
+        &self,
+        operands: &[Operand<'_>],
+        work: &mut dyn FnMut(&[Argument]) -> Result<()>,
+    ) -> Result<()>;
 
     /// Computes a product.
     ///

@@ -1,9 +1,11 @@
-//! Kernels for NVIDIA GPUs: one operation of a step of generation each, and what launches them.
+//! Kernels for NVIDIA GPUs: one operation of a step of generation or of training each, and what launches them.
 //!
 //! ```text
 //! embed ─┬─ rms_norm ─ product ─ rope_store ─ attention ─ product ─(+)─┬─ rms_norm ─ product ─ swiglu ─ product ─(+)─ …
 //!        └─────────────────────────────────────────────────────────────┘
 //! ```
+//!
+//! That is a block in generation; training (`training`) takes kernels of its own, on tensors.
 //!
 //! The sources (`*.cu`) are compiled to PTX by build.rs. Products are those of cuBLAS; they add to the f32 stream
 //! themselves. Everything is launched through `machine::Machine`, which is a GPU, or, in tests, an emulation that
@@ -23,6 +25,7 @@ mod parity;
 pub(crate) mod plan;
 #[cfg(test)]
 pub(crate) mod testing;
+pub(crate) mod training;
 
 /// Makes a device cheap to use, once, before anything is on it.
 #[cfg(feature = "cuda")]

@@ -18,7 +18,7 @@ const ELEMENTS: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
 const POSITIONS: usize = 1400;
 
 /// Half a unit in the last place, relative: what rounding a number once may cost.
-fn rounding(element: Element) -> f64 {
+pub(super) fn rounding(element: Element) -> f64 {
     match element {
         Element::F32 => 0.5f64.powi(24),
         Element::Bf16 => 0.5f64.powi(8),
@@ -27,22 +27,22 @@ fn rounding(element: Element) -> f64 {
 }
 
 /// Rounded to an element type, and back in f32.
-fn rounded(tensor: &Tensor, element: Element) -> Tensor {
+pub(super) fn rounded(tensor: &Tensor, element: Element) -> Tensor {
     tensor.to_dtype(element.dtype()).unwrap().to_dtype(DType::F32).unwrap()
 }
 
-fn values(tensor: &Tensor) -> Vec<f64> {
+pub(super) fn values(tensor: &Tensor) -> Vec<f64> {
     tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn bits(tensor: &Tensor) -> Vec<u32> {
+pub(super) fn bits(tensor: &Tensor) -> Vec<u32> {
     let values: Vec<f32> =
         tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
     values.into_iter().map(f32::to_bits).collect()
 }
 
 /// That each number is within `relative` of its twin, or `absolute`.
-fn near(found: &Tensor, twin: &Tensor, relative: f64, absolute: f64, what: &str) {
+pub(super) fn near(found: &Tensor, twin: &Tensor, relative: f64, absolute: f64, what: &str) {
     assert_eq!(found.dims(), twin.dims(), "{what}: shapes differ");
     for (index, (found, twin)) in values(found).iter().zip(values(twin)).enumerate() {
         let error = (found - twin).abs();

@@ -1,8 +1,10 @@
 //! A whole small model: on the CPU, and on every machine with kernels of its own that is there.
 
+use super::super::backward::{Batch, Gradients, Keep};
 use super::super::{Form, Llama};
 use super::*;
 use crate::kernels::cached::Run;
+use crate::kernels::cross_entropy::Objective;
 use crate::kernels::cuda::testing::{Tested, machines};
 use crate::kernels::packed::WeightType;
 use crate::model::shape::Shape;
@@ -83,6 +85,59 @@ fn logits_are_those_of_the_cpu() {
         assert!(found < 3.0 * on_cpu, "bf16 on {}: {found}, on the CPU {on_cpu}", tested.name);
         let found = noise(&logits(&on(&tested, DType::F16)), &exact);
         assert!(found < on_cpu / 4.0, "f16 on {}: {found}, bf16 on the CPU {on_cpu}", tested.name);
+    }
+}
+
+/// Three items, one of a single row; every third token has no target.
+fn batch() -> Batch {
+    let mut batch = Batch { spans: vec![0..70, 70..71, 71..150], ..Batch::default() };
+    for (row, position) in batch.spans.clone().into_iter().flat_map(|span| {
+        let start = span.start;
+        span.map(move |row| (row, row - start))
+    }) {
+        batch.ids.push((row * row * 7 % 300) as u32);
+        batch.positions.push(position as u32);
+        if row % 3 != 0 {
+            batch.rows.push(row as u32);
+            batch.targets.push((row * 5 % 300) as u32);
+        }
+    }
+    batch
+}
+
+/// Losses and gradients of a model in training on a device.
+fn learned(device: &Device, dtype: DType, keep: Keep) -> (Tensor, Gradients) {
+    let get = |name: &str, shape: &[usize]| Ok(parameter(name, shape, dtype)?.to_device(device)?);
+    let config = ModelConfig { sliding_window: Some(40), ..config() };
+    let model = Llama::build(&config, Form::Plain, device, get).unwrap();
+    let mut gradients = Gradients::default();
+    let objective = Objective { scale: 0.01, z_loss: 1e-3 };
+    let losses = model.learn(&batch(), objective, keep, &mut gradients).unwrap();
+    assert_eq!(losses, model.losses(&batch()).unwrap(), "losses without gradients");
+    let losses: Vec<f32> = losses.into_iter().map(|loss| loss as f32).collect();
+    (Tensor::new(losses, &Device::Cpu).unwrap(), gradients)
+}
+
+/// The largest noise among losses and gradients.
+fn learned_noise(found: &(Tensor, Gradients), exact: &(Tensor, Gradients)) -> f32 {
+    let on_cpu = |t: &Tensor| t.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    let of = exact.1.iter().map(|(name, exact)| noise(&on_cpu(found.1.of(name).unwrap()), exact));
+    of.fold(noise(&found.0, &exact.0), f32::max)
+}
+
+#[test]
+fn what_is_learned_is_that_of_the_cpu() {
+    let exact = learned(&Device::Cpu, DType::F32, Keep::Everything);
+    let composed = learned(&Device::Cpu, DType::BF16, Keep::Everything);
+    let bound = learned_noise(&composed, &exact);
+    for tested in machines() {
+        for keep in [Keep::Everything, Keep::Inputs] {
+            let on = |dtype| tested.trains(|| learned(&tested.device, dtype, keep));
+            let found = learned_noise(&on(DType::F32), &exact);
+            assert!(found < 1e-8, "f32 on {}: noise is {found:e}", tested.name);
+            let found = learned_noise(&on(DType::BF16), &exact);
+            assert!(found < bound, "bf16 on {}: {found:e}, composed {bound:e}", tested.name);
+        }
     }
 }
 
