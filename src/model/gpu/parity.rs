@@ -1,6 +1,6 @@
 //! A whole small model: on the CPU, and on every machine with kernels of its own that is there.
 
-use super::super::backward::{Batch, Gradients, Keep};
+use super::super::backward::{Batch, Gradients, Keep, Learning};
 use super::super::{Form, Llama};
 use super::*;
 use crate::kernels::cached::Run;
@@ -112,7 +112,8 @@ fn learned(device: &Device, dtype: DType, keep: Keep) -> (Tensor, Gradients) {
     let model = Llama::build(&config, Form::Plain, device, get).unwrap();
     let mut gradients = Gradients::default();
     let objective = Objective { scale: 0.01, z_loss: 1e-3 };
-    let losses = model.learn(&batch(), objective, keep, &mut gradients).unwrap();
+    let learning = Learning { objective, keep, dropout: None };
+    let losses = model.learn(&batch(), learning, &mut gradients).unwrap();
     assert_eq!(losses, model.losses(&batch()).unwrap(), "losses without gradients");
     let losses: Vec<f32> = losses.into_iter().map(|loss| loss as f32).collect();
     (Tensor::new(losses, &Device::Cpu).unwrap(), gradients)
