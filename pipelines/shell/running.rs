@@ -53,7 +53,9 @@ pub fn run(
     let (feed, sequences) = Feed::new();
     let feed = plan.training.is_some().then_some(feed);
     let [synthesis, training] = split::shares(settings.engine.train_threads)?;
-    synthesis.map(Share::enter); // and with this thread the engines that it starts
+    if let Some(share) = synthesis {
+        share.enter(); // and with this thread the engines that it starts
+    }
     let parts = Arc::new(Parts::open(settings, &plan, feed)?);
     if parts.manifest.next_epoch() > 0 {
         let epochs = parts.manifest.next_epoch();
@@ -169,7 +171,9 @@ fn spawn_trainer(
     let trainer = trainer.with_guards(args.guards());
     let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
     let train = move || -> Result<(Ended, Option<Trained>)> {
-        share.map(Share::enter);
+        if let Some(share) = share {
+            share.enter();
+        }
         let mut drive = Drive::new(trainer, &tokenizer, folder, told)?;
         let epochs = parts.manifest.epochs.clone();
         let ended =

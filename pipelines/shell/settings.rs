@@ -116,7 +116,6 @@ impl Settings {
         let RunArgs { input, augment, mix, gates, engine, mut train, no_train, machine } = args;
         let published = train.resolve(preset.published)?;
         check_counts(&engine, &augment)?;
-        check_store(&engine)?;
         check_progress(&machine.progress)?;
         preset.rounds = augment.rounds.unwrap_or(preset.rounds);
         preset.epoch_documents = epoch_documents(&augment, &preset)?;
@@ -147,8 +146,7 @@ impl Settings {
         let model = train.model(length)?;
         let training = (!no_train).then_some(devices.as_slice());
         check_training(&train, training, &model, length)?;
-        let trains_on_cpu = training.is_some_and(|devices| devices[0].is_cpu());
-        split::check(engine.train_threads, [on_cpu, trains_on_cpu])?;
+        check_split(&engine, on_cpu, training)?;
         let templates = match &augment.templates {
             Some(directory) => Templates::with_files_of(directory).context("--templates")?,
             None => Templates::built_in(),
@@ -320,11 +318,17 @@ fn check_training(
     train.check(model, length, devices)
 }
 
+/// Threads can be split where a CPU both synthesizes and trains.
+fn check_split(engine: &EngineArgs, synthesizes: bool, devices: Option<&[Device]>) -> Result<()> {
+    let trains = devices.is_some_and(|devices| devices[0].is_cpu());
+    split::check(engine.train_threads, [synthesizes, trains])
+}
+
 fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
     ensure!(augment.rounds != Some(0), "--rounds must be 1 at least");
     ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
     ensure!(engine.workers > 0, "--workers must be 1 at least");
-    Ok(())
+    check_store(engine)
 }
 
 fn check_store(engine: &EngineArgs) -> Result<()> {

@@ -27,7 +27,7 @@ use crate::model::Llama;
 use crate::model::cache::Cache;
 use crate::record::Finish;
 use crate::synthesizer::{Job, Queue};
-use crate::threads::{self, Share};
+use crate::threads;
 use crossbeam_channel::Receiver;
 use metrics::EngineCounters;
 use schedule::{Bounds, Means, PrefixReuse, Schedule, Step};
@@ -53,7 +53,7 @@ pub struct EngineSettings {
 
 /// Starts an engine; it ends when the last [`Queue`] and handle are gone.
 ///
-/// It computes in the share of threads that the caller has [entered](Share::enter), if there is one. `failed` is called, once, if the device fails: requests in flight are then never answered.
+/// It computes in the share of threads that the caller has [entered](threads::Share::enter), if there is one. `failed` is called, once, if the device fails: requests in flight are then never answered.
 ///
 /// # Errors
 /// If the cache cannot be allocated.
@@ -68,7 +68,9 @@ pub fn start(
     let (queue, jobs) = Queue::new(settings.queue_max);
     let share = threads::entered();
     let thread = std::thread::Builder::new().name("engine".into()).spawn(move || {
-        share.map(Share::enter);
+        if let Some(share) = share {
+            share.enter();
+        }
         if let Err(error) = engine.serve(&jobs) {
             failed(error);
         }
