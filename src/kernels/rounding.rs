@@ -15,11 +15,13 @@ pub(crate) fn pair(low: f32, high: f32) -> u32 {
     round(low) | round(high) << 16
 }
 
-/// The bits of the nearest bf16.
+/// The bits of the nearest bf16. What is no number stays none.
 #[inline(always)]
 pub(crate) fn round(x: f32) -> u32 {
+    const QUIET: u32 = 0x40;
     let bits = x.to_bits();
-    (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16
+    let nearest = (bits.wrapping_add(0x7fff + (bits >> 16 & 1))) >> 16;
+    if x.is_nan() { bits >> 16 | QUIET } else { nearest }
 }
 
 /// Rounds a row into words.
@@ -190,9 +192,18 @@ mod tests {
     }
 
     #[test]
-    fn infinities_stay() {
-        let mut words = [0; PANEL / 2];
-        round_row(&[f32::INFINITY; PANEL], &mut words);
-        assert_eq!(words, [0x7f80_7f80; PANEL / 2]);
+    fn infinities_and_what_is_no_number_stay_what_they_are() {
+        for (bits, rounded) in [
+            (0x7f80_0000, 0x7f80),
+            (0xff80_0000, 0xff80),
+            (0x7fff_ffff, 0x7fff),
+            (0xffff_ffff, 0xffff),
+            (0x7f80_0001, 0x7fc0),
+        ] {
+            let (x, mut words) = (f32::from_bits(bits), [0; PANEL / 2 + 1]);
+            round_row(&[x; PANEL + 1], &mut words);
+            assert_eq!(words[..PANEL / 2], [rounded << 16 | rounded; PANEL / 2]);
+            assert_eq!(words[PANEL / 2], rounded, "the last one");
+        }
     }
 }

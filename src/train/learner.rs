@@ -7,6 +7,7 @@ use crate::model::backward::{Batch, Gradients, Keep, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::host::HostModel;
 use crate::model::{Form, Llama};
+use crate::threads;
 use candle_core::{DType, Device, Tensor};
 
 /// A model in training.
@@ -61,7 +62,7 @@ impl Learner {
     /// Makes gradients those of nothing.
     pub(super) fn clear(&self, gradients: &mut Gradients) -> candle_core::Result<()> {
         match self {
-            Learner::Host(_) => gradients.clear(),
+            Learner::Host(_) => threads::run(|| gradients.clear()),
             Learner::Tensors { .. } => {
                 *gradients = Gradients::default();
                 Ok(())

@@ -192,7 +192,8 @@ impl Trainer {
         let losses = self.replicas.learn(&batches, learning)?;
         let total = losses.iter().fold(0.0, |total, losses| total + losses.iter().sum::<f64>());
         let loss = total / targets.max(1) as f64;
-        let grad_norm = if loss.is_finite() { self.replicas.norm()? } else { f64::NAN };
+        let replicas = &mut self.replicas;
+        let grad_norm = if loss.is_finite() { threads::run(|| replicas.norm())? } else { f64::NAN };
         let skipped = self.skipped(loss, grad_norm, sequences)?;
         let rate = self.settings.schedule.rate(self.progress.step + 1);
         if skipped.is_none() {
