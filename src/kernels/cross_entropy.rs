@@ -8,7 +8,7 @@
 //! the logits of a chunk of rows are used for everything before the next chunk is made.
 
 use super::{
-    cuda::{machine::Machine, training},
+    cuda::training,
     dispatch,
     linear::{self, Branch, Weight, sized},
     matmul::{Into, View, multiply_parallel},
@@ -78,7 +78,9 @@ pub fn cross_entropy(
     dispatch!(
         hidden,
         T => kernel::<T>(hidden, weight, targets, gradients),
-        machine => launched(&*machine, hidden, weight, targets, gradients),
+        machine => in_chunks(hidden, weight, targets, gradients, |logits, targets| {
+            training::cross_entropy(&*machine, logits, targets, gradients)
+        }),
         composed(hidden, weight, targets, gradients)
     )
 }
@@ -189,43 +191,39 @@ fn loss_of_row<T: Real>(logits: &mut [T], target: usize, gradients: Gradients) -
     log_total + (top - wanted).to_f64()
 }
 
-/// Products of tensors, with a kernel of a GPU between them.
-fn launched(
-    machine: &dyn Machine,
+/// Losses of a chunk of targets under its logits, and, in learning, the gradient of the logits in their type.
+type Turned = (Tensor, Option<Tensor>);
+
+/// The products around what `turn` makes of the logits of each chunk.
+fn in_chunks(
     hidden: &Tensor,
     weight: &Tensor,
     targets: &[u32],
     gradients: Gradients,
+    turn: impl Fn(Tensor, &[u32]) -> Result<Turned>,
 ) -> Result<HeadLoss> {
-    let all = targets.len();
-    let losses = Tensor::zeros(all.max(1), DType::F32, hidden.device())?;
-    let mut of_x = Vec::new();
+    let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let (mut losses, mut of_x) = (Vec::new(), Vec::new());
     let mut of_w = match gradients {
         Gradients::Skip => None,
-        Gradients::Of(_) => Some(weight.zeros_like()?.to_dtype(DType::F32)?),
+        Gradients::Of(_) => Some(weight.zeros_like()?.to_dtype(wide)?),
     };
     for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
-        let (at, rows) = (chunk * CHUNK, targets.len());
-        let x = hidden.narrow(0, at, rows)?;
-        let logits = x.matmul(&weight.t()?)?;
-        training::cross_entropy(
-            machine,
-            &logits,
-            targets,
-            gradients,
-            &losses.narrow(0, at, rows)?,
-        )?;
-        let Some(sum) = &of_w else { continue };
-        of_x.push(logits.matmul(weight)?);
-        of_w = Some((sum + logits.t()?.matmul(&x)?.to_dtype(DType::F32)?)?);
+        let x = hidden.narrow(0, chunk * CHUNK, targets.len())?;
+        let (own, of_logits) = turn(x.matmul(&weight.t()?)?, targets)?;
+        losses.push(own);
+        if let (Some(sum), Some(of_logits)) = (&of_w, of_logits) {
+            of_x.push(of_logits.matmul(weight)?);
+            of_w = Some((sum + of_logits.t()?.matmul(&x)?.to_dtype(wide)?)?);
+        }
     }
-    let gradients = match of_w {
-        None => None,
-        Some(of_w) if of_x.is_empty() => Some((hidden.zeros_like()?, of_w)),
-        Some(of_w) => Some((Tensor::cat(&of_x, 0)?, of_w)),
+    let of_x = if of_x.is_empty() { hidden.zeros_like()? } else { Tensor::cat(&of_x, 0)? };
+    // Losses are fetched once: a GPU goes on computing until then.
+    let losses = match losses.is_empty() {
+        true => Vec::new(),
+        false => Tensor::cat(&losses, 0)?.to_dtype(DType::F64)?.to_vec1()?,
     };
-    let losses = losses.narrow(0, 0, all)?.to_vec1::<f32>()?;
-    Ok(HeadLoss { losses: losses.into_iter().map(f64::from).collect(), gradients })
+    Ok(HeadLoss { losses, gradients: of_w.map(|of_w| (of_x, of_w)) })
 }
 
 fn composed(
@@ -234,38 +232,27 @@ fn composed(
     targets: &[u32],
     gradients: Gradients,
 ) -> Result<HeadLoss> {
-    let device = hidden.device();
-    let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let (mut losses, mut of_x) = (Vec::new(), Vec::new());
-    let mut of_w = weight.zeros_like()?.to_dtype(wide)?;
-    for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
+    let (device, dtype) = (hidden.device(), hidden.dtype());
+    let wide = if dtype == DType::F64 { DType::F64 } else { DType::F32 };
+    in_chunks(hidden, weight, targets, gradients, |logits, targets| {
         let rows = targets.len();
-        let x = hidden.narrow(0, chunk * CHUNK, rows)?;
-        let logits = x.matmul(&weight.t()?)?.to_dtype(wide)?;
+        let logits = logits.to_dtype(wide)?;
         let tops = logits.max_keepdim(D::Minus1)?;
         let shifted = logits.broadcast_sub(&tops)?;
         let index = Tensor::from_slice(targets, (rows, 1), device)?;
         let exponentials = shifted.exp()?;
         let totals = exponentials.sum_keepdim(D::Minus1)?;
         let log_totals = totals.log()?;
-        let chunk_losses = (&log_totals - shifted.gather(&index, 1)?)?;
-        losses.extend(chunk_losses.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?);
-        if let Gradients::Of(Objective { scale, z_loss }) = gradients {
-            let minus_one = Tensor::full(-1.0f32, (rows, 1), device)?.to_dtype(wide)?;
-            let pull = ((log_totals + tops)? * (2.0 * z_loss))? + 1.0;
-            let of_logits = exponentials.broadcast_mul(&(pull? / &totals)?)?;
-            let of_logits = (of_logits.scatter_add(&index, &minus_one, 1)? * scale)?;
-            let of_logits = of_logits.to_dtype(hidden.dtype())?;
-            of_x.push(of_logits.matmul(weight)?);
-            of_w = (of_w + of_logits.t()?.contiguous()?.matmul(&x)?.to_dtype(wide)?)?;
-        }
-    }
-    let gradients = match gradients {
-        Gradients::Skip => None,
-        Gradients::Of(_) if of_x.is_empty() => Some((hidden.zeros_like()?, of_w)),
-        Gradients::Of(_) => Some((Tensor::cat(&of_x, 0)?, of_w)),
-    };
-    Ok(HeadLoss { losses, gradients })
+        let losses = (&log_totals - shifted.gather(&index, 1)?)?.flatten_all()?;
+        let Gradients::Of(Objective { scale, z_loss }) = gradients else {
+            return Ok((losses, None));
+        };
+        let minus_one = Tensor::full(-1.0f32, (rows, 1), device)?.to_dtype(wide)?;
+        let pull = ((log_totals + tops)? * (2.0 * z_loss))? + 1.0;
+        let of_logits = exponentials.broadcast_mul(&(pull? / &totals)?)?;
+        let of_logits = (of_logits.scatter_add(&index, &minus_one, 1)? * scale)?;
+        Ok((losses, Some(of_logits.to_dtype(dtype)?)))
+    })
 }
 
 #[cfg(test)]

@@ -91,22 +91,13 @@ template <int D, int WARPS, bool SPLIT> __device__ inline void attend(const Tile
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) sums[i / 4][i % 4] = 0.0f;
   for (word block = first; block <= last; ++block) {
-    float weights[8][4], keep[2];
-    await_copies<1>();
-    __syncthreads(); // keys are there
-    times_rows<D>(weights, queries, keys);
-    __syncthreads(); // and read by all
-    if (block < last) copy(keys, step.keys, block + 1);
-    close_copies();
-    weigh(weights, part, keep, pairs.seen, block * BLOCK, step.scale);
-    await_copies<1>();
-    __syncthreads(); // values are there
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) sums[i / 4][i % 4] = sums[i / 4][i % 4] * keep[i % 4 / 2];
-    add_rows<D>(sums, weights, values);
-    __syncthreads(); // and read by all
-    if (block < last) copy(values, step.values, block + 1);
-    close_copies();
+    auto next_keys = [&] {
+      if (block < last) copy(keys, step.keys, block + 1);
+    };
+    auto next_values = [&] {
+      if (block < last) copy(values, step.values, block + 1);
+    };
+    meet<D, BLOCK>(sums, part, queries, keys, values, pairs.seen, block * BLOCK, step.scale, next_keys, next_values);
 
     if (block < last && (block + 1) % BLOCKS_EACH != 0) continue;
     // A partition is through.

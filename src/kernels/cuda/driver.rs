@@ -22,7 +22,7 @@ macro_rules! ptx {
     };
 }
 
-const SOURCES: [(&str, &str); 21] = ptx![
+const SOURCES: [(&str, &str); 19] = ptx![
     "adamw",
     "argmax",
     "attention_merge",
@@ -38,12 +38,10 @@ const SOURCES: [(&str, &str); 21] = ptx![
     "packed_rows",
     "rms_norm",
     "rms_norm_backward",
-    "rms_norm_forward",
     "rope_store",
     "rope_turn",
     "swiglu",
     "swiglu_backward",
-    "swiglu_forward",
 ];
 
 /// Bytes of shared memory that a kernel may use unless it asks for more.

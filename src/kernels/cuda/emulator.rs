@@ -30,7 +30,7 @@ const HEADERS: [(&str, &str); 6] = sources![
     "tiles.cuh",
 ];
 
-const SOURCES: [(&str, &str); 21] = sources![
+const SOURCES: [(&str, &str); 19] = sources![
     "adamw.cu",
     "argmax.cu",
     "attention_merge.cu",
@@ -46,12 +46,10 @@ const SOURCES: [(&str, &str); 21] = sources![
     "packed_rows.cu",
     "rms_norm.cu",
     "rms_norm_backward.cu",
-    "rms_norm_forward.cu",
     "rope_store.cu",
     "rope_turn.cu",
     "swiglu.cu",
     "swiglu_backward.cu",
-    "swiglu_forward.cu",
 ];
 
 /// Shared memory of a block of threads at most, as on Hopper.

@@ -42,22 +42,13 @@ template <int D> __device__ inline void packed_forward(const PackedForward &of, 
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) sums[i / 4][i % 4] = 0.0f;
   for (word block = first; block <= last; ++block) {
-    float weights[TILE / 8][4], keep[2];
-    await_copies<1>();
-    __syncthreads(); // keys are there
-    times_rows<D>(weights, queries, keys);
-    __syncthreads(); // and read by all
-    if (block < last) copy(keys, of.keys, block + 1);
-    close_copies();
-    weigh(weights, all, keep, seen, tile.item + block * TILE, of.scale);
-    await_copies<1>();
-    __syncthreads(); // values are there
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) sums[i / 4][i % 4] = sums[i / 4][i % 4] * keep[i % 4 / 2];
-    add_rows<D>(sums, weights, values);
-    __syncthreads(); // and read by all
-    if (block < last) copy(values, of.values, block + 1);
-    close_copies();
+    auto next_keys = [&] {
+      if (block < last) copy(keys, of.keys, block + 1);
+    };
+    auto next_values = [&] {
+      if (block < last) copy(values, of.values, block + 1);
+    };
+    meet<D, TILE>(sums, all, queries, keys, values, seen, tile.item + block * TILE, of.scale, next_keys, next_values);
   }
   await_copies<0>();
 

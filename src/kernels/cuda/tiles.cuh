@@ -146,6 +146,30 @@ __device__ inline void weigh(float (&scores)[COLUMNS][4], Softmax (&rows)[2], fl
   }
 }
 
+/// Has own rows meet a block of keys and values that is on its way to shared memory, and asks for the next one: while
+/// one of the two is computed with, `next` copies the other.
+template <int D, int ROWS, typename Keys, typename Values>
+__device__ inline void meet(float (&sums)[D / 8][4], Softmax (&rows)[2], const word (&queries)[D / 16][4], bf16 *keys,
+                            bf16 *values, const Seen &seen, word first_position, float scale, const Keys &next_keys,
+                            const Values &next_values) {
+  float weights[ROWS / 8][4], keep[2];
+  await_copies<1>();
+  __syncthreads(); // keys are there
+  times_rows<D>(weights, queries, keys);
+  __syncthreads(); // and read by all
+  next_keys();
+  close_copies();
+  weigh(weights, rows, keep, seen, first_position, scale);
+  await_copies<1>();
+  __syncthreads(); // values are there
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) sums[i / 4][i % 4] = sums[i / 4][i % 4] * keep[i % 4 / 2];
+  add_rows<D>(sums, weights, values);
+  __syncthreads(); // and read by all
+  next_values();
+  close_copies();
+}
+
 /// The sum over the lanes that share a row.
 __device__ inline float row_sum(float x) {
   x = x + __shfl_xor_sync(0xffffffffu, x, 1);

@@ -26,7 +26,7 @@ pub(crate) fn rms_norm(
         Operand::Float(epsilon),
     ];
     // SAFETY: shapes and types were checked; there is a block of threads for each row.
-    unsafe { Kernel::new("rms_norm_forward", &name, [rows, 1]).launch(machine, &operands) }?;
+    unsafe { Kernel::new("rms_norm", &name, [rows, 1]).launch(machine, &operands) }?;
     Ok(out)
 }
 

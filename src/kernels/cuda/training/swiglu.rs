@@ -13,7 +13,7 @@ pub(crate) fn swiglu(machine: &dyn Machine, gate: &Tensor, up: &Tensor) -> Resul
     let name = format!("{}_{each}", typed("swiglu_forward", &gate));
     let operands =
         [Operand::Read(&gate), Operand::Read(&up), Operand::Set(&out), Operand::Word(count)];
-    let kernel = Kernel::new("swiglu_forward", &name, [blocks(count, each), 1]);
+    let kernel = Kernel::new("swiglu", &name, [blocks(count, each), 1]);
     // SAFETY: all have so many elements of one type.
     unsafe { kernel.launch(machine, &operands) }?;
     Ok(out)
