@@ -220,11 +220,8 @@ pub fn training_bytes(
 ) -> u64 {
     let (rows, compute) =
         (args.micro_batch_tokens(device).max(length), args.train_dtype.dtype(device));
-    match host_bytes(config, compute, args.recompute, rows) {
-        // Dropout wants one more buffer: what a part puts out before it joins the stream.
-        Ok(bytes) if device.is_cpu() && args.hidden_dropout > 0.0 => {
-            bytes + 4 * (rows * config.hidden_size) as u64
-        }
+    let has_dropout = args.hidden_dropout > 0.0;
+    match host_bytes(config, compute, args.recompute, has_dropout, rows) {
         Ok(bytes) if device.is_cpu() => bytes,
         _ => tensor_bytes(config, rows),
     }

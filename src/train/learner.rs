@@ -129,10 +129,11 @@ pub fn host_bytes(
     config: &ModelConfig,
     compute: DType,
     recompute: bool,
+    has_dropout: bool,
     rows: usize,
 ) -> Result<u64> {
     let keep = if recompute { Keep::Inputs } else { Keep::Everything };
-    let pass = HostModel::bytes(config, host_kind(compute)?, keep, rows);
+    let pass = HostModel::bytes(config, host_kind(compute)?, keep, has_dropout, rows);
     Ok(config.parameter_count() * 4 * 4 + pass)
 }
 

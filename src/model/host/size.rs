@@ -13,7 +13,13 @@ impl HostModel {
     /// Bytes of everything but the parameters and their gradients, for micro-batches of `rows` rows that all have a
     /// target: buffers of the pass, and in bf16 the weights in both directions. Threads have some buffers for
     /// attention besides, which grow with the longest item.
-    pub(crate) fn bytes(config: &ModelConfig, kind: WeightType, keep: Keep, rows: usize) -> u64 {
+    pub(crate) fn bytes(
+        config: &ModelConfig,
+        kind: WeightType,
+        keep: Keep,
+        has_dropout: bool,
+        rows: usize,
+    ) -> u64 {
         let (hidden, middle) = (config.hidden_size, config.intermediate_size);
         let wide = config.num_attention_heads * config.head_dim;
         let narrow = config.num_key_value_heads * config.head_dim;
@@ -21,7 +27,8 @@ impl HostModel {
         let kept = if keep == Keep::Everything { layers } else { 1 };
         let trace = 2 * wide + 2 * narrow + config.num_attention_heads + hidden + 2 * middle;
         let block = 2 * hidden + 2 * middle + 2 * wide + 2 * narrow;
-        let columns = layers * hidden + kept * trace + block + 5 * hidden;
+        let dropped = if has_dropout { hidden } else { 0 };
+        let columns = layers * hidden + kept * trace + block + 5 * hidden + dropped;
         let logits = CHUNK.min(rows) * config.vocab_size;
         let table = config.max_position_embeddings * config.head_dim;
         let rounded = match kind {
