@@ -1,4 +1,4 @@
-//! Runs that are killed or stopped go on and end with the same bytes.
+//! Runs that are killed or stopped go on and end with the same bytes, also with their threads split.
 
 use crate::program::{command, corpus, small_run};
 use headwater_tests::folders::assert_same;
@@ -8,8 +8,14 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 fn run(arguments: &[String]) {
+    run_on(None, arguments);
+}
+
+/// Runs the program, with so many threads.
+fn run_on(threads: Option<usize>, arguments: &[String]) {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let output = command(&arguments).output().unwrap();
+    let threads = threads.map(|threads| ("RAYON_NUM_THREADS", threads.to_string()));
+    let output = command(&arguments).envs(threads).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -101,4 +107,16 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 #[test]
 fn a_stopped_run_goes_on_to_the_same_bytes() {
     check("-INT");
+}
+
+#[test]
+fn a_run_with_split_threads_ends_with_the_same_bytes() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let [shared, split] = ["shared", "split"].map(|name| place.path().join(name));
+    run(&small_run(&documents, &general, &shared));
+    let mut arguments = small_run(&documents, &general, &split);
+    arguments.extend(["--train-threads", "2"].map(str::to_owned));
+    run_on(Some(5), &arguments);
+    assert_same_run(&split, &shared);
 }

@@ -1,6 +1,6 @@
 //! What people watch of a training: metrics, TensorBoard's events, the report.
 
-use crate::program::{check, corpus, small_run_with_pairs};
+use crate::program::{check, corpus, small_run};
 use headwater_pipelines::shell::metrics::{self, Line};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -33,7 +33,7 @@ fn trained() -> (tempfile::TempDir, PathBuf, String) {
     let place = tempfile::tempdir().unwrap();
     let (documents, general) = corpus(place.path());
     let out = place.path().join("run");
-    let mut arguments = small_run_with_pairs(&documents, &general, &out);
+    let mut arguments = small_run(&documents, &general, &out);
     arguments.push("--json".into());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let printed = check(&arguments, 0, "");
