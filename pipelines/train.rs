@@ -170,7 +170,7 @@ impl Source {
             settings.schedule.peak,
             settings.schedule.decay,
             settings.schedule.warmup_steps,
-            args.train.train_dtype.arithmetic(&self.devices[0]),
+            args.train.train_dtype.arithmetic(&self.devices[0], &self.model.config),
             held_out::describe(&self.held_out, args.train.eval_every),
             bytes(self.memory(args)),
             args.out.display(),
@@ -211,7 +211,7 @@ impl Source {
                 "tokenizer": digest(&self.model),
             },
             "training": plan::training_configuration(settings, self.devices.len()),
-            "training_arithmetic": args.train.train_dtype.arithmetic(&self.devices[0]),
+            "training_arithmetic": args.train.train_dtype.arithmetic(&self.devices[0], &self.model.config),
             "held_out": args.train.held_out_configuration()?,
         }))
     }

@@ -300,7 +300,7 @@ impl Class {
             "lessons": self.lesson_settings,
             "passes": args.epochs(),
             "training": self.training,
-            "training_arithmetic": args.train_dtype.arithmetic(&self.device),
+            "training_arithmetic": args.train_dtype.arithmetic(&self.device, &self.model.config),
         }))
     }
 

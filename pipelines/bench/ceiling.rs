@@ -6,7 +6,7 @@
 //!           bytes = weights once, keys and values of each sequence once
 //! ```
 
-use crate::shell::plan::{best_seconds, matrix_rate};
+use crate::shell::plan::{best_seconds, cpu_matrix_rate, matrix_rate};
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use headwater::kernels::packed::WeightType;
@@ -46,12 +46,27 @@ impl Ceiling {
 /// Side of a matrix that keeps a GPU busy.
 const SIDE: usize = 8192;
 
-/// Operations a second in large products.
+/// Side of one that is large for a CPU.
+const CPU_SIDE: usize = 2048;
+
+/// Operations a second in large products of a GPU.
 ///
 /// # Errors
 /// If the device fails.
 pub(super) fn products(device: &Device, dtype: DType) -> Result<f64> {
-    matrix_rate(device, dtype, if device.is_cpu() { 2048 } else { SIDE })
+    matrix_rate(device, dtype, SIDE)
+}
+
+/// Operations a second in large products of a CPU in `kind`. In f32 that is the faster of whole numbers and three parts.
+///
+/// # Errors
+/// If there is not enough memory.
+pub(super) fn cpu_products(kind: WeightType) -> Result<f64> {
+    let own = cpu_matrix_rate(kind, CPU_SIDE)?;
+    match kind {
+        WeightType::Bf16x3 => Ok(own.max(cpu_matrix_rate(WeightType::F32, CPU_SIDE)?)),
+        _ => Ok(own),
+    }
 }
 
 /// What a model costs: operations and bytes of one token.

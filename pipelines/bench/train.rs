@@ -17,14 +17,13 @@ use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use clap::Args;
-use headwater::kernels::packed::WeightType;
 use headwater::kernels::peak;
 use headwater::model::device;
 use headwater::model::shape::Shape;
 use headwater::record::{Segment, Sequence};
 use headwater::seed;
 use headwater::train::schedule::{Decay, Schedule};
-use headwater::train::{HiddenDropout, TrainSettings, Trainer, check_dealing};
+use headwater::train::{HiddenDropout, TrainSettings, Trainer, check_dealing, host_products};
 use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -161,13 +160,14 @@ impl Setup {
     }
 
     fn ceilings(&self) -> Result<Ceilings> {
-        let is_cpu = self.devices[0].is_cpu();
-        let kind = if self.compute == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
+        if self.devices[0].is_cpu() {
+            let kind = host_products(&self.model.config, self.compute)?;
+            let peak = Some(peak::operations_per_second(kind));
+            return Ok(Ceilings { products: ceiling::cpu_products(kind)?, peak });
+        }
         let count = self.devices.len() as f64;
-        Ok(Ceilings {
-            products: count * ceiling::products(&self.devices[0], self.compute)?,
-            peak: is_cpu.then(|| peak::operations_per_second(kind)),
-        })
+        let products = count * ceiling::products(&self.devices[0], self.compute)?;
+        Ok(Ceilings { products, peak: None })
     }
 
     fn measure(&self, args: &Train) -> Result<Measured> {

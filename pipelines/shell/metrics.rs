@@ -13,7 +13,7 @@ use headwater::kernels::peak;
 use headwater::model::config::ModelConfig;
 use headwater::model::device::gpu_name;
 use headwater::record::Sequence;
-use headwater::train::{StepReport, Trainer};
+use headwater::train::{StepReport, Trainer, host_products};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -90,7 +90,7 @@ impl Gauge {
         let devices = trainer.devices();
         Ok(Gauge {
             config: trainer.config().clone(),
-            peak_operations_per_s: peak(&devices[0], trainer.compute())
+            peak_operations_per_s: peak(&devices[0], trainer.compute(), trainer.config())
                 .map(|peak| peak * devices.len() as f64),
             idle: Instant::now(),
         })
@@ -154,16 +154,21 @@ pub(super) fn values(path: &Path) -> Result<Vec<Value>> {
     text.lines().enumerate().map(value).collect()
 }
 
-/// What a device does at best in such a type, in operations a second. A CPU is measured once, which takes some
+/// What a device does at best with such a model in such a type, in operations a second. A CPU is measured once, which takes some
 /// tenths of a second; it should have nothing else to do meanwhile.
-pub fn peak(device: &Device, compute: DType) -> Option<f64> {
-    static CPU: [OnceLock<f64>; 2] = [OnceLock::new(), OnceLock::new()];
-    let is_bf16 = compute == DType::BF16;
+pub fn peak(device: &Device, compute: DType, config: &ModelConfig) -> Option<f64> {
+    static CPU: [OnceLock<f64>; 3] = [const { OnceLock::new() }; 3];
     if !device.is_cpu() {
-        return gpu_name(device).filter(|_| is_bf16).and_then(|name| peak::of_gpu(&name));
+        let name = gpu_name(device).filter(|_| compute == DType::BF16);
+        return name.and_then(|name| peak::of_gpu(&name));
     }
-    let kind = if is_bf16 { WeightType::Bf16 } else { WeightType::F32 };
-    Some(*CPU[usize::from(is_bf16)].get_or_init(|| peak::operations_per_second(kind)))
+    let kind = host_products(config, compute).ok()?;
+    let place = match kind {
+        WeightType::F32 => 0,
+        WeightType::Bf16x3 => 1,
+        WeightType::Bf16 | WeightType::Int8 => 2,
+    };
+    Some(*CPU[place].get_or_init(|| peak::operations_per_second(kind)))
 }
 
 /// Floating-point operations to train on some sequences: each item attends to itself only.
@@ -299,7 +304,8 @@ mod tests {
 
     #[test]
     fn the_peak_of_a_cpu_is_measured_once() {
-        let peak = || peak(&Device::Cpu, DType::F32);
+        let config = Shape::named("2m").expect("a shape").config();
+        let peak = || peak(&Device::Cpu, DType::F32, &config);
         assert!(peak().is_some_and(|peak| peak > 0.0));
         assert_eq!(peak(), peak());
     }

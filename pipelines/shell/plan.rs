@@ -15,7 +15,7 @@ use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
-use headwater::train::{HiddenDropout, TrainSettings, host_bytes};
+use headwater::train::{HiddenDropout, TrainSettings, host_bytes, host_products};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Instant;
@@ -141,21 +141,26 @@ impl Plan {
     /// # Errors
     /// If the device fails.
     pub fn seconds_at_least(&self, settings: &Settings) -> Result<f64> {
-        let rate = |dtype| matrix_rate(&settings.devices[0], dtype, 1024);
         let synthesizer = &settings.synthesizer;
         let rounds = settings.preset.rounds as u64;
         let shown = self.prompt_tokens * rounds.div_ceil(2) + PAIR_TOKENS_PER_TEXT;
         let tokens = (self.census.documents * shown) as f64;
         let flops = tokens * synthesizer.config.training_flops_per_token(shown as usize) / 3.0;
+        let rate = |kind, dtype| match settings.devices[0].is_cpu() {
+            true => cpu_matrix_rate(kind, 1024),
+            false => matrix_rate(&settings.devices[0], dtype, 1024),
+        };
         let synthesis = match synthesizer.precision.packed() {
-            WeightType::F32 => flops / rate(DType::F32)?,
-            WeightType::Bf16 | WeightType::Int8 => flops / rate(DType::BF16)?,
+            WeightType::F32 | WeightType::Bf16x3 => flops / rate(WeightType::F32, DType::F32)?,
+            WeightType::Bf16 | WeightType::Int8 => flops / rate(WeightType::Bf16, DType::BF16)?,
         };
         let training = match &settings.train {
             None => 0.0,
             Some(args) => {
                 let flops = settings.model.config.training_flops_per_token(settings.length);
-                self.mix_tokens as f64 * flops / rate(args.train_dtype.dtype(&settings.devices[0]))?
+                let compute = args.train_dtype.dtype(&settings.devices[0]);
+                let kind = host_products(&settings.model.config, compute)?;
+                self.mix_tokens as f64 * flops / rate(kind, compute)?
             }
         };
         Ok(synthesis + training)
@@ -177,7 +182,7 @@ impl Plan {
             training.schedule.decay,
             training.schedule.warmup_steps,
             settings.train.as_ref().map_or(String::new(), |args| {
-                args.train_dtype.arithmetic(&settings.devices[0])
+                args.train_dtype.arithmetic(&settings.devices[0], config)
             }),
             flops * self.mix_tokens as f64,
         )
@@ -315,21 +320,31 @@ fn describe_request_store(settings: &Settings) -> String {
     }
 }
 
-/// Operations a second in products of square matrices, in bf16 on a CPU with a weight that is laid out: the best of
-/// some turns, behind one that does not count.
+/// Turns that a rate of products is measured in.
+const TURNS: usize = 8;
+
+/// Operations a second in products of square matrices: the best of some turns, behind one that does not count.
 ///
 /// # Errors
 /// If the device fails.
 pub fn matrix_rate(device: &Device, dtype: DType, side: usize) -> Result<f64> {
-    const TURNS: usize = 8;
-    let seconds = if device.is_cpu() && dtype == DType::BF16 {
-        let matrix = Tensor::ones((side, side), DType::F32, device)?;
-        let weight = PackedWeight::of_type(&matrix, WeightType::Bf16)?;
-        best_seconds(TURNS, device, || weight.multiply(&matrix))?
-    } else {
-        let matrix = Tensor::ones((side, side), dtype, device)?;
-        best_seconds(TURNS, device, || matrix.matmul(&matrix))?
-    };
+    let matrix = Tensor::ones((side, side), dtype, device)?;
+    let seconds = best_seconds(TURNS, device, || matrix.matmul(&matrix))?;
+    Ok(2.0 * (side as f64).powi(3) / seconds)
+}
+
+/// The same for a CPU that computes products in `kind`, with a weight that is laid out where there is a layout.
+///
+/// # Errors
+/// If there is not enough memory.
+pub fn cpu_matrix_rate(kind: WeightType, side: usize) -> Result<f64> {
+    let device = Device::Cpu;
+    if kind == WeightType::F32 {
+        return matrix_rate(&device, DType::F32, side);
+    }
+    let matrix = Tensor::ones((side, side), DType::F32, &device)?;
+    let weight = PackedWeight::of_type(&matrix, kind)?;
+    let seconds = best_seconds(TURNS, &device, || weight.multiply(&matrix))?;
     Ok(2.0 * (side as f64).powi(3) / seconds)
 }
 

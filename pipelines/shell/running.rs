@@ -167,7 +167,7 @@ fn spawn_trainer(
             Trainer::new(&settings.model.config, values, training, compute, devices)?
         }
     };
-    metrics::peak(&devices[0], compute); // while the machine has nothing else to do
+    metrics::peak(&devices[0], compute, trainer.config()); // while the machine has nothing else to do
     let trainer = trainer.with_guards(args.guards());
     let (parts, tokenizer) = (parts.clone(), settings.model.tokenizer.clone());
     let train = move || -> Result<(Ended, Option<Trained>)> {

@@ -215,7 +215,7 @@ impl Settings {
         let precision = model.precision;
         match (self.synthesizes_on_cpu(), precision.packed()) {
             (false, _) => format!("cuda {}", precision.name()),
-            (true, WeightType::F32) => format!("cpu {}", precision.name()),
+            (true, WeightType::F32 | WeightType::Bf16x3) => format!("cpu {}", precision.name()),
             (true, WeightType::Bf16 | WeightType::Int8) => {
                 format!("cpu {} ({})", precision.name(), bf16_unit())
             }
@@ -295,7 +295,7 @@ impl Settings {
                 "tokenizer": tokenizer(&self.model),
             },
             "training": training,
-            "training_arithmetic": self.train.as_ref().map(|train| train.train_dtype.arithmetic(&self.devices[0])),
+            "training_arithmetic": self.train.as_ref().map(|train| train.train_dtype.arithmetic(&self.devices[0], &self.model.config)),
             "held_out": held_out.unwrap_or_default(),
         }))
     }

@@ -10,11 +10,13 @@ use clap::{Args, ValueEnum};
 use headwater::format::documents::files;
 use headwater::format::jsonl::Fields;
 use headwater::kernels::bf16_unit;
-use headwater::train::check_dealing;
+use headwater::kernels::packed::WeightType;
+use headwater::model::config::ModelConfig;
 use headwater::train::checkpoint::Retention;
 use headwater::train::guard::{Guards, OnFault};
 use headwater::train::held_out::HeldOut;
 use headwater::train::schedule::Decay;
+use headwater::train::{check_dealing, host_products};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -110,13 +112,15 @@ impl Compute {
         }
     }
 
-    /// How a device computes in it, as far as that decides the output.
-    pub fn arithmetic(self, device: &Device) -> String {
+    /// How a device computes a model in it, as far as that decides the output.
+    pub fn arithmetic(self, device: &Device, config: &ModelConfig) -> String {
         let dtype = self.dtype(device);
-        match (device.is_cpu(), dtype) {
-            (true, DType::BF16) => format!("cpu bf16 ({})", bf16_unit()),
-            (true, _) => format!("cpu {}", dtype.as_str()),
-            (false, _) => format!("cuda {}", dtype.as_str()),
+        let products = device.is_cpu().then(|| host_products(config, dtype));
+        match products {
+            None => format!("cuda {}", dtype.as_str()),
+            Some(Ok(WeightType::Bf16x3)) => "cpu f32 (three bf16 matrices)".into(),
+            Some(Ok(WeightType::Bf16)) => format!("cpu bf16 ({})", bf16_unit()),
+            Some(_) => format!("cpu {}", dtype.as_str()),
         }
     }
 }

@@ -10,6 +10,7 @@
 //! Training multiplies every matrix both ways round. What is not there is zero. To be inlined into vectorised
 //! loops.
 
+use super::bf16x3::{self, PARTS};
 use super::matmul::View;
 use super::packed::WeightType;
 use super::rounding;
@@ -18,6 +19,9 @@ use pulp::bytemuck::cast_slice;
 
 /// Columns or rows, and words, that are turned round at a time.
 pub(crate) const SQUARE: usize = 16;
+
+/// Words, 16 of each of 16 rows.
+type Square = [[u32; SQUARE]; SQUARE];
 
 /// Inputs that words are padded to: whole steps of a matrix unit.
 pub(crate) const INPUTS: usize = 32;
@@ -29,6 +33,7 @@ pub(crate) fn row(kind: WeightType, x: &[f32], words: &mut [u32]) {
     match kind {
         WeightType::F32 => words[..own].copy_from_slice(cast_slice(x)),
         WeightType::Bf16 => rounding::round_row(x, &mut words[..own]),
+        WeightType::Bf16x3 => bf16x3::split_row(x, &mut words[..own]),
         WeightType::Int8 => unreachable!("8 bits have scales"),
     }
     words[own..].fill(0);
@@ -55,7 +60,18 @@ pub(crate) fn panel_of_columns(
     first: usize,
     panel: &mut [u32],
 ) {
-    for (word, out) in panel.as_chunks_mut::<PANEL>().0.iter_mut().enumerate() {
+    let words = panel.as_chunks_mut::<PANEL>().0;
+    if kind == WeightType::Bf16x3 {
+        let steps = words.as_chunks_mut::<{ PARTS * SQUARE }>().0;
+        for (step, words) in steps.iter_mut().enumerate() {
+            for word in 0..SQUARE {
+                let out = words.get_disjoint_mut([word, SQUARE + word, 2 * SQUARE + word]);
+                split_columns(x, step * SQUARE + word, first, out.expect("three places"));
+            }
+        }
+        return;
+    }
+    for (word, out) in words.iter_mut().enumerate() {
         *out = word_of_columns(kind, x, word, first);
     }
 }
@@ -70,47 +86,106 @@ pub(crate) fn rows_of_columns(
     stride: usize,
 ) {
     let (count, depth) = (words.len() / stride, kind.words(x.rows.next_multiple_of(INPUTS)));
-    for at in (0..depth).step_by(SQUARE) {
-        for column in (0..count).step_by(SQUARE) {
-            let square = square_of_columns(kind, x, at, first + column);
-            let rows = words[column * stride..].chunks_mut(stride).take(SQUARE);
-            for (row, turned) in rows.zip(&square) {
-                let own = depth.min(at + SQUARE) - at;
-                row[at..at + own].copy_from_slice(&turned[..own]);
-            }
-        }
+    for column in (0..count).step_by(SQUARE) {
+        let words = &mut words[column * stride..];
+        squares_of_columns(
+            kind,
+            x,
+            depth,
+            first + column,
+            #[inline(always)]
+            |at, square| {
+                for (row, turned) in words.chunks_mut(stride).take(SQUARE).zip(square) {
+                    let own = depth.min(at + SQUARE) - at;
+                    row[at..at + own].copy_from_slice(&turned[..own]);
+                }
+            },
+        );
     }
 }
 
-/// 16 words from `word` of each of 16 columns from `first`.
+/// Hands out the first `depth` words of each of 16 columns from `first`, 16 words at a time with the index of the first.
 #[inline(always)]
-pub(crate) fn square_of_columns(
+pub(crate) fn squares_of_columns(
     kind: WeightType,
     x: View<'_, f32>,
-    word: usize,
+    depth: usize,
     first: usize,
-) -> [[u32; SQUARE]; SQUARE] {
+    mut put: impl FnMut(usize, &Square),
+) {
     let mut square = [[0; SQUARE]; SQUARE];
-    for row in 0..SQUARE {
-        square[row] = word_of_columns(kind, x, word + row, first);
+    if kind != WeightType::Bf16x3 {
+        for at in (0..depth).step_by(SQUARE) {
+            for row in 0..SQUARE {
+                square[row] = word_of_columns(kind, x, at + row, first);
+            }
+            put(at, &turned(&square));
+        }
+        return;
     }
-    turned(&square)
+    let mut parts = [square; PARTS];
+    for (step, at) in (0..depth).step_by(PARTS * SQUARE).enumerate() {
+        for row in 0..SQUARE {
+            let out = parts.each_mut().map(|part| &mut part[row]);
+            split_columns(x, step * SQUARE + row, first, out);
+        }
+        for part in 0..PARTS {
+            put(at + part * SQUARE, &turned(&parts[part]));
+        }
+    }
 }
 
 /// The panel of 32 rows of `x` from `first`.
 #[inline(always)]
 pub(crate) fn panel_of_rows(kind: WeightType, x: View<'_, f32>, first: usize, panel: &mut [u32]) {
-    let depth = panel.len() / PANEL;
     for half in [0, SQUARE] {
+        squares_of_rows(
+            kind,
+            x,
+            panel.len() / PANEL,
+            first + half,
+            #[inline(always)]
+            |at, square| {
+                let words = panel[at * PANEL..].chunks_exact_mut(PANEL);
+                for (word, turned) in words.zip(square) {
+                    word[half..half + SQUARE].copy_from_slice(turned);
+                }
+            },
+        );
+    }
+}
+
+/// Hands out the first `depth` words of each of 16 rows from `first`, turned, 16 words at a time with the index of the
+/// first.
+#[inline(always)]
+fn squares_of_rows(
+    kind: WeightType,
+    x: View<'_, f32>,
+    depth: usize,
+    first: usize,
+    mut put: impl FnMut(usize, &Square),
+) {
+    let mut square = [[0; SQUARE]; SQUARE];
+    if kind != WeightType::Bf16x3 {
         for at in (0..depth).step_by(SQUARE) {
-            let mut square = [[0; SQUARE]; SQUARE];
             for row in 0..SQUARE {
-                square[row] = words_of_row(kind, x, first + half + row, at);
+                square[row] = words_of_row(kind, x, first + row, at);
             }
-            let words = panel[at * PANEL..].chunks_exact_mut(PANEL);
-            for (word, turned) in words.zip(&turned(&square)) {
-                word[half..half + SQUARE].copy_from_slice(turned);
+            put(at, &turned(&square));
+        }
+        return;
+    }
+    let mut parts = [square; PARTS];
+    for (step, at) in (0..depth).step_by(PARTS * SQUARE).enumerate() {
+        for row in 0..SQUARE {
+            let mut own = [0; PARTS * SQUARE];
+            bf16x3::split_row(&columns::<INPUTS>(x, first + row, step * INPUTS), &mut own);
+            for part in 0..PARTS {
+                parts[part][row].copy_from_slice(&own[part * SQUARE..][..SQUARE]);
             }
+        }
+        for part in 0..PARTS {
+            put(at + part * SQUARE, &turned(&parts[part]));
         }
     }
 }
@@ -150,6 +225,25 @@ fn word_of_columns<const COUNT: usize>(
             out
         }
     }
+}
+
+/// Writes the parts of two rows from `2 * word` in `COUNT` columns from `first`.
+#[inline(always)]
+fn split_columns<const COUNT: usize>(
+    x: View<'_, f32>,
+    word: usize,
+    first: usize,
+    out: [&mut [u32; COUNT]; PARTS],
+) {
+    debug_assert_eq!(x.column_stride, 1);
+    let row = 2 * word;
+    if row + 1 < x.rows && first + COUNT <= x.columns {
+        let rows = &x.data[row * x.row_stride + first..];
+        let low = rows.first_chunk().expect("a row holds its columns");
+        let high = rows[x.row_stride..].first_chunk().expect("a row holds its columns");
+        return bf16x3::split_rows(low, high, out);
+    }
+    bf16x3::split_rows(&columns(x, row, first), &columns(x, row + 1, first), out);
 }
 
 /// 16 words of a row.
@@ -197,12 +291,20 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
-    const KINDS: [WeightType; 2] = [WeightType::F32, WeightType::Bf16];
+    const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::Bf16, WeightType::Bf16x3];
 
     /// Element `input` of a chain of words `[word][lane]`.
-    fn element(kind: WeightType, input: usize, word: impl Fn(usize) -> u32) -> f32 {
+    fn element(kind: WeightType, input: usize, word: &dyn Fn(usize) -> u32) -> f32 {
         match kind {
             WeightType::F32 => f32::from_bits(word(input)),
+            WeightType::Bf16x3 => {
+                let (step, input) = (input / INPUTS, input % INPUTS);
+                let part = |part| {
+                    let word = |own| word((step * PARTS + part) * SQUARE + own);
+                    element(WeightType::Bf16, input, &word)
+                };
+                part(0) + (part(1) + part(2))
+            }
             _ if input.is_multiple_of(2) => f32::from_bits(word(input / 2) << 16),
             _ => f32::from_bits(word(input / 2) & 0xffff_0000),
         }
@@ -210,7 +312,7 @@ mod tests {
 
     fn rounded(kind: WeightType, x: f32) -> f32 {
         match kind {
-            WeightType::F32 => x,
+            WeightType::F32 | WeightType::Bf16x3 => x,
             _ => f32::from_bits(rounding::round(x) << 16),
         }
     }
@@ -231,9 +333,9 @@ mod tests {
             for input in 0..rows.next_multiple_of(INPUTS) {
                 for lane in 0..20 {
                     let exact = rounded(kind, at(input, 5 + lane));
-                    let ours = element(kind, input, |word| panel[word * PANEL + lane]);
+                    let ours = element(kind, input, &|word| panel[word * PANEL + lane]);
                     assert_eq!(ours, exact, "panel of columns: {input}, {lane}");
-                    let ours = element(kind, input, |word| turned[lane * (depth + 1) + word]);
+                    let ours = element(kind, input, &|word| turned[lane * (depth + 1) + word]);
                     assert_eq!(ours, exact, "rows of columns: {input}, {lane}");
                 }
             }
@@ -244,10 +346,10 @@ mod tests {
             row(kind, &data[..columns], &mut own);
             for input in 0..inputs {
                 for lane in 0..PANEL {
-                    let ours = element(kind, input, |word| panel[word * PANEL + lane]);
+                    let ours = element(kind, input, &|word| panel[word * PANEL + lane]);
                     assert_eq!(ours, rounded(kind, at(3 + lane, input)), "panel of rows");
                 }
-                assert_eq!(element(kind, input, |word| own[word]), rounded(kind, at(0, input)));
+                assert_eq!(element(kind, input, &|word| own[word]), rounded(kind, at(0, input)));
             }
         }
     }

@@ -4,9 +4,10 @@
 //! of x  =  sum over outputs of (of y) W          of W  +=  (of y)^T x
 //! ```
 //!
-//! In f32 these are products of the matrices as they stand. In bf16 both sides are rounded when they meet and
-//! sums stay in f32, as in mixed-precision training (Micikevicius et al., 2018; arXiv 1710.03740); weights are
-//! laid out for both directions whenever they have moved.
+//! In f32 these are products of the matrices as they stand, or, where that is faster, of three parts of bf16 each (`bf16x3`). In
+//! bf16 both sides are rounded when they meet and sums stay in f32, as in mixed-precision training (Micikevicius et
+//! al., 2018; arXiv 1710.03740). Weights that are rounded or split are laid out for both directions whenever they have moved,
+//! and kept, or laid out whenever they are used, for memory.
 
 use super::matmul::{Into, View, multiply_parallel};
 use super::packed::{PackedWeight, WeightType};
@@ -22,12 +23,23 @@ pub(crate) struct Weight {
     value: Tensor,
     outputs: usize,
     inputs: usize,
-    rounded: Option<Box<Rounded>>,
+    /// What products are computed in.
+    kind: WeightType,
+    kept: Option<Box<LaidOut>>,
 }
 
-/// A weight in bf16.
+/// When a weight is laid out, if it has to be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Layout {
+    /// Whenever it has moved. It takes its memory once more in each direction.
+    Kept,
+    /// Whenever it is used.
+    AtUse,
+}
+
+/// A weight in the words of its products.
 #[derive(Debug, Default)]
-struct Rounded {
+struct LaidOut {
     /// `(out, in)`: from inputs to outputs.
     forward: PackedWeight,
     /// `(in, out)`: back.
@@ -42,6 +54,8 @@ pub(crate) struct Scratch {
     turned: Rows,
     /// Columns of gradients of outputs.
     panels: PackedWeight,
+    /// A weight that is laid out at use.
+    weight: PackedWeight,
 }
 
 /// An output of an operation on its way back.
@@ -61,24 +75,44 @@ pub(crate) fn sized(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
 }
 
 impl Weight {
-    /// A weight whose products are computed in `kind`: f32 or bf16.
-    pub(crate) fn new(value: Tensor, kind: WeightType) -> Result<Self> {
+    /// A weight whose products are computed in `kind`.
+    pub(crate) fn new(value: Tensor, kind: WeightType, layout: Layout) -> Result<Self> {
         let (outputs, inputs) = value.dims2()?;
-        let rounded = (kind == WeightType::Bf16).then(Box::default);
-        let mut weight = Weight { value, outputs, inputs, rounded };
+        let is_kept = kind != WeightType::F32 && layout == Layout::Kept;
+        let kept = is_kept.then(Box::default);
+        let mut weight = Weight { value, outputs, inputs, kind, kept };
         weight.follow()?;
         Ok(weight)
     }
 
     /// Follows the parameter, which has moved.
     pub(crate) fn follow(&mut self) -> Result<()> {
-        if let Some(rounded) = &mut self.rounded {
-            let value = elements::<f32>(&self.value)?;
-            let value = View::rows(&value, self.outputs, self.inputs, self.inputs);
-            rounded.forward.set_rows(WeightType::Bf16, value);
-            rounded.back.set_columns(WeightType::Bf16, value);
-        }
+        let Some(kept) = &mut self.kept else { return Ok(()) };
+        let value = elements::<f32>(&self.value)?;
+        let value = View::rows(&value, self.outputs, self.inputs, self.inputs);
+        kept.forward.set_rows(self.kind, value);
+        kept.back.set_columns(self.kind, value);
         Ok(())
+    }
+
+    /// What rows of inputs are multiplied with.
+    fn forward<'a>(&'a self, memory: &'a mut PackedWeight) -> Result<&'a PackedWeight> {
+        if let Some(kept) = &self.kept {
+            return Ok(&kept.forward);
+        }
+        let value = elements::<f32>(&self.value)?;
+        memory.set_rows(self.kind, View::rows(&value, self.outputs, self.inputs, self.inputs));
+        Ok(memory)
+    }
+
+    /// What gradients of outputs are multiplied with.
+    fn back<'a>(&'a self, memory: &'a mut PackedWeight) -> Result<&'a PackedWeight> {
+        if let Some(kept) = &self.kept {
+            return Ok(&kept.back);
+        }
+        let value = elements::<f32>(&self.value)?;
+        memory.set_columns(self.kind, View::rows(&value, self.outputs, self.inputs, self.inputs));
+        Ok(memory)
     }
 
     /// Number of outputs.
@@ -90,10 +124,6 @@ impl Weight {
     pub(crate) fn inputs(&self) -> usize {
         self.inputs
     }
-
-    fn rounded(&self) -> &Rounded {
-        self.rounded.as_ref().expect("weights that meet are of one type")
-    }
 }
 
 /// `out = x W^T` for some weights with the same inputs.
@@ -102,16 +132,22 @@ pub(crate) fn forward<const COUNT: usize>(
     x: &[f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let inputs = parts[0].0.inputs;
-    let count = x.len() / inputs;
-    if parts[0].0.rounded.is_some() {
-        scratch.rows.set(WeightType::Bf16, x, count, inputs);
-        let parts = parts.map(|(weight, out)| (&weight.rounded().forward, out));
-        product::set(parts, &scratch.rows);
+    let Weight { inputs, kind, .. } = *parts[0].0;
+    if kind == WeightType::F32 {
+        return parts.into_iter().try_for_each(|(w, out)| plain_forward(w, x, out, Into::Set));
+    }
+    let Scratch { rows, weight: memory, .. } = scratch;
+    rows.set(kind, x, x.len() / inputs, inputs);
+    if parts.iter().all(|(weight, _)| weight.kept.is_some()) {
+        let parts = parts.map(|(weight, out)| {
+            let kept = weight.kept.as_ref().expect("as was asked");
+            (&kept.forward, out)
+        });
+        product::set(parts, rows);
         return Ok(());
     }
     for (weight, out) in parts {
-        plain_forward(weight, x, out, Into::Set)?;
+        product::set([(weight.forward(memory)?, out)], rows);
     }
     Ok(())
 }
@@ -123,12 +159,13 @@ pub(crate) fn forward_add(
     out: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
-    if let Some(rounded) = &weight.rounded {
-        scratch.rows.set(WeightType::Bf16, x, x.len() / weight.inputs, weight.inputs);
-        product::add(&rounded.forward, &scratch.rows, out);
-        return Ok(());
+    if weight.kind == WeightType::F32 {
+        return plain_forward(weight, x, out, Into::Add);
     }
-    plain_forward(weight, x, out, Into::Add)
+    let Scratch { rows, weight: memory, .. } = scratch;
+    rows.set(weight.kind, x, x.len() / weight.inputs, weight.inputs);
+    product::add(weight.forward(memory)?, rows, out);
+    Ok(())
 }
 
 fn plain_forward(weight: &Weight, x: &[f32], out: &mut [f32], into: Into) -> Result<()> {
@@ -148,9 +185,9 @@ pub(crate) fn backward(
 ) -> Result<()> {
     let inputs = branches[0].weight.inputs;
     let x = View::rows(x, x.len() / inputs, inputs, inputs);
-    match branches[0].weight.rounded {
-        Some(_) => rounded_backward(branches, x, of_x, scratch),
-        None => plain_backward(branches, x, of_x),
+    match branches[0].weight.kind {
+        WeightType::F32 => plain_backward(branches, x, of_x),
+        kind => laid_out_backward(kind, branches, x, of_x, scratch),
     }
 }
 
@@ -170,18 +207,19 @@ fn plain_backward(branches: &[Branch<'_>], x: View<'_, f32>, of_x: &mut [f32]) -
     Ok(())
 }
 
-fn rounded_backward(
+fn laid_out_backward(
+    kind: WeightType,
     branches: &[Branch<'_>],
     x: View<'_, f32>,
     of_x: &mut [f32],
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let Scratch { rows, turned, panels } = scratch;
-    turned.set_columns(WeightType::Bf16, x);
+    let Scratch { rows, turned, panels, weight: memory } = scratch;
+    turned.set_columns(kind, x);
     for (index, Branch { weight, of_output, of_weight }) in branches.iter().enumerate() {
         let of_output = View::rows(of_output, x.rows, weight.outputs, weight.outputs);
-        rows.set_with_panels(WeightType::Bf16, of_output, panels);
-        let back = &weight.rounded().back;
+        rows.set_with_panels(kind, of_output, panels);
+        let back = weight.back(memory)?;
         match index {
             0 => product::set([(back, &mut *of_x)], rows),
             _ => product::add(back, rows, of_x),
@@ -198,15 +236,21 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
-    fn check(count: usize, inputs: usize, outputs: [usize; 2], kind: WeightType) {
+    fn check(
+        count: usize,
+        inputs: usize,
+        outputs: [usize; 2],
+        (kind, layout): (WeightType, Layout),
+    ) {
         let round = |t: &Tensor| match kind {
-            WeightType::F32 => t.clone(),
+            WeightType::F32 | WeightType::Bf16x3 => t.clone(),
             _ => t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap(),
         };
         let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let x = random(&[count, inputs], DType::F32);
         let values = outputs.map(|outputs| random(&[outputs, inputs], DType::F32));
-        let weights = values.each_ref().map(|value| Weight::new(value.clone(), kind).unwrap());
+        let weights =
+            values.each_ref().map(|value| Weight::new(value.clone(), kind, layout).unwrap());
         let mut scratch = Scratch::default();
 
         let [mut left, mut right] = outputs.map(|outputs| vec![0.0; count * outputs]);
@@ -239,7 +283,12 @@ mod tests {
 
     #[test]
     fn outputs_and_gradients_are_those_of_plain_products() {
-        for kind in [WeightType::F32, WeightType::Bf16] {
+        for kind in [
+            (WeightType::F32, Layout::Kept),
+            (WeightType::Bf16, Layout::Kept),
+            (WeightType::Bf16x3, Layout::Kept),
+            (WeightType::Bf16x3, Layout::AtUse),
+        ] {
             check(1, 1, [1, 2], kind);
             check(7, 33, [5, 40], kind);
             check(96, 64, [64, 32], kind);
@@ -250,7 +299,7 @@ mod tests {
     #[test]
     fn a_weight_follows_its_parameter() {
         let value = random(&[40, 24], DType::F32);
-        let mut weight = Weight::new(value.clone(), WeightType::Bf16).unwrap();
+        let mut weight = Weight::new(value.clone(), WeightType::Bf16, Layout::Kept).unwrap();
         change(&value, |value| value.fill(0.5)).unwrap();
         weight.follow().unwrap();
         let mut out = vec![0.0; 40];

@@ -14,6 +14,7 @@ pub(crate) mod all_reduce;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+mod bf16x3;
 pub mod cached;
 pub mod cross_entropy;
 pub mod cuda;
@@ -74,10 +75,15 @@ pub fn instruction_set() -> String {
     format!("{widest}, {}", pairs::unit())
 }
 
-/// What products of bf16 run on. In f32 all CPUs compute the same bits; in bf16, and in 8 bits, whose keys and
+/// What products of bf16 run on. In f32 all CPUs generate the same bits; in bf16, and in 8 bits, whose keys and
 /// values are bf16, CPUs with the same unit do.
 pub fn bf16_unit() -> &'static str {
     pairs::unit()
+}
+
+/// Whether products of f32 in three parts of bf16 are faster than whole ones on this CPU.
+pub(crate) fn parts_pay() -> bool {
+    bf16x3::pays()
 }
 
 /// Rows that one task of a parallel loop works on. Fixed, so that partial sums always cover the same

@@ -13,6 +13,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::bf16x3;
 use super::packed::WeightType;
 use super::tiles::PANEL;
 use pulp::{Simd, WithSimd};
@@ -38,6 +39,7 @@ pub fn operations_per_second(kind: WeightType) -> f64 {
     let chains = match kind {
         WeightType::F32 => floats,
         WeightType::Bf16 => pairs,
+        WeightType::Bf16x3 => parts,
         WeightType::Int8 => quads,
     };
     best(|| {
@@ -98,6 +100,14 @@ impl WithSimd for Sum<'_> {
         }
         let sums = sums.map(|sum| simd.reduce_sum_f32s(sum));
         sums.iter().chain(rest).sum()
+    }
+}
+
+/// Runs chains of three parts; returns how many operations on whole numbers that were.
+fn parts() -> usize {
+    match bf16x3::pays() {
+        true => pairs() / bf16x3::PRODUCTS,
+        false => floats(),
     }
 }
 

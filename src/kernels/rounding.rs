@@ -9,6 +9,13 @@
 
 use super::tiles::PANEL;
 
+/// Whether this CPU rounds whole vectors.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(super) fn has_vectors() -> bool {
+    is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
+}
+
 /// A word of two elements.
 #[inline(always)]
 pub(crate) fn pair(low: f32, high: f32) -> u32 {
@@ -28,7 +35,7 @@ pub(crate) fn round(x: f32) -> u32 {
 #[inline(always)]
 pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
     #[cfg(target_arch = "x86_64")]
-    if x.len() >= PANEL && vectors::are_there() {
+    if x.len() >= PANEL && has_vectors() {
         // SAFETY: the CPU has the instructions.
         return unsafe { vectors::round_row(x, words) };
     }
@@ -39,7 +46,7 @@ pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {
 #[inline(always)]
 pub(crate) fn round_rows(x: &[[f32; PANEL]], words: &mut [u32], stride: usize) {
     #[cfg(target_arch = "x86_64")]
-    if vectors::are_there() {
+    if has_vectors() {
         // SAFETY: the CPU has the instructions.
         return unsafe { vectors::round_rows(x, words, stride) };
     }
@@ -53,7 +60,7 @@ pub(crate) fn round_rows(x: &[[f32; PANEL]], words: &mut [u32], stride: usize) {
 pub(crate) fn pair_rows(low: &[f32; PANEL], high: &[f32; PANEL]) -> [u32; PANEL] {
     let mut out = [0; PANEL];
     #[cfg(target_arch = "x86_64")]
-    if vectors::are_there() {
+    if has_vectors() {
         // SAFETY: the CPU has the instructions.
         unsafe { vectors::pair_rows(low, high, &mut out) };
         return out;
@@ -85,11 +92,6 @@ mod vectors {
 
     /// Elements of a vector of f32, and words of one of bf16.
     const LANES: usize = PANEL / 2;
-
-    #[inline(always)]
-    pub(super) fn are_there() -> bool {
-        is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512bw")
-    }
 
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) fn round_row(x: &[f32], words: &mut [u32]) {

@@ -3,15 +3,14 @@
 // Reason: threads write different words of the same rows and panels, which slices cannot express.
 #![expect(unsafe_code, reason = "words of one matrix are written by several threads")]
 
-use super::layout::{self, INPUTS, SQUARE, panel_of_columns, square_of_columns};
+use super::ROWS_PER_TASK;
+use super::layout::{self, INPUTS, SQUARE, panel_of_columns, squares_of_columns};
 use super::matmul::View;
 use super::packed::{PackedWeight, WeightType};
 use super::quads::{self, Group};
 use super::real::simd;
 use super::share::{Target, each};
 use super::tiles::{PANEL, ROWS};
-use super::{ROWS_PER_TASK, rounding};
-use pulp::bytemuck::cast_slice;
 
 /// Rows in words. Its memory is used again for the next ones.
 #[derive(Debug, Default)]
@@ -46,9 +45,8 @@ impl RowMut<'_> {
     #[inline(always)]
     pub(crate) fn set(self, x: &[f32]) {
         match self.kind {
-            WeightType::F32 => self.words.copy_from_slice(cast_slice(x)),
-            WeightType::Bf16 => rounding::round_row(x, self.words),
             WeightType::Int8 => quads::quantise_row(x, self.words, self.groups),
+            kind => layout::row(kind, x, self.words),
         }
     }
 }
@@ -130,17 +128,21 @@ impl Rows {
             simd(
                 #[inline(always)]
                 || {
-                    for column in (0..x.columns).step_by(SQUARE) {
-                        for word in (0..depth).step_by(SQUARE) {
-                            let square = square_of_columns(kind, x, word, column);
-                            let rows = x.columns.min(column + SQUARE) - column;
-                            for (row, square) in square.iter().take(rows).enumerate() {
-                                // SAFETY: a part of the rows of `x` has words of its own.
-                                let out =
-                                    unsafe { target.columns(column + row, at + word, SQUARE) };
-                                out.copy_from_slice(square);
-                            }
-                        }
+                    for first in (0..x.columns).step_by(SQUARE) {
+                        squares_of_columns(
+                            kind,
+                            x,
+                            depth,
+                            first,
+                            #[inline(always)]
+                            |word, square| {
+                                for (column, square) in (first..x.columns).zip(square) {
+                                    // SAFETY: a part of the rows of `x` has words of its own.
+                                    let out = unsafe { target.columns(column, at + word, SQUARE) };
+                                    out.copy_from_slice(square);
+                                }
+                            },
+                        );
                     }
                 },
             );

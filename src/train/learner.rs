@@ -3,12 +3,17 @@
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
 use crate::kernels::packed::WeightType;
+use crate::kernels::parts_pay;
 use crate::model::backward::{Batch, Gradients, Keep, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::host::HostModel;
 use crate::model::{Form, Llama};
 use crate::threads;
 use candle_core::{DType, Device, Tensor};
+
+/// Width of layers from which f32 is split where that pays: beside whole products, with 256 it cost a tenth of a step, with
+/// 768 it saved one and more (docs/training.md).
+const PARTS_PAY_FROM: usize = 512;
 
 /// A model in training.
 #[derive(Debug)]
@@ -35,7 +40,7 @@ impl Learner {
             Ok(parameters.get(name).ok_or_else(missing)?.value()?)
         };
         if device.is_cpu() {
-            let kind = host_kind(compute)?;
+            let kind = host_products(config, compute)?;
             return Ok(Learner::Host(Box::new(HostModel::new(config, kind, value)?)));
         }
         let mut copies = Vec::new();
@@ -133,17 +138,45 @@ pub fn host_bytes(
     rows: usize,
 ) -> Result<u64> {
     let keep = if recompute { Keep::Inputs } else { Keep::Everything };
-    let pass = HostModel::bytes(config, host_kind(compute)?, keep, has_dropout, rows);
+    let pass = HostModel::bytes(config, host_products(config, compute)?, keep, has_dropout, rows);
     Ok(config.parameter_count() * 4 * 4 + pass)
 }
 
-fn host_kind(compute: DType) -> Result<WeightType> {
+/// What a CPU computes the products of a model in.
+///
+/// f32 is the sum of three parts of bf16 where the CPU has a matrix unit and layers are so wide that products outweigh what
+/// the parts cost. What is computed is as exact either way, and differs in its roundings.
+///
+/// # Errors
+/// If a CPU does not train in that type.
+pub fn host_products(config: &ModelConfig, compute: DType) -> Result<WeightType> {
     match compute {
+        DType::F32 if config.hidden_size >= PARTS_PAY_FROM && parts_pay() => Ok(WeightType::Bf16x3),
         DType::F32 => Ok(WeightType::F32),
         DType::BF16 => Ok(WeightType::Bf16),
         other => {
             let what = format!("a CPU trains in f32 or bf16, not in {}", other.as_str());
             Err(Error::Setting(what))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::shape::Shape;
+
+    #[test]
+    fn f32_is_split_for_wide_models_where_that_pays_and_other_types_are_refused() {
+        let of = |shape: &str, compute| {
+            let config = Shape::named(shape).expect("a shape").config();
+            host_products(&config, compute).map_err(|error| error.to_string())
+        };
+        let split = if parts_pay() { WeightType::Bf16x3 } else { WeightType::F32 };
+        assert_eq!(of("10m", DType::F32), Ok(WeightType::F32));
+        assert_eq!(of("110m", DType::F32), Ok(split));
+        assert_eq!(of("110m", DType::BF16), Ok(WeightType::Bf16));
+        let refused = "a CPU trains in f32 or bf16, not in f16";
+        assert_eq!(of("10m", DType::F16), Err(refused.into()));
     }
 }

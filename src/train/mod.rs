@@ -22,7 +22,7 @@ mod tests;
 pub mod tuning;
 pub mod writer;
 
-pub use learner::{gradients, host_bytes};
+pub use learner::{gradients, host_bytes, host_products};
 pub use replicas::check_dealing;
 pub use report::{RoundLoss, SourceLoss, StepReport};
 

@@ -14,13 +14,16 @@
 // Reason: whether the unit is there is asked in instructions and a system call of its own.
 #![expect(unsafe_code, reason = "the CPU and the system are asked for the unit")]
 
+mod parts;
 mod unit;
 
 pub(crate) use unit::chains;
 
+use super::bf16x3::PARTS;
 use super::quads::{self, QuadPanel, QuadRows};
 use super::real::simd;
 use super::tiles::{self, Ahead, PANEL};
+use parts::parts_of_squares;
 use std::cell::RefCell;
 use std::sync::LazyLock;
 use unit::{Operands, one_square, two_squares};
@@ -152,6 +155,27 @@ fn part_of_tile(operands: Operands<'_>, out: &mut [[f32; PANEL]]) {
         _ => two_squares::<false, _>(operands, &mut sums),
     });
     out.copy_from_slice(&sums[..out.len()]);
+}
+
+/// `out[row]` = the 32 outputs of `panel` for each row, in three parts of bf16; rows are `stride` words apart.
+pub(crate) fn parts_tile(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
+    let steps = panel.len() / (PANEL * PARTS * STEP);
+    if steps == 0 {
+        return out.fill([0.0; PANEL]);
+    }
+    for (index, out) in out.chunks_mut(ROWS).enumerate() {
+        let rows = &rows[index * ROWS * stride..];
+        let operands = Operands { rows, stride, panel, steps, ahead: Ahead::NOTHING };
+        match out.len() {
+            ROWS if operands.are_whole(2) => parts_of_squares(operands, out),
+            count => {
+                let mut sums = [[0.0; PANEL]; ROWS];
+                let whole = |operands: Operands<'_>, _| parts_of_squares(operands, &mut sums);
+                padded(operands, ROWS, whole);
+                out.copy_from_slice(&sums[..count]);
+            }
+        }
+    }
 }
 
 /// `out[row]` = the 32 outputs of `panel` for each row, in 8 bits.

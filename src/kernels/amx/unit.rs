@@ -60,7 +60,7 @@ impl Operands<'_> {
     /// # Panics
     /// If rows, panel or `sums` are too short for so many rows.
     #[inline(always)]
-    fn check<T>(&self, count: usize, sums: &[[T; PANEL]]) {
+    pub(super) fn check<T>(&self, count: usize, sums: &[[T; PANEL]]) {
         const { assert!(size_of::<T>() == 4) };
         assert!(self.steps > 0 && self.rows.len() >= (count - 1) * self.stride + self.steps * STEP);
         assert!(self.panel.len() >= self.steps * STEP * PANEL && sums.len() >= count);
@@ -142,6 +142,41 @@ pub(super) fn one_square<const BYTES: bool, T: Sum>(
     if BYTES { with_fetch!(ahead, run, "tdpbsud") } else { with_fetch!(ahead, run, "tdpbf16ps") }
 }
 
+/// Instructions that bring eight lines of what comes next into the first cache: of a panel, and of rows that lie a stride apart,
+/// from the first one or going on. Where the core is shared with another thread, tiles wait for the second cache unless they
+/// are asked for early.
+macro_rules! near {
+    (panel $offset:literal) => {
+        concat!(".irp i,0,1,2,3,4,5,6,7\nprefetcht0 [{panel} + ", $offset, " + 64*\\i]\n.endr")
+    };
+    (rows $offset:literal) => {
+        concat!("lea {near}, [{rows} + ", $offset, "]\n", near!(rows))
+    };
+    (rows) => {
+        ".rept 8\nprefetcht0 [{near}]\nadd {near}, {stride}\n.endr"
+    };
+}
+pub(super) use near;
+
+/// Instructions that make all sums of 32 rows zero.
+macro_rules! clear {
+    () => {
+        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
+    };
+}
+pub(super) use clear;
+
+/// Instructions that store the sums of 32 rows.
+macro_rules! store {
+    () => {
+        "tilestored [{sums} + {panel_stride}], tmm0
+        tilestored [{sums} + {panel_stride} + 64], tmm1
+        tilestored [{sums} + {panel_stride} + 2048], tmm2
+        tilestored [{sums} + {panel_stride} + 2112], tmm3"
+    };
+}
+pub(super) use store;
+
 /// The same for 32 rows.
 ///
 /// # Panics
@@ -162,10 +197,7 @@ pub(super) fn two_squares<const BYTES: bool, T: Sum>(
             // SAFETY: as above.
             unsafe {
                 asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
-                    "tilezero tmm2",
-                    "tilezero tmm3",
+                    clear!(),
                     "tileloadd tmm4, [{rows} + {stride}]",
                     "tileloadd tmm6, [{panel} + {panel_stride}]",
                     "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
@@ -174,15 +206,23 @@ pub(super) fn two_squares<const BYTES: bool, T: Sum>(
                     "2:",
                     concat!($multiply, " tmm0, tmm4, tmm6"),
                     $fetch,
+                    near!(panel "4096"),
+                    near!(rows "128"),
                     "tileloadd tmm5, [{below} + {stride}]",
                     concat!($multiply, " tmm1, tmm4, tmm7"),
                     $fetch,
+                    near!(panel "4608"),
+                    near!(rows),
                     "tileloadd tmm4, [{rows} + {stride} + 64]",
                     concat!($multiply, " tmm3, tmm5, tmm7"),
                     $fetch,
+                    near!(panel "5120"),
+                    near!(rows),
                     "tileloadd tmm7, [{panel} + {panel_stride} + 2112]",
                     concat!($multiply, " tmm2, tmm5, tmm6"),
                     $fetch,
+                    near!(panel "5632"),
+                    near!(rows),
                     "tileloadd tmm6, [{panel} + {panel_stride} + 2048]",
                     "add {rows}, 64",
                     "add {below}, 64",
@@ -199,12 +239,10 @@ pub(super) fn two_squares<const BYTES: bool, T: Sum>(
                     $fetch,
                     concat!($multiply, " tmm3, tmm5, tmm7"),
                     $fetch,
-                    "tilestored [{sums} + {panel_stride}], tmm0",
-                    "tilestored [{sums} + {panel_stride} + 64], tmm1",
-                    "tilestored [{sums} + {panel_stride} + 2048], tmm2",
-                    "tilestored [{sums} + {panel_stride} + 2112], tmm3",
+                    store!(),
                     rows = inout(reg) rows => _,
                     below = inout(reg) rows.byte_add(SQUARE * stride) => _,
+                    near = out(reg) _,
                     panel = inout(reg) panel => _,
                     sums = in(reg) sums,
                     steps = inout(reg) steps => _,

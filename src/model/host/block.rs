@@ -3,7 +3,7 @@
 use super::Pass;
 use crate::kernels::attention::tiled::{Packed, Saved};
 use crate::kernels::dropout::{Mask, Site};
-use crate::kernels::linear::{self, Branch, Scratch, Weight, sized};
+use crate::kernels::linear::{self, Branch, Layout, Scratch, Weight, sized};
 use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::{normalise, normalise_backward};
 use crate::kernels::rope::{Turn, turn_rows};
@@ -64,18 +64,18 @@ pub(super) struct BlockMemory {
 }
 
 impl Block {
-    /// The block `layer` of a model of f32 tensors by name.
+    /// The block `layer` of a model of f32 tensors by name; how products are computed, and when weights are laid out.
     pub(super) fn new<E: From<candle_core::Error>>(
         layer: usize,
         epsilon: f64,
-        kind: WeightType,
+        (kind, layout): (WeightType, Layout),
         parameter: &mut impl FnMut(&str) -> std::result::Result<Tensor, E>,
     ) -> std::result::Result<Self, E> {
         let name = format!("model.layers.{layer}");
         let mut value = |part: &str| parameter(&format!("{name}.{part}.weight"));
         let input_layernorm = value("input_layernorm")?;
         let post_attention_layernorm = value("post_attention_layernorm")?;
-        let mut weight = |part: &str| Ok::<_, E>(Weight::new(value(part)?, kind)?);
+        let mut weight = |part: &str| Ok::<_, E>(Weight::new(value(part)?, kind, layout)?);
         Ok(Block {
             input_layernorm,
             q_proj: weight("self_attn.q_proj")?,

@@ -18,7 +18,7 @@ use crate::kernels::attention::Heads;
 use crate::kernels::cross_entropy::{HeadMemory, Objective, learn_rows};
 use crate::kernels::dropout::{Dropout, Mask, Site};
 use crate::kernels::embedding::{add_rows, copy_rows};
-use crate::kernels::linear::{Weight, sized};
+use crate::kernels::linear::{Layout, Weight, sized};
 use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::{normalise, normalise_backward};
 use crate::kernels::rope::RopeTable;
@@ -72,6 +72,15 @@ struct Pass<'a> {
     dropout: Option<Dropout>,
 }
 
+/// When the weights of blocks are laid out. Kept in three parts, and in both directions, they would take 12 bytes a parameter. The
+/// head is used by few rows at a time, and kept.
+fn layout_of_blocks(kind: WeightType) -> Layout {
+    match kind {
+        WeightType::Bf16x3 => Layout::AtUse,
+        _ => Layout::Kept,
+    }
+}
+
 impl Pass<'_> {
     /// What is dropped at a site, if anything.
     fn mask(&self, site: Site) -> Option<Mask> {
@@ -80,7 +89,7 @@ impl Pass<'_> {
 }
 
 impl HostModel {
-    /// A model of f32 tensors on the CPU by name; products are computed in `kind`: f32 or bf16.
+    /// A model of f32 tensors on the CPU by name; products are computed in `kind`: f32, three parts of bf16, or bf16.
     pub(crate) fn new<E: From<candle_core::Error>>(
         config: &ModelConfig,
         kind: WeightType,
@@ -90,9 +99,10 @@ impl HostModel {
         let table = RopeTable::new(&frequencies, positions, DType::F32, &Device::Cpu)?;
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
         for layer in 0..config.num_hidden_layers {
-            blocks.push(Block::new(layer, config.rms_norm_eps, kind, &mut parameter)?);
+            let products = (kind, layout_of_blocks(kind));
+            blocks.push(Block::new(layer, config.rms_norm_eps, products, &mut parameter)?);
         }
-        let head = Weight::new(parameter(head_name(config))?, kind)?;
+        let head = Weight::new(parameter(head_name(config))?, kind, Layout::Kept)?;
         Ok(HostModel {
             config: config.clone(),
             kind,
@@ -368,8 +378,10 @@ mod tests {
     #[test]
     fn losses_and_gradients_are_those_of_tensors() {
         for tied in [true, false] {
-            check(tied, WeightType::F32, 0.0, (1e-5, 1e-5));
-            check(tied, WeightType::F32, 0.2, (1e-5, 1e-5));
+            for kind in [WeightType::F32, WeightType::Bf16x3] {
+                check(tied, kind, 0.0, (1e-5, 1e-5));
+                check(tied, kind, 0.2, (1e-5, 1e-5));
+            }
         }
     }
 
@@ -383,7 +395,7 @@ mod tests {
 
     #[test]
     fn running_a_block_again_changes_no_bit_and_neither_does_used_memory() {
-        let kinds = [WeightType::F32, WeightType::Bf16];
+        let kinds = [WeightType::F32, WeightType::Bf16x3, WeightType::Bf16];
         for (kind, dropout) in kinds.into_iter().flat_map(|kind| [(kind, 0.0), (kind, 0.2)]) {
             let config = config(true);
             let (everything, inputs) =

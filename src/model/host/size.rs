@@ -1,8 +1,9 @@
 //! How much memory a micro-batch takes, before it is taken.
 
-use super::HostModel;
+use super::{HostModel, layout_of_blocks};
 use crate::kernels::cross_entropy::CHUNK;
 use crate::kernels::layout::INPUTS;
+use crate::kernels::linear::Layout;
 use crate::kernels::packed::WeightType;
 use crate::kernels::rows::words_of_rows;
 use crate::kernels::tiles::PANEL;
@@ -11,7 +12,7 @@ use crate::model::config::ModelConfig;
 
 impl HostModel {
     /// Bytes of everything but the parameters and their gradients, for micro-batches of `rows` rows that all have a
-    /// target: buffers of the pass, and in bf16 the weights in both directions. Threads have some buffers for
+    /// target: buffers of the pass, and weights as products want them. Threads have some buffers for
     /// attention besides, which grow with the longest item.
     pub(crate) fn bytes(
         config: &ModelConfig,
@@ -31,27 +32,32 @@ impl HostModel {
         let columns = layers * hidden + kept * trace + block + 5 * hidden + dropped;
         let logits = CHUNK.min(rows) * config.vocab_size;
         let table = config.max_position_embeddings * config.head_dim;
-        let rounded = match kind {
+        let laid_out = match kind {
             WeightType::F32 => 0,
-            _ => rounded_words(config, rows),
+            _ => laid_out_words(config, kind, rows),
         };
-        4 * (rows * columns + logits + table + rounded) as u64
+        4 * (rows * columns + logits + table + laid_out) as u64
     }
 }
 
-/// Words of weights in both directions, and of what they meet.
-fn rounded_words(config: &ModelConfig, rows: usize) -> usize {
-    let kind = WeightType::Bf16;
+/// Words of weights that are kept in both directions, of the largest that is laid out at use, and of what they meet.
+fn laid_out_words(config: &ModelConfig, kind: WeightType, rows: usize) -> usize {
     let (hidden, middle, vocabulary) =
         (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let wide = config.num_attention_heads * config.head_dim;
-    let widest = middle.max(wide).max(hidden);
-    let looked_up = if config.tie_word_embeddings { 0 } else { vocabulary * hidden };
-    let weights = config.parameter_count() as usize - looked_up;
-    let chunk = CHUNK.min(rows);
     let panels = |columns: usize, rows: usize| {
         columns.next_multiple_of(PANEL) * kind.words(rows.next_multiple_of(INPUTS))
     };
+    let wide = config.num_attention_heads * config.head_dim;
+    let widest = middle.max(wide).max(hidden);
+    let looked_up = if config.tie_word_embeddings { 0 } else { vocabulary * hidden };
+    let head = panels(vocabulary, hidden) + panels(hidden, vocabulary);
+    let weights = match layout_of_blocks(kind) {
+        Layout::Kept => config.parameter_count() as usize - looked_up - vocabulary * hidden + head,
+        Layout::AtUse => {
+            head + panels(middle.max(wide), hidden).max(panels(hidden, middle.max(wide)))
+        }
+    };
+    let chunk = CHUNK.min(rows);
     let meeting = words_of_rows(kind, rows, widest).max(words_of_rows(kind, chunk, vocabulary));
     let turned = words_of_rows(kind, widest, rows);
     weights + meeting + turned + panels(widest, rows).max(panels(vocabulary, chunk))

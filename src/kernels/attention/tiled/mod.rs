@@ -24,13 +24,16 @@ use std::ops::Range;
 /// Queries that meet a panel of keys together.
 const QUERIES: usize = 64;
 
+/// Words that the queries of a block take in a column at most: in three parts.
+const MOST_WORDS: usize = 3 * QUERIES / 2;
+
 /// Scores of a block of queries with a panel of keys.
 type Scores = [[f32; PANEL]; QUERIES];
 
 /// Rows of queries, keys and values, already turned, and the spans within which they see each other.
 #[derive(Clone, Copy)]
 pub(crate) struct Packed<'a> {
-    /// What products are computed in: f32 or bf16.
+    /// What products are computed in: f32, three parts of bf16, or bf16.
     pub(crate) kind: WeightType,
     pub(crate) heads: Heads,
     pub(crate) spans: &'a [Range<usize>],
@@ -292,7 +295,7 @@ mod tests {
         {
             let ours = tensor(ours, (rows, width)).unwrap();
             match kind {
-                WeightType::F32 => close(&ours, &twin, what),
+                WeightType::F32 | WeightType::Bf16x3 => close(&ours, &twin, what),
                 _ => near(&ours, &twin, 0.1 * norm(&of_output), what),
             }
         }
@@ -309,7 +312,7 @@ mod tests {
     }
 
     fn check(rows: usize, spans: &[Range<usize>], heads: Heads) {
-        for kind in [WeightType::F32, WeightType::Bf16] {
+        for kind in [WeightType::F32, WeightType::Bf16x3, WeightType::Bf16] {
             check_kind(kind, rows, spans, heads);
         }
     }

@@ -8,7 +8,7 @@ use super::super::super::matmul::View;
 use super::super::super::real::{Real, dot, simd};
 use super::super::super::share::Target;
 use super::super::super::tiles::{Ahead, PANEL};
-use super::{Block, Buffers, QUERIES, Saved, Scores, Task, row_of};
+use super::{Block, Buffers, MOST_WORDS, QUERIES, Saved, Scores, Task, row_of};
 use std::ops::Range;
 
 /// One number for each query of a block.
@@ -163,7 +163,7 @@ impl Task<'_> {
         self.turn(of_output, depth, &mut buffers.of_output_turned);
         let rows = self.rows_of(block, of_output, saved);
         let (mut p, mut ds) = ([[0.0; PANEL]; QUERIES], [[0.0; PANEL]; QUERIES]);
-        let (mut panels, mut out) = ([[[0; PANEL]; QUERIES]; 2], [[0.0; PANEL]; PANEL]);
+        let (mut panels, mut out) = ([[[0; PANEL]; MOST_WORDS]; 2], [[0.0; PANEL]; PANEL]);
         for (index, panel) in block.panels.clone().enumerate() {
             let own = panel * words * PANEL..(panel + 1) * words * PANEL;
             kind.tile(&buffers.q, words, &buffers.key_rows[own.clone()], Ahead::NOTHING, &mut p);
