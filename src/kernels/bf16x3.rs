@@ -45,8 +45,8 @@ pub(crate) fn words(inputs: usize) -> usize {
     inputs.div_ceil(INPUTS) * PARTS * WORDS
 }
 
-/// Whether products in f32 are computed this way on this CPU.
-pub(super) fn pays() -> bool {
+/// Whether this CPU has a unit that is faster this way.
+pub(crate) fn pays() -> bool {
     #[cfg(target_arch = "x86_64")]
     return amx::is_there();
     #[cfg(not(target_arch = "x86_64"))]

@@ -95,24 +95,31 @@ impl Weight {
         Ok(())
     }
 
+    /// The weight in `memory`, where `lay_out` puts it.
+    fn at_use<'a>(
+        &self,
+        memory: &'a mut PackedWeight,
+        lay_out: impl FnOnce(&mut PackedWeight, WeightType, View<'_, f32>),
+    ) -> Result<&'a PackedWeight> {
+        let value = elements::<f32>(&self.value)?;
+        lay_out(memory, self.kind, View::rows(&value, self.outputs, self.inputs, self.inputs));
+        Ok(memory)
+    }
+
     /// What rows of inputs are multiplied with.
     fn forward<'a>(&'a self, memory: &'a mut PackedWeight) -> Result<&'a PackedWeight> {
-        if let Some(kept) = &self.kept {
-            return Ok(&kept.forward);
+        match &self.kept {
+            Some(kept) => Ok(&kept.forward),
+            None => self.at_use(memory, PackedWeight::set_rows),
         }
-        let value = elements::<f32>(&self.value)?;
-        memory.set_rows(self.kind, View::rows(&value, self.outputs, self.inputs, self.inputs));
-        Ok(memory)
     }
 
     /// What gradients of outputs are multiplied with.
     fn back<'a>(&'a self, memory: &'a mut PackedWeight) -> Result<&'a PackedWeight> {
-        if let Some(kept) = &self.kept {
-            return Ok(&kept.back);
+        match &self.kept {
+            Some(kept) => Ok(&kept.back),
+            None => self.at_use(memory, PackedWeight::set_columns),
         }
-        let value = elements::<f32>(&self.value)?;
-        memory.set_columns(self.kind, View::rows(&value, self.outputs, self.inputs, self.inputs));
-        Ok(memory)
     }
 
     /// Number of outputs.

@@ -14,7 +14,7 @@ pub(crate) mod all_reduce;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
-mod bf16x3;
+pub(crate) mod bf16x3;
 pub mod cached;
 pub mod cross_entropy;
 pub mod cuda;
@@ -79,11 +79,6 @@ pub fn instruction_set() -> String {
 /// values are bf16, CPUs with the same unit do.
 pub fn bf16_unit() -> &'static str {
     pairs::unit()
-}
-
-/// Whether products of f32 in three parts of bf16 are faster than whole ones on this CPU.
-pub(crate) fn parts_pay() -> bool {
-    bf16x3::pays()
 }
 
 /// Rows that one task of a parallel loop works on. Fixed, so that partial sums always cover the same

@@ -2,8 +2,8 @@
 
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
+use crate::kernels::bf16x3;
 use crate::kernels::packed::WeightType;
-use crate::kernels::parts_pay;
 use crate::model::backward::{Batch, Gradients, Keep, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::host::HostModel;
@@ -151,7 +151,9 @@ pub fn host_bytes(
 /// If a CPU does not train in that type.
 pub fn host_products(config: &ModelConfig, compute: DType) -> Result<WeightType> {
     match compute {
-        DType::F32 if config.hidden_size >= PARTS_PAY_FROM && parts_pay() => Ok(WeightType::Bf16x3),
+        DType::F32 if config.hidden_size >= PARTS_PAY_FROM && bf16x3::pays() => {
+            Ok(WeightType::Bf16x3)
+        }
         DType::F32 => Ok(WeightType::F32),
         DType::BF16 => Ok(WeightType::Bf16),
         other => {
@@ -172,7 +174,7 @@ mod tests {
             let config = Shape::named(shape).expect("a shape").config();
             host_products(&config, compute).map_err(|error| error.to_string())
         };
-        let split = if parts_pay() { WeightType::Bf16x3 } else { WeightType::F32 };
+        let split = if bf16x3::pays() { WeightType::Bf16x3 } else { WeightType::F32 };
         assert_eq!(of("10m", DType::F32), Ok(WeightType::F32));
         assert_eq!(of("110m", DType::F32), Ok(split));
         assert_eq!(of("110m", DType::BF16), Ok(WeightType::Bf16));
