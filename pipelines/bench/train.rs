@@ -212,6 +212,7 @@ impl Setup {
             "parameters": self.model.config.parameter_count(),
             "device": args.device,
             "dtype": self.compute.as_str(),
+            "arithmetic": args.dtype.arithmetic(&self.devices[0], &self.model.config),
             "threads": peak::threads(),
             "length": args.length,
             "item_tokens": self.item_tokens,

@@ -7,12 +7,13 @@
 //! panel  [step of 32 inputs][high, mid, low][16 words][32 outputs]
 //! ```
 //!
-//! Three parts of eight significant bits hold all 24 of an f32, so nothing is lost in the split. Of the nine products of parts the
+//! Three parts of eight significant bits hold all 24 of an f32, so nothing is lost in the split of a number above 2^-103. Of the nine products of parts the
 //! six largest are added up, in f32: what is left out is 2^-23 of the product of two numbers at most (Henry, Tang and Heinecke, 2019;
 //! arXiv 1904.06376). The tests hold the error of sums against that of a chain of fused multiply-adds in f32.
 //!
-//! Where it differs from f32: parts below 2^-126 are taken for zero, and a sum with an infinite input, or one above the
-//! largest bf16 (3.39e38), is no number.
+//! Where it differs from f32: parts below 2^-126 are taken for zero, so that numbers below some 2^-103 lose digits, those below
+//! 2^-118 have the eight of bf16, and those below 2^-126 are zero. A sum with an infinite input, or one above the largest bf16
+//! (3.39e38), is no number.
 //!
 //! A unit that multiplies bf16 more than six times as fast as f32 gains by it: the matrix unit (`amx`). Elsewhere parts are put
 //! together again and multiplied in f32, which is exact but for the roundings of the sum, and gains nothing.
@@ -321,9 +322,9 @@ mod tests {
         check::<5>();
     }
 
-    /// Errors of the tile and of a chain of fused multiply-adds, each relative to the sum of the sizes of all products:
-    /// their root mean squares.
-    fn errors(rows: usize, inputs: usize, spread: f32) -> [f64; 2] {
+    /// Errors of the tile, of its portable twin and of a chain of fused multiply-adds of the numbers themselves, each
+    /// relative to the sum of the sizes of all products: their root mean squares.
+    fn errors(rows: usize, inputs: usize, spread: f32) -> [f64; 3] {
         let scaled =
             |x: Vec<f32>| -> Vec<f32> { x.into_iter().map(|x| x * (spread * x).exp()).collect() };
         let (x, w) = (scaled(numbers(rows * inputs)), scaled(numbers(PANEL * inputs)));
@@ -341,14 +342,15 @@ mod tests {
         let (mut ours, mut twin) = (vec![[7.0; PANEL]; rows], vec![[7.0; PANEL]; rows]);
         tile(&words_of_x, stride, &panel, &mut ours);
         portable(&words_of_x, stride, &panel, &mut twin);
-        let mut sums = [0.0; 2];
+        let mut sums = [0.0; 3];
         for row in 0..rows {
             for lane in 0..PANEL {
-                let products = x[row * inputs..][..inputs].iter().zip(&w[lane * inputs..]);
-                let products = products.map(|(&x, &w)| f64::from(x) * f64::from(w));
+                let pairs = x[row * inputs..][..inputs].iter().zip(&w[lane * inputs..]);
+                let chain = pairs.clone().fold(0.0, |sum: f32, (x, w)| x.mul_add(*w, sum));
+                let products = pairs.map(|(&x, &w)| f64::from(x) * f64::from(w));
                 let (exact, size) = products
                     .fold((0.0, 0.0), |(sum, size): (f64, f64), x| (sum + x, size + x.abs()));
-                for (sum, own) in sums.iter_mut().zip([ours[row][lane], twin[row][lane]]) {
+                for (sum, own) in sums.iter_mut().zip([ours[row][lane], twin[row][lane], chain]) {
                     let error = (f64::from(own) - exact).abs() / size;
                     // A chain of so many roundings is wrong by that much at most.
                     let bound = (inputs + 2) as f64 * 2f64.powi(-24);
@@ -364,12 +366,32 @@ mod tests {
     fn products_are_as_exact_as_those_of_f32() {
         for (rows, inputs) in [(1, 1), (5, 31), (16, 32), (31, 33), (32, 768), (70, 2048)] {
             for spread in [0.0, 1.0] {
-                let [ours, twin] = errors(rows, inputs, spread);
-                assert!(
-                    ours <= twin.max(2f64.powi(-24)),
-                    "{rows} rows, {inputs} inputs, spread {spread}: {ours:e} instead of {twin:e}"
-                );
+                let [ours, twin, chain] = errors(rows, inputs, spread);
+                for ours in [ours, twin] {
+                    assert!(
+                        ours <= 1.1 * chain.max(2f64.powi(-24)),
+                        "{rows} rows, {inputs} inputs, spread {spread}: {ours:e}, a chain {chain:e}"
+                    );
+                }
             }
+        }
+    }
+
+    #[test]
+    fn small_numbers_lose_digits_and_smaller_ones_are_zero() {
+        let of_ones = |x: f32| {
+            let (mut row, mut panel) = (vec![0; 16 * 48], vec![0; 48 * PANEL]);
+            split_row(&[x; INPUTS], &mut row[..48]);
+            panel[..16 * PANEL].fill(0x3f80_3f80);
+            let mut out = [[0.0; PANEL]];
+            tile(&row, 48, &panel, &mut out);
+            (out[0][0] / INPUTS as f32 / x - 1.0).abs()
+        };
+        let at = |exponent: i32| 1.2345678 * 2f32.powi(exponent);
+        assert!(of_ones(at(-100)) <= 2f32.powi(-22));
+        assert!(of_ones(at(-117)) <= 2f32.powi(-8));
+        if pays() {
+            assert!(of_ones(at(-117)) > 2f32.powi(-18));
         }
     }
 

@@ -13,7 +13,7 @@ use super::{
     linear::{self, Branch, Weight, sized},
     matmul::{Into, View, multiply_parallel},
     real::{Real, max, simd, sum},
-    storage::{elements, tensor},
+    storage::{clear, elements, tensor},
 };
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
@@ -130,7 +130,7 @@ fn kernel<T: Real>(
 }
 
 /// Losses of `hidden (rows, width)` under a head in training, added to `losses`. With `gradients`, the
-/// objective, the gradient of the hidden rows, and what that of the head is added to.
+/// objective, the gradient of the hidden rows, and where that of the head goes, with what becomes of what is there.
 ///
 /// # Errors
 /// If the head is not a matrix of the CPU.
@@ -138,7 +138,7 @@ pub(crate) fn learn_rows(
     head: &Weight,
     hidden: &[f32],
     targets: &[u32],
-    mut gradients: Option<(Objective, &mut [f32], &Tensor)>,
+    mut gradients: Option<(Objective, &mut [f32], (&Tensor, Into))>,
     (memory, scratch): (&mut HeadMemory, &mut linear::Scratch),
 ) -> Result<()> {
     let (vocabulary, width) = (head.outputs(), head.inputs());
@@ -155,12 +155,16 @@ pub(crate) fn learn_rows(
                 || loss_of_row(row, target as usize, wanted),
             )
         }));
-        if let Some((_, of_hidden, of_head)) = &mut gradients {
-            let branch = Branch { weight: head, of_output: logits, of_weight: of_head };
+        if let Some((_, of_hidden, (of_weight, into))) = &mut gradients {
+            let branch = Branch { weight: head, of_output: logits, of_weight, into: *into };
             linear::backward(&[branch], hidden, &mut of_hidden[rows], scratch)?;
+            *into = Into::Add;
         }
     }
-    Ok(())
+    match gradients {
+        Some((_, _, (of_head, Into::Set))) => clear(of_head), // no row has a target
+        _ => Ok(()),
+    }
 }
 
 /// Memory of a head in training.

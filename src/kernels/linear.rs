@@ -63,8 +63,10 @@ pub(crate) struct Branch<'a> {
     pub(crate) weight: &'a Weight,
     /// Gradient of the output, `(rows, out)`.
     pub(crate) of_output: &'a [f32],
-    /// What the gradient of the weight is added to, `(out, in)`.
+    /// Where the gradient of the weight goes, `(out, in)`.
     pub(crate) of_weight: &'a Tensor,
+    /// What becomes of what is there.
+    pub(crate) into: Into,
 }
 
 /// So much of a buffer that is used again and again, and grows to what is wanted at most.
@@ -90,8 +92,7 @@ impl Weight {
         let Some(kept) = &mut self.kept else { return Ok(()) };
         let value = elements::<f32>(&self.value)?;
         let value = View::rows(&value, self.outputs, self.inputs, self.inputs);
-        kept.forward.set_rows(self.kind, value);
-        kept.back.set_columns(self.kind, value);
+        kept.forward.set_both(&mut kept.back, self.kind, value);
         Ok(())
     }
 
@@ -200,7 +201,7 @@ pub(crate) fn backward(
 
 fn plain_backward(branches: &[Branch<'_>], x: View<'_, f32>, of_x: &mut [f32]) -> Result<()> {
     let (count, inputs) = (x.rows, x.columns);
-    for (index, Branch { weight, of_output, of_weight }) in branches.iter().enumerate() {
+    for (index, Branch { weight, of_output, of_weight, into: own }) in branches.iter().enumerate() {
         let outputs = weight.outputs;
         let of_output = View::rows(of_output, count, outputs, outputs);
         let value = elements::<f32>(&weight.value)?;
@@ -208,7 +209,7 @@ fn plain_backward(branches: &[Branch<'_>], x: View<'_, f32>, of_x: &mut [f32]) -
         let into = if index == 0 { Into::Set } else { Into::Add };
         multiply_parallel(of_x, inputs, of_output, value, into);
         change(of_weight, |sum| {
-            multiply_parallel(sum, inputs, of_output.transposed(), x, Into::Add);
+            multiply_parallel(sum, inputs, of_output.transposed(), x, *own);
         })?;
     }
     Ok(())
@@ -223,7 +224,7 @@ fn laid_out_backward(
 ) -> Result<()> {
     let Scratch { rows, turned, panels, weight: memory } = scratch;
     turned.set_columns(kind, x);
-    for (index, Branch { weight, of_output, of_weight }) in branches.iter().enumerate() {
+    for (index, Branch { weight, of_output, of_weight, into }) in branches.iter().enumerate() {
         let of_output = View::rows(of_output, x.rows, weight.outputs, weight.outputs);
         rows.set_with_panels(kind, of_output, panels);
         let back = weight.back(memory)?;
@@ -231,7 +232,10 @@ fn laid_out_backward(
             0 => product::set([(back, &mut *of_x)], rows),
             _ => product::add(back, rows, of_x),
         }
-        change(of_weight, |sum| product::add_turned(panels, turned, sum))?;
+        change(of_weight, |sum| match into {
+            Into::Set => product::set_turned(panels, turned, sum),
+            Into::Add => product::add_turned(panels, turned, sum),
+        })?;
     }
     Ok(())
 }
@@ -276,15 +280,16 @@ mod tests {
             weight: &weights[i],
             of_output: &slices[i],
             of_weight: &sums[i],
+            into: [Into::Add, Into::Set][i],
         });
         let mut of_x = vec![0.0; count * inputs];
         backward(&branches, &flat(&x), &mut of_x, &mut scratch).unwrap();
         let part = |i: usize| round(&of_outputs[i]).matmul(&round(&values[i])).unwrap();
         let of_x = tensor(of_x, (count, inputs)).unwrap();
         close(&of_x, &(part(0) + part(1)).unwrap(), "gradient of the input");
-        for (sum, of_output) in sums.iter().zip(&of_outputs) {
+        for ((sum, of_output), before) in sums.iter().zip(&of_outputs).zip([1.0, 0.0]) {
             let exact = round(of_output).t().unwrap().matmul(&round(&x)).unwrap();
-            close(sum, &(exact + 1.0).unwrap(), "gradient of a weight");
+            close(sum, &(exact + before).unwrap(), "gradient of a weight");
         }
     }
 
@@ -300,6 +305,48 @@ mod tests {
             check(7, 33, [5, 40], kind);
             check(96, 64, [64, 32], kind);
             check(417, 40, [70, 8], kind);
+        }
+    }
+
+    /// Bits of outputs and gradients of a product with `outputs` outputs, where memory held `held` before.
+    fn bits(kind: (WeightType, Layout), held: f32, threads: usize) -> Vec<u32> {
+        let (count, inputs, outputs) = (150, 72, 100);
+        let values = |seed: usize, count: usize| -> Vec<f32> {
+            (0..count).map(|i| ((i * 37 + seed) % 101) as f32 / 50.5 - 1.0).collect()
+        };
+        let value = tensor(values(1, outputs * inputs), (outputs, inputs)).unwrap();
+        let sum = value.ones_like().unwrap();
+        let (x, of_output) = (values(2, count * inputs), values(3, count * outputs));
+        let (mut out, mut of_x) = (vec![0.0; count * outputs], vec![0.0; count * inputs]);
+        let mut scratch = Scratch::default();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let weight = Weight::new(value, kind.0, kind.1).unwrap();
+            let branch =
+                |of_output| Branch { weight: &weight, of_output, of_weight: &sum, into: Into::Set };
+            let (before, before_x) = (vec![held; 2 * out.len()], vec![held; 2 * x.len()]);
+            let (mut of_before, mut out_before) = (before_x.clone(), before.clone());
+            backward(&[branch(&before)], &before_x, &mut of_before, &mut scratch).unwrap();
+            forward([(&weight, &mut out_before[..])], &before_x, &mut scratch).unwrap();
+            backward(&[branch(&of_output)], &x, &mut of_x, &mut scratch).unwrap();
+            forward([(&weight, &mut out[..])], &x, &mut scratch).unwrap();
+        });
+        let sum = sum.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        out.iter().chain(&of_x).chain(&sum).map(|x| x.to_bits()).collect()
+    }
+
+    #[test]
+    fn results_depend_neither_on_threads_nor_on_what_memory_held() {
+        for kind in [
+            (WeightType::F32, Layout::Kept),
+            (WeightType::Bf16, Layout::Kept),
+            (WeightType::Bf16x3, Layout::Kept),
+            (WeightType::Bf16x3, Layout::AtUse),
+        ] {
+            let once = bits(kind, 0.0, 1);
+            for (held, threads) in [(f32::NAN, 1), (f32::INFINITY, 2), (1.0, 3), (f32::NAN, 7)] {
+                assert!(bits(kind, held, threads) == once, "{kind:?}, {held}, {threads} threads");
+            }
         }
     }
 

@@ -13,10 +13,10 @@
 use super::matmul::View;
 use super::quads::{self, QuadPanel, QuadRows};
 use super::real::simd;
-use super::rows::Rows;
+use super::rows::{Rows, grow};
 use super::storage::{elements, tensor};
 use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once};
-use super::{bf16x3, layout, pairs, product};
+use super::{ROWS_PER_TASK, bf16x3, columns, layout, pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use pulp::bytemuck::cast_slice;
 use rayon::prelude::*;
@@ -80,6 +80,7 @@ impl WeightType {
 #[derive(Clone, Debug, Default)]
 pub struct PackedWeight {
     kind: WeightType,
+    /// Those of another weight may be behind them: memory is used again.
     words: Arc<Vec<u32>>,
     /// `[panel][group][32]`, for 8 bits.
     scales: Arc<[f32]>,
@@ -156,15 +157,32 @@ impl PackedWeight {
 
     /// The same for its columns: rows are the inputs, with zeros behind them up to whole steps.
     pub(crate) fn set_columns(&mut self, kind: WeightType, x: View<'_, f32>) {
-        let inputs = x.rows.next_multiple_of(layout::INPUTS);
-        let length = (kind.words(inputs) * PANEL).max(1);
-        let words = self.reshape(kind, x.columns, inputs);
-        words.par_chunks_mut(length).enumerate().for_each(|(panel, words)| {
-            simd(
-                #[inline(always)]
-                || layout::panel_of_columns(kind, x, panel * PANEL, words),
-            );
-        });
+        columns::set(
+            self,
+            kind,
+            x,
+            std::iter::repeat(()),
+            #[inline(always)]
+            |_, ()| (),
+        );
+    }
+
+    /// Lays out the rows of `x` in this weight and its columns in `back`, in one pass over it.
+    pub(crate) fn set_both(&mut self, back: &mut PackedWeight, kind: WeightType, x: View<'_, f32>) {
+        let length = kind.words(x.columns) * PANEL;
+        let words = self.reshape(kind, x.rows, x.columns);
+        columns::set(
+            back,
+            kind,
+            x,
+            words.chunks_mut((length * ROWS_PER_TASK / PANEL).max(1)),
+            #[inline(always)]
+            |x, words| {
+                for (panel, words) in words.chunks_mut(length).enumerate() {
+                    layout::panel_of_rows(kind, x, panel * PANEL, words);
+                }
+            },
+        );
     }
 
     /// The words of a weight of another shape: all of them are to be written.
@@ -177,9 +195,8 @@ impl PackedWeight {
         (self.kind, self.outputs, self.inputs) = (kind, outputs, inputs);
         let words = Arc::make_mut(&mut self.words);
         let wanted = self.outputs.div_ceil(PANEL) * kind.words(inputs) * PANEL;
-        words.reserve_exact(wanted.saturating_sub(words.len()));
-        words.resize(wanted, 0);
-        words
+        grow(words, wanted);
+        &mut words[..wanted]
     }
 
     /// What the weight is made of.
@@ -222,8 +239,11 @@ impl PackedWeight {
 
     /// The words of a panel; of none beyond the last.
     fn panel(&self, panel: usize) -> &[u32] {
+        if panel >= self.panels() {
+            return &[];
+        }
         let length = self.kind.words(self.inputs) * PANEL;
-        self.words.get(panel * length..(panel + 1) * length).unwrap_or(&[])
+        &self.words[panel * length..][..length]
     }
 
     /// The outputs of one panel for the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
@@ -333,6 +353,15 @@ mod tests {
             [(1, 1, 1), (2, 33, 5), (5, 64, 40), (31, 100, 64), (64, 31, 7), (201, 96, 50)]
         {
             check(rows, outputs, inputs);
+        }
+    }
+
+    #[test]
+    fn no_rows_have_no_outputs() {
+        for kind in KINDS {
+            let weight = PackedWeight::of_type(&random(&[40, 50], DType::F32), kind).unwrap();
+            let none = random(&[0, 50], DType::F32);
+            assert_eq!(weight.multiply(&none).unwrap().dims(), [0, 40]);
         }
     }
 

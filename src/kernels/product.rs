@@ -42,8 +42,34 @@ pub(crate) fn add(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
     );
 }
 
-/// `out += W x^T`: an output of the weight is a row, and a row of `x` a column.
+/// `out = W x^T`: an output of the weight is a row, and a row of `x` a column.
+pub(crate) fn set_turned(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
+    run_turned(
+        weight,
+        x,
+        out,
+        #[inline(always)]
+        |out, value| *out = value,
+    );
+}
+
+/// `out += W x^T`.
 pub(crate) fn add_turned(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
+    run_turned(
+        weight,
+        x,
+        out,
+        #[inline(always)]
+        |out, value| *out += value,
+    );
+}
+
+fn run_turned(
+    weight: &PackedWeight,
+    x: &Rows,
+    out: &mut [f32],
+    put: impl Fn(&mut f32, f32) + Send + Sync,
+) {
     let target = Target::new(out, x.count(), weight.outputs());
     share(weight.panels(), x, |panels, rows| {
         let mut own = [[0.0; PANEL]; ROWS];
@@ -60,7 +86,7 @@ pub(crate) fn add_turned(weight: &PackedWeight, x: &Rows, out: &mut [f32]) {
                             let row = panel * PANEL + lane;
                             // SAFETY: `share` hands out each row and panel once.
                             let out = unsafe { target.columns(row, rows.start, rows.len()) };
-                            put_row(out, values, |out, value| *out += value);
+                            put_row(out, values, &put);
                         }
                     },
                 );
@@ -189,7 +215,7 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
     let has_matrix_unit = usize::from(at_once == ROWS);
     let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(at_once);
     let blocks = x.count().div_ceil(most).max(1);
-    let block = x.count().div_ceil(blocks).next_multiple_of(at_once);
+    let block = x.count().div_ceil(blocks).max(1).next_multiple_of(at_once);
     let step = panels.div_ceil(TASKS).max(1);
     for first in (0..x.count()).step_by(block) {
         let rows = first..(first + block).min(x.count());

@@ -4,13 +4,14 @@
 #![expect(unsafe_code, reason = "words of one matrix are written by several threads")]
 
 use super::ROWS_PER_TASK;
-use super::layout::{self, INPUTS, SQUARE, panel_of_columns, squares_of_columns};
+use super::columns::{self, parts};
+use super::layout::{self, INPUTS, SQUARE, squares_of_columns};
 use super::matmul::View;
 use super::packed::{PackedWeight, WeightType};
 use super::quads::{self, Group};
 use super::real::simd;
 use super::share::{Target, each};
-use super::tiles::{PANEL, ROWS};
+use super::tiles::ROWS;
 
 /// Rows in words. Its memory is used again for the next ones.
 #[derive(Debug, Default)]
@@ -57,17 +58,17 @@ pub(crate) fn words_of_rows(kind: WeightType, count: usize, inputs: usize) -> us
     count.next_multiple_of(ROWS) * stride(kind.words(inputs))
 }
 
+/// Makes room for so many words. Memory that is there stays, with what is in it.
+pub(crate) fn grow(words: &mut Vec<u32>, length: usize) {
+    if words.len() < length {
+        words.reserve_exact(length - words.len());
+        words.resize(length, 0);
+    }
+}
+
 /// An odd number of cache lines: rows of a tile then never fall into one set of the cache.
 fn stride(depth: usize) -> usize {
     (depth.div_ceil(16) | 1) * 16
-}
-
-/// The rows of a matrix, so many for each task, with the index of the first.
-fn parts(x: View<'_, f32>) -> impl Iterator<Item = (usize, View<'_, f32>)> {
-    (0..x.rows).step_by(ROWS_PER_TASK).map(move |first| {
-        let rows = ROWS_PER_TASK.min(x.rows - first);
-        (first, View { data: &x.data[first * x.row_stride..], rows, ..x })
-    })
 }
 
 impl Rows {
@@ -156,31 +157,22 @@ impl Rows {
         x: View<'_, f32>,
         panels: &mut PackedWeight,
     ) {
-        self.shape(kind, x.rows, x.columns);
-        let inputs = x.rows.next_multiple_of(INPUTS);
-        let words = panels.reshape(kind, x.columns, inputs);
-        let (count, length) = (x.columns.div_ceil(PANEL), kind.words(inputs) * PANEL);
-        let target = Target::new(words, length, count);
+        // Whole steps, as in the weight that the rows meet: zero times what memory held may be no number.
+        self.shape(kind, x.rows, x.columns.next_multiple_of(INPUTS));
         let (stride, depth) = (self.stride, self.depth);
-        let rows = self.words.chunks_mut(ROWS_PER_TASK * stride);
-        each(parts(x).zip(rows), |((first, x), rows)| {
-            let inputs = x.rows.next_multiple_of(INPUTS);
-            let (at, length) = (kind.words(first) * PANEL, kind.words(inputs) * PANEL);
-            simd(
-                #[inline(always)]
-                || {
-                    for (row, words) in rows.chunks_mut(stride).take(x.rows).enumerate() {
-                        let own = &x.data[row * x.row_stride..][..x.columns];
-                        layout::row(kind, own, &mut words[..depth]);
-                    }
-                    for panel in 0..count {
-                        // SAFETY: a part of the rows of `x` has words of its own.
-                        let words = unsafe { target.columns(panel, at, length) };
-                        panel_of_columns(kind, x, panel * PANEL, words);
-                    }
-                },
-            );
-        });
+        columns::set(
+            panels,
+            kind,
+            x,
+            self.words.chunks_mut(ROWS_PER_TASK * stride),
+            #[inline(always)]
+            |x, rows| {
+                for (row, words) in rows.chunks_mut(stride).take(x.rows).enumerate() {
+                    let own = &x.data[row * x.row_stride..][..x.columns];
+                    layout::row(kind, own, &mut words[..depth]);
+                }
+            },
+        );
     }
 
     fn shape(&mut self, kind: WeightType, count: usize, inputs: usize) {
@@ -189,8 +181,7 @@ impl Rows {
         self.depth = kind.words(inputs);
         self.stride = stride(self.depth);
         let length = words_of_rows(kind, count, inputs);
-        self.words.reserve_exact(length.saturating_sub(self.words.len()));
-        self.words.resize(length, 0);
+        grow(&mut self.words, length);
         self.group_stride = match kind {
             WeightType::Int8 => self.depth.div_ceil(quads::GROUP),
             _ => 0,

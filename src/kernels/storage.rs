@@ -4,6 +4,7 @@ use super::real::Real;
 use candle_core::{
     CpuStorage, Device, InplaceOp1, Layout, Result, Storage, StorageRef, Tensor, bail,
 };
+use rayon::prelude::*;
 use std::{cell::Cell, marker::PhantomData, ops::Deref};
 
 /// The elements of a contiguous CPU tensor, borrowed for as long as this lives.
@@ -44,6 +45,13 @@ impl<T: Real> Deref for Elements<'_, T> {
 /// Has `change` work on the elements of a contiguous f32 CPU tensor, in place.
 pub(crate) fn change(tensor: &Tensor, change: impl FnOnce(&mut [f32])) -> Result<()> {
     tensor.inplace_op1(&Change(Cell::new(Some(change))))
+}
+
+/// Sets the elements of a contiguous f32 CPU tensor to zero, in their memory.
+pub(crate) fn clear(tensor: &Tensor) -> Result<()> {
+    change(tensor, |values| {
+        values.par_chunks_mut(1 << 16).for_each(|values| values.fill(0.0));
+    })
 }
 
 struct Change<F>(Cell<Option<F>>);

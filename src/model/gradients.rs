@@ -1,8 +1,7 @@
 //! Gradients by the names of their parameters.
 
-use crate::kernels::storage::change;
+use crate::kernels::storage::clear;
 use candle_core::{DType, Device, Result, Tensor, bail};
-use rayon::prelude::*;
 use std::collections::BTreeMap;
 
 /// Gradients by parameter name, in f32 or wider.
@@ -35,12 +34,7 @@ impl Gradients {
 
     /// Sets all to zero, in their memory.
     pub(crate) fn clear(&mut self) -> Result<()> {
-        let zero = |gradient: &Tensor| {
-            change(gradient, |values| {
-                values.par_chunks_mut(1 << 16).for_each(|values| values.fill(0.0));
-            })
-        };
-        self.by_name.values().try_for_each(zero)
+        self.by_name.values().try_for_each(clear)
     }
 
     /// The gradient of one parameter, which is there.

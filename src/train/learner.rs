@@ -3,6 +3,7 @@
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
 use crate::kernels::bf16x3;
+use crate::kernels::matmul::Into;
 use crate::kernels::packed::WeightType;
 use crate::model::backward::{Batch, Gradients, Keep, Learning};
 use crate::model::config::ModelConfig;
@@ -12,8 +13,8 @@ use crate::threads;
 use candle_core::{DType, Device, Tensor};
 
 /// Width of layers from which f32 is split where that pays: beside whole products, with 256 it cost a tenth of a step, with
-/// 768 it saved one and more (docs/training.md).
-const PARTS_PAY_FROM: usize = 512;
+/// 512 products alone did not gain, and with 768 a step was a sixth faster (docs/training.md).
+const PARTS_PAY_FROM: usize = 768;
 
 /// A model in training.
 #[derive(Debug)]
@@ -56,7 +57,7 @@ impl Learner {
         Ok(Learner::Tensors { model: Box::new(model), copies })
     }
 
-    /// Gradients that [`Learner::learn`] can add to.
+    /// Gradients that [`Learner::learn`] can write and add to.
     pub(super) fn gradients(&self, config: &ModelConfig) -> candle_core::Result<Gradients> {
         match self {
             Learner::Host(_) => Gradients::zeros(&config.parameters()),
@@ -75,16 +76,21 @@ impl Learner {
         }
     }
 
-    /// The loss of each target, with the gradient of the objective added to `gradients`.
+    /// The loss of each target, with the gradient of the objective in `gradients`: by itself, or added to what is there.
     pub(super) fn learn(
         &mut self,
         batch: &Batch,
         learning: Learning,
-        gradients: &mut Gradients,
+        (gradients, sums): (&mut Gradients, Into),
     ) -> candle_core::Result<Vec<f64>> {
         match self {
-            Learner::Host(model) => model.learn(batch, learning, gradients),
-            Learner::Tensors { model, .. } => model.learn(batch, learning, gradients),
+            Learner::Host(model) => model.learn(batch, learning, (gradients, sums)),
+            Learner::Tensors { model, .. } => {
+                if sums == Into::Set {
+                    *gradients = Gradients::default();
+                }
+                model.learn(batch, learning, gradients)
+            }
         }
     }
 
@@ -121,7 +127,7 @@ pub fn gradients(
 ) -> Result<(Vec<f64>, Gradients)> {
     let mut learner = Learner::new(config, &Parameters::new(values)?, compute, device)?;
     let mut gradients = learner.gradients(config)?;
-    let losses = learner.learn(batch, learning, &mut gradients)?;
+    let losses = learner.learn(batch, learning, (&mut gradients, Into::Set))?;
     Ok((losses, gradients))
 }
 

@@ -14,9 +14,11 @@ use super::learner::Learner;
 use super::optimizer::{AdamW, Parameters};
 use crate::error::{Context, Error, Result};
 use crate::kernels::all_reduce::{AllReduce, HostSum, nccl};
+use crate::kernels::matmul::Into;
 use crate::model::backward::{Batch, Gradients, Learning};
 use crate::model::config::ModelConfig;
 use candle_core::{DType, Device, Tensor};
+use std::iter::{once, repeat};
 
 /// Devices that train one model, and what adds up over them.
 #[derive(Debug)]
@@ -74,8 +76,8 @@ pub(super) struct Replicas {
     buckets: Option<Buckets>,
 }
 
-/// Whatever has the losses of a micro-batch computed.
-type Work<'a> = dyn Fn(&mut Replica, &Batch) -> candle_core::Result<Vec<f64>> + Sync + 'a;
+/// Whatever has the losses of a micro-batch computed, the first one of a replica to be set and the others to be added.
+type Work<'a> = dyn Fn(&mut Replica, &Batch, Into) -> candle_core::Result<Vec<f64>> + Sync + 'a;
 
 impl Replicas {
     /// Replicas with given parameters, that compute in `compute`.
@@ -122,11 +124,11 @@ impl Replicas {
     /// # Errors
     /// If a device fails.
     pub(super) fn learn(&mut self, batches: &[Batch], learning: Learning) -> Result<Vec<Vec<f64>>> {
-        for replica in &mut self.all {
-            replica.learner.clear(&mut replica.gradients)?;
+        for idle in self.all.iter_mut().skip(batches.len()) {
+            idle.learner.clear(&mut idle.gradients)?;
         }
-        let losses = self.deal(batches, "training step", &|replica, batch| {
-            replica.learner.learn(batch, learning, &mut replica.gradients)
+        let losses = self.deal(batches, "training step", &|replica, batch, sums| {
+            replica.learner.learn(batch, learning, (&mut replica.gradients, sums))
         })?;
         let Some(buckets) = &self.buckets else { return Ok(losses) };
         let flat = |(replica, device): (&mut Replica, &Device)| {
@@ -143,7 +145,7 @@ impl Replicas {
     /// # Errors
     /// If a device fails.
     pub(super) fn losses(&mut self, batches: &[Batch]) -> Result<Vec<Vec<f64>>> {
-        self.deal(batches, "evaluation", &|replica, batch| replica.learner.losses(batch))
+        self.deal(batches, "evaluation", &|replica, batch, _| replica.learner.losses(batch))
     }
 
     /// The norm of the gradients, as every replica finds it.
@@ -199,8 +201,9 @@ impl Replicas {
         let count = self.all.len();
         let losses = self.on_each(|rank, replica| {
             let own = batches.iter().skip(rank).step_by(count);
-            let losses =
-                own.map(|batch| work(replica, batch)).collect::<candle_core::Result<Vec<_>>>();
+            let sums = once(Into::Set).chain(repeat(Into::Add));
+            let losses = own.zip(sums).map(|(batch, sums)| work(replica, batch, sums));
+            let losses = losses.collect::<candle_core::Result<Vec<_>>>();
             match count {
                 1 => losses.context(what),
                 _ => losses.context(&format!("{what}, on device {rank} of {count}")),

@@ -4,6 +4,7 @@ use super::Pass;
 use crate::kernels::attention::tiled::{Packed, Saved};
 use crate::kernels::dropout::{Mask, Site};
 use crate::kernels::linear::{self, Branch, Layout, Scratch, Weight, sized};
+use crate::kernels::matmul::Into;
 use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::{normalise, normalise_backward};
 use crate::kernels::rope::{Turn, turn_rows};
@@ -153,7 +154,8 @@ impl Block {
         let Trace { q, k, v, attended, log_sums, .. } = trace;
         let of_attended = sized(of_attended, attended.len());
         let of_output = left(pass.mask(Site::Attention(self.layer)), of_stream, dropped);
-        let branch = self.branch("self_attn.o_proj", &self.o_proj, of_output, gradients)?;
+        let sums = (gradients, pass.sums);
+        let branch = self.branch(("self_attn.o_proj", &self.o_proj), of_output, sums)?;
         linear::backward(&[branch], attended, of_attended, scratch)?;
         let [of_q, of_k, of_v] = of_qkv;
         let of_qkv = [(of_q, q), (of_k, k), (of_v, v)].map(|(of, own)| sized(of, own.len()));
@@ -166,12 +168,13 @@ impl Block {
         let norm = elements(&self.input_layernorm)?;
         normalise(x, &norm, self.epsilon, normed);
         let branches = [
-            self.branch("self_attn.q_proj", &self.q_proj, of_q, gradients)?,
-            self.branch("self_attn.k_proj", &self.k_proj, of_k, gradients)?,
-            self.branch("self_attn.v_proj", &self.v_proj, of_v, gradients)?,
+            self.branch(("self_attn.q_proj", &self.q_proj), of_q, sums)?,
+            self.branch(("self_attn.k_proj", &self.k_proj), of_k, sums)?,
+            self.branch(("self_attn.v_proj", &self.v_proj), of_v, sums)?,
         ];
         linear::backward(&branches, normed, of_normed, scratch)?;
         change(self.gradient("input_layernorm", gradients)?, |of_norm| {
+            pass.start(of_norm);
             normalise_backward(x, &norm, self.epsilon, of_normed, [of_stream, of_norm]);
         })
     }
@@ -190,7 +193,8 @@ impl Block {
         let (open, of_up) = (sized(open, gate.len()), sized(of_gated, gate.len()));
         gated(gate, up, open);
         let of_output = left(pass.mask(Site::FeedForward(self.layer)), of_stream, dropped);
-        let branch = self.branch("mlp.down_proj", &self.down_proj, of_output, gradients)?;
+        let sums = (gradients, pass.sums);
+        let branch = self.branch(("mlp.down_proj", &self.down_proj), of_output, sums)?;
         linear::backward(&[branch], open, of_up, scratch)?;
         let of_gate = open;
         gated_backward(gate, up, of_gate, of_up);
@@ -199,11 +203,12 @@ impl Block {
         let norm = elements(&self.post_attention_layernorm)?;
         normalise(middle, &norm, self.epsilon, normed);
         let branches = [
-            self.branch("mlp.gate_proj", &self.gate_proj, of_gate, gradients)?,
-            self.branch("mlp.up_proj", &self.up_proj, of_up, gradients)?,
+            self.branch(("mlp.gate_proj", &self.gate_proj), of_gate, sums)?,
+            self.branch(("mlp.up_proj", &self.up_proj), of_up, sums)?,
         ];
         linear::backward(&branches, normed, of_normed, scratch)?;
         change(self.gradient("post_attention_layernorm", gradients)?, |of_norm| {
+            pass.start(of_norm);
             normalise_backward(middle, &norm, self.epsilon, of_normed, [of_stream, of_norm]);
         })
     }
@@ -214,12 +219,11 @@ impl Block {
 
     fn branch<'a>(
         &self,
-        part: &str,
-        weight: &'a Weight,
+        (part, weight): (&str, &'a Weight),
         of_output: &'a [f32],
-        gradients: &'a Gradients,
+        (gradients, into): (&'a Gradients, Into),
     ) -> Result<Branch<'a>> {
-        Ok(Branch { weight, of_output, of_weight: self.gradient(part, gradients)? })
+        Ok(Branch { weight, of_output, of_weight: self.gradient(part, gradients)?, into })
     }
 }
 

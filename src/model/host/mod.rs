@@ -19,10 +19,11 @@ use crate::kernels::cross_entropy::{HeadMemory, Objective, learn_rows};
 use crate::kernels::dropout::{Dropout, Mask, Site};
 use crate::kernels::embedding::{add_rows, copy_rows};
 use crate::kernels::linear::{Layout, Weight, sized};
+use crate::kernels::matmul::Into;
 use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::{normalise, normalise_backward};
 use crate::kernels::rope::RopeTable;
-use crate::kernels::storage::{change, elements};
+use crate::kernels::storage::{change, clear, elements};
 use crate::threads;
 use block::{Block, BlockMemory, Trace};
 use candle_core::{DType, Device, Result, Tensor, bail};
@@ -70,6 +71,8 @@ struct Pass<'a> {
     kind: WeightType,
     hidden: usize,
     dropout: Option<Dropout>,
+    /// What becomes of what stands in the gradients of parameters.
+    sums: Into,
 }
 
 /// When the weights of blocks are laid out. Kept in three parts, and in both directions, they would take 12 bytes a parameter. The
@@ -85,6 +88,13 @@ impl Pass<'_> {
     /// What is dropped at a site, if anything.
     fn mask(&self, site: Site) -> Option<Mask> {
         self.dropout.map(|dropout| dropout.mask(site, self.batch.first_row, self.hidden))
+    }
+
+    /// Has a gradient that is always added to begin with nothing, where that is wanted.
+    fn start(&self, gradient: &mut [f32]) {
+        if self.sums == Into::Set {
+            gradient.fill(0.0);
+        }
     }
 }
 
@@ -130,18 +140,19 @@ impl HostModel {
         })
     }
 
-    /// The loss of each target, with the gradient of the objective added to `gradients`, which has all parameters.
+    /// The loss of each target, with the gradient of the objective in `gradients`, which has all parameters: by itself, or
+    /// added to what is there.
     pub(crate) fn learn(
         &mut self,
         batch: &Batch,
         learning: Learning,
-        gradients: &Gradients,
+        (gradients, sums): (&Gradients, Into),
     ) -> Result<Vec<f64>> {
         let Learning { objective, keep, dropout } = learning;
         threads::run(|| {
             self.forward(batch, keep, dropout)?;
-            self.predict(batch, Some((objective, gradients)))?;
-            self.backward(batch, dropout, gradients)?;
+            self.predict(batch, Some((objective, gradients, sums)))?;
+            self.backward(batch, dropout, (gradients, sums))?;
             Ok(std::mem::take(&mut self.memory.head.losses))
         })
     }
@@ -163,7 +174,8 @@ impl HostModel {
     /// From ids to the stream behind the last block.
     fn forward(&mut self, batch: &Batch, keep: Keep, dropout: Option<Dropout>) -> Result<()> {
         self.check(batch)?;
-        let pass = pass((&self.config, &self.table, self.kind), batch, dropout);
+        let model = (&self.config, &self.table, self.kind);
+        let pass = pass(model, batch, dropout, Into::Add);
         let Memory { inputs, traces, block: memory, stream, .. } = &mut self.memory;
         let length = batch.ids.len() * self.config.hidden_size;
         let kept = if keep == Keep::Everything { self.blocks.len() } else { 0 };
@@ -186,7 +198,11 @@ impl HostModel {
     }
 
     /// Losses, and with `learning` the gradient of the stream behind the last block.
-    fn predict(&mut self, batch: &Batch, learning: Option<(Objective, &Gradients)>) -> Result<()> {
+    fn predict(
+        &mut self,
+        batch: &Batch,
+        learning: Option<(Objective, &Gradients, Into)>,
+    ) -> Result<()> {
         let (width, epsilon) = (self.config.hidden_size, self.config.rms_norm_eps);
         let Memory { block, stream, of_stream, predicting, hidden, of_hidden, head, .. } =
             &mut self.memory;
@@ -196,14 +212,17 @@ impl HostModel {
         copy_rows(stream, &batch.rows, sized(predicting, length));
         normalise(predicting, &norm, epsilon, sized(hidden, length));
         head.losses.clear();
-        let Some((objective, gradients)) = learning else {
+        let Some((objective, gradients, sums)) = learning else {
             return learn_rows(&self.head, hidden, &batch.targets, None, (head, scratch));
         };
         let of_head = gradients.of(head_name(&self.config))?;
-        let wanted = Some((objective, sized(of_hidden, length), of_head));
+        let wanted = Some((objective, sized(of_hidden, length), (of_head, sums)));
         learn_rows(&self.head, hidden, &batch.targets, wanted, (head, scratch))?;
         // The place of the hidden rows is free: it takes the gradient of the rows before the normalisation.
         hidden.fill(0.0);
+        if sums == Into::Set {
+            clear(gradients.of(NORM)?)?;
+        }
         change(gradients.of(NORM)?, |of_norm| {
             normalise_backward(predicting, &norm, epsilon, of_hidden, [hidden, of_norm]);
         })?;
@@ -218,9 +237,9 @@ impl HostModel {
         &mut self,
         batch: &Batch,
         dropout: Option<Dropout>,
-        gradients: &Gradients,
+        (gradients, sums): (&Gradients, Into),
     ) -> Result<()> {
-        let pass = pass((&self.config, &self.table, self.kind), batch, dropout);
+        let pass = pass((&self.config, &self.table, self.kind), batch, dropout, sums);
         let Memory { inputs, traces, block: memory, stream, of_stream, .. } = &mut self.memory;
         for (layer, (block, x)) in self.blocks.iter().zip(inputs).enumerate().rev() {
             if let Some(trace) = traces.get(layer) {
@@ -236,7 +255,11 @@ impl HostModel {
         if let Some(mask) = pass.mask(Site::Embedding) {
             mask.apply(of_stream);
         }
-        change(gradients.of(EMBEDDING)?, |of_table| add_rows(of_stream, &batch.ids, of_table))
+        let of_table = gradients.of(EMBEDDING)?;
+        if sums == Into::Set && head_name(&self.config) != EMBEDDING {
+            clear(of_table)?;
+        }
+        change(of_table, |of_table| add_rows(of_stream, &batch.ids, of_table))
     }
 }
 
@@ -258,8 +281,9 @@ fn pass<'a>(
     (config, table, kind): (&ModelConfig, &'a RopeTable, WeightType),
     batch: &'a Batch,
     dropout: Option<Dropout>,
+    sums: Into,
 ) -> Pass<'a> {
-    Pass { batch, heads: config.heads(), table, kind, hidden: config.hidden_size, dropout }
+    Pass { batch, heads: config.heads(), table, kind, hidden: config.hidden_size, dropout, sums }
 }
 
 fn head_name(config: &ModelConfig) -> &'static str {
@@ -341,7 +365,10 @@ mod tests {
         let parameters = parameters(config);
         let mut model = HostModel::new(config, kind, |name| named(&parameters, name)).unwrap();
         let gradients = Gradients::zeros(&config.parameters()).unwrap();
-        let losses = model.learn(&batch(), learning, &gradients).unwrap();
+        for (_, gradient) in gradients.iter() {
+            change(gradient, |values| values.fill(f32::NAN)).unwrap();
+        }
+        let losses = model.learn(&batch(), learning, (&gradients, Into::Set)).unwrap();
         (losses, gradients, model)
     }
 
@@ -404,8 +431,15 @@ mod tests {
             let (again, of_inputs, _) = learn(&config, kind, inputs);
             assert_eq!(losses, again);
             let mut reused = Gradients::zeros(&config.parameters()).unwrap();
+            // A batch that leaves no numbers behind.
+            let before = flat(&model.embed_tokens)[7];
+            change(&model.embed_tokens, |table| table[7] = f32::NAN).unwrap();
+            let mut bad = batch();
+            bad.ids.fill(0);
+            assert!(model.learn(&bad, inputs, (&reused, Into::Set)).unwrap()[0].is_nan());
+            change(&model.embed_tokens, |table| table[7] = before).unwrap();
             reused.clear().unwrap();
-            assert_eq!(model.learn(&batch(), inputs, &reused).unwrap(), losses);
+            assert_eq!(model.learn(&batch(), inputs, (&reused, Into::Add)).unwrap(), losses);
             for (name, gradient) in gradients.iter() {
                 assert_eq!(flat(gradient), flat(of_inputs.of(name).unwrap()), "{name}");
                 assert_eq!(flat(gradient), flat(reused.of(name).unwrap()), "{name}");
@@ -419,8 +453,8 @@ mod tests {
         let everything = learning(Keep::Everything, 0.1);
         let (_, once, mut model) = learn(&config, WeightType::F32, everything);
         let twice = Gradients::zeros(&config.parameters()).unwrap();
-        for _ in 0..2 {
-            model.learn(&batch(), everything, &twice).unwrap();
+        for into in [Into::Set, Into::Add] {
+            model.learn(&batch(), everything, (&twice, into)).unwrap();
         }
         for (name, once) in once.iter() {
             let (once, twice) = (flat(once), flat(twice.of(name).unwrap()));
@@ -441,7 +475,7 @@ mod tests {
         let mut far = batch();
         far.positions[3] = 128;
         for (batch, said) in [(unknown, "token id 300"), (far, "position 128")] {
-            let error = model.learn(&batch, everything, &gradients).unwrap_err();
+            let error = model.learn(&batch, everything, (&gradients, Into::Set)).unwrap_err();
             assert!(error.to_string().contains(said), "{error}");
         }
     }

@@ -48,7 +48,7 @@ fn laid_out_words(config: &ModelConfig, kind: WeightType, rows: usize) -> usize 
         columns.next_multiple_of(PANEL) * kind.words(rows.next_multiple_of(INPUTS))
     };
     let wide = config.num_attention_heads * config.head_dim;
-    let widest = middle.max(wide).max(hidden);
+    let widest = middle.max(wide).max(hidden).next_multiple_of(INPUTS);
     let looked_up = if config.tie_word_embeddings { 0 } else { vocabulary * hidden };
     let head = panels(vocabulary, hidden) + panels(hidden, vocabulary);
     let weights = match layout_of_blocks(kind) {
@@ -58,7 +58,8 @@ fn laid_out_words(config: &ModelConfig, kind: WeightType, rows: usize) -> usize 
         }
     };
     let chunk = CHUNK.min(rows);
-    let meeting = words_of_rows(kind, rows, widest).max(words_of_rows(kind, chunk, vocabulary));
+    let logits = words_of_rows(kind, chunk, vocabulary.next_multiple_of(INPUTS));
+    let meeting = words_of_rows(kind, rows, widest).max(logits);
     let turned = words_of_rows(kind, widest, rows);
     weights + meeting + turned + panels(widest, rows).max(panels(vocabulary, chunk))
 }

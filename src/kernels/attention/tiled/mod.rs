@@ -120,6 +120,13 @@ struct Block {
     panels: Range<usize>,
 }
 
+impl Block {
+    /// Its queries, and what fills the last tile.
+    fn rows(&self) -> usize {
+        self.queries.len().next_multiple_of(PANEL)
+    }
+}
+
 /// Memory of a task, used again by the next one of the thread.
 #[derive(Default)]
 struct Buffers {
@@ -221,7 +228,7 @@ impl Task<'_> {
     /// The rows of a block, zeros for those that are not there.
     fn pack_block(&self, x: View<'_, f32>, words: &mut Vec<u32>) {
         let stride = self.words();
-        words.resize(QUERIES * stride, 0);
+        words.resize(x.rows.next_multiple_of(PANEL) * stride, 0);
         simd(
             #[inline(always)]
             || {

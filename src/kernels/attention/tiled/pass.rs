@@ -33,14 +33,14 @@ impl Task<'_> {
             let scores = &mut scores[..block.panels.len()];
             let keys = key_rows.chunks_exact(words * PANEL).skip(block.panels.start);
             for (scores, keys) in scores.iter_mut().zip(keys) {
-                kind.tile(q, words, keys, Ahead::NOTHING, scores);
+                kind.tile(q, words, keys, Ahead::NOTHING, &mut scores[..block.rows()]);
             }
             simd(
                 #[inline(always)]
                 || self.weigh(&block, scores, [&mut inverse, &mut log_sum]),
             );
             for (index, scores) in scores.iter().enumerate() {
-                self.put_weights(scores, index, weights);
+                self.put_weights(&scores[..block.rows()], index, weights);
             }
             self.multiply(&block, weights, value_columns, |query, column, values| {
                 let (row, width) = (self.start + block.queries.start + query, values.len());
@@ -60,7 +60,7 @@ impl Task<'_> {
     #[inline(always)]
     fn weigh(&self, block: &Block, scores: &mut [Scores], [inverse, log_sum]: [&mut Column; 2]) {
         let scale = self.of.heads.scale() as f32;
-        for query in 0..QUERIES {
+        for query in 0..block.rows() {
             let row = block.queries.start + query;
             if row >= block.queries.end {
                 scores.iter_mut().for_each(|scores| scores[query] = [0.0; PANEL]);
@@ -106,7 +106,8 @@ impl Task<'_> {
         let stripes = columns.chunks_exact(self.panels() * words).enumerate();
         for (stripe, panels) in stripes {
             let panels = &panels[block.panels.start * words..block.panels.end * words];
-            self.of.kind.tile(weights, self.stride(), panels, Ahead::NOTHING, &mut out);
+            let out = &mut out[..block.rows()];
+            self.of.kind.tile(weights, self.stride(), panels, Ahead::NOTHING, out);
             let first = stripe * PANEL;
             for (query, out) in out.iter().take(block.queries.len()).enumerate() {
                 put(query, block.head * width + first, &out[..PANEL.min(width - first)]);
@@ -166,20 +167,21 @@ impl Task<'_> {
         let (mut panels, mut out) = ([[[0; PANEL]; MOST_WORDS]; 2], [[0.0; PANEL]; PANEL]);
         for (index, panel) in block.panels.clone().enumerate() {
             let own = panel * words * PANEL..(panel + 1) * words * PANEL;
-            kind.tile(&buffers.q, words, &buffers.key_rows[own.clone()], Ahead::NOTHING, &mut p);
+            let (p, ds) = (&mut p[..block.rows()], &mut ds[..block.rows()]);
+            kind.tile(&buffers.q, words, &buffers.key_rows[own.clone()], Ahead::NOTHING, p);
             let values = &buffers.value_rows[own];
-            kind.tile(&buffers.of_output, words, values, Ahead::NOTHING, &mut ds);
+            kind.tile(&buffers.of_output, words, values, Ahead::NOTHING, ds);
             simd(
                 #[inline(always)]
                 || {
-                    self.of_scores(block, panel, &rows, [&mut p, &mut ds]);
-                    for (scores, panel) in [&ds, &p].into_iter().zip(&mut panels) {
+                    self.of_scores(block, panel, &rows, [&mut *p, &mut *ds]);
+                    for (scores, panel) in [&*ds, &*p].into_iter().zip(&mut panels) {
                         let scores = View::rows(scores.as_flattened(), count, PANEL, PANEL);
                         panel_of_columns(kind, scores, 0, panel[..depth].as_flattened_mut());
                     }
                 },
             );
-            self.put_weights(&ds, index, &mut buffers.weights);
+            self.put_weights(ds, index, &mut buffers.weights);
             let own = panel * self.padded()..(panel + 1) * self.padded();
             for (turned, panel, sums) in [
                 (&buffers.q_turned, &panels[0], &mut buffers.of_keys[own.clone()]),
@@ -229,7 +231,7 @@ impl Task<'_> {
         block: &Block,
         panel: usize,
         [log_sums, along]: &[Column; 2],
-        [scores, gradients]: [&mut Scores; 2],
+        [scores, gradients]: [&mut [[f32; PANEL]]; 2],
     ) {
         let scale = self.of.heads.scale() as f32;
         for query in 0..block.queries.len() {
@@ -248,7 +250,7 @@ impl Task<'_> {
     }
 
     /// Writes what the scores of a panel are multiplied with.
-    fn put_weights(&self, scores: &Scores, index: usize, weights: &mut [u32]) {
+    fn put_weights(&self, scores: &[[f32; PANEL]], index: usize, weights: &mut [u32]) {
         let weights = &mut weights[index * self.panel_words()..];
         simd(
             #[inline(always)]
