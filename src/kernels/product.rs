@@ -75,6 +75,9 @@ fn run_turned(
         let mut own = [[0.0; PANEL]; ROWS];
         for panel in panels {
             tiles(x, &rows, |tile, tiles, rows| {
+                for lane in 0..weight.width(panel) {
+                    target.fetch(panel * PANEL + lane, rows.start, rows.len());
+                }
                 let ahead = weight.ahead(panel, tile, tiles);
                 weight.tile(panel, x, rows.start, ahead, &mut own[..room(x.kind(), rows.len())]);
                 simd(
@@ -168,7 +171,11 @@ fn run<const COUNT: usize>(
             let own = panels.start.max(own.start) - own.start
                 ..panels.end.min(own.end).max(own.start) - own.start;
             for panel in own {
+                let width = weight.width(panel);
                 tiles(x, &rows, |tile, tiles, rows| {
+                    for row in rows.clone() {
+                        target.fetch(row, panel * PANEL, width);
+                    }
                     let ahead = weight.ahead(panel, tile, tiles);
                     weight.tile(
                         panel,
@@ -177,7 +184,6 @@ fn run<const COUNT: usize>(
                         ahead,
                         &mut out[..room(x.kind(), rows.len())],
                     );
-                    let width = weight.width(panel);
                     simd(
                         #[inline(always)]
                         || {

@@ -3,6 +3,7 @@
 // Reason: threads write different columns of the same rows, which slices cannot express.
 #![expect(unsafe_code, reason = "an output of rows is written by several threads")]
 
+use super::fetch::fetch_to_write;
 use rayon::prelude::*;
 use std::marker::PhantomData;
 
@@ -32,6 +33,16 @@ impl<'a, T> Target<'a, T> {
     pub(crate) fn new(out: &'a mut [T], width: usize, rows: usize) -> Self {
         assert_eq!(out.len(), width * rows, "the output has another size");
         Target { start: out.as_mut_ptr(), rows, width, output: PhantomData }
+    }
+
+    /// Has the CPU bring some columns of a row near, which are going to be written.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, row: usize, at: usize, length: usize) {
+        let start = self.start.wrapping_add(row * self.width + at);
+        let line = 64 / size_of::<T>();
+        for column in (0..length).step_by(line) {
+            fetch_to_write(start.wrapping_add(column));
+        }
     }
 
     /// Some columns of a row.
