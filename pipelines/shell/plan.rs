@@ -130,7 +130,9 @@ impl Plan {
         {
             line("threads", split::describe(settings.engine.train_threads));
         }
-        line("memory", format!("about {}", bytes(self.memory(settings))));
+        let (memory, cache) = self.memory(settings);
+        let grows = "of it for keys and values, which grow with the texts";
+        line("memory", format!("at most about {}, {} {grows}", bytes(memory), bytes(cache)));
         line("requests", describe_request_store(settings));
         line("output", format!("{}", settings.out.display()));
         text
@@ -188,7 +190,8 @@ impl Plan {
         )
     }
 
-    fn memory(&self, settings: &Settings) -> u64 {
+    /// Bytes of everything, and how many of them are for the keys and values of the engines, if sequences fill their contexts.
+    fn memory(&self, settings: &Settings) -> (u64, u64) {
         let synthesizer = &settings.synthesizer.config;
         let parameters = synthesizer.parameter_count();
         let weights =
@@ -211,7 +214,8 @@ impl Plan {
         let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
         let engines = settings.synthesizer_devices.len() as u64;
         let replicas = settings.devices.len() as u64;
-        engines * (weights + cache) + replicas * training + snapshot + PROGRAM_BYTES
+        let all = engines * (weights + cache) + replicas * training + snapshot + PROGRAM_BYTES;
+        (all, engines * cache)
     }
 }
 
