@@ -247,6 +247,13 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
+    const KINDS: [(WeightType, Layout); 4] = [
+        (WeightType::F32, Layout::Kept),
+        (WeightType::Bf16, Layout::Kept),
+        (WeightType::Bf16x3, Layout::Kept),
+        (WeightType::Bf16x3, Layout::AtUse),
+    ];
+
     fn check(
         count: usize,
         inputs: usize,
@@ -295,12 +302,7 @@ mod tests {
 
     #[test]
     fn outputs_and_gradients_are_those_of_plain_products() {
-        for kind in [
-            (WeightType::F32, Layout::Kept),
-            (WeightType::Bf16, Layout::Kept),
-            (WeightType::Bf16x3, Layout::Kept),
-            (WeightType::Bf16x3, Layout::AtUse),
-        ] {
+        for kind in KINDS {
             check(1, 1, [1, 2], kind);
             check(7, 33, [5, 40], kind);
             check(96, 64, [64, 32], kind);
@@ -337,12 +339,7 @@ mod tests {
 
     #[test]
     fn results_depend_neither_on_threads_nor_on_what_memory_held() {
-        for kind in [
-            (WeightType::F32, Layout::Kept),
-            (WeightType::Bf16, Layout::Kept),
-            (WeightType::Bf16x3, Layout::Kept),
-            (WeightType::Bf16x3, Layout::AtUse),
-        ] {
+        for kind in KINDS {
             let once = bits(kind, 0.0, 1);
             for (held, threads) in [(f32::NAN, 1), (f32::INFINITY, 2), (1.0, 3), (f32::NAN, 7)] {
                 assert!(bits(kind, held, threads) == once, "{kind:?}, {held}, {threads} threads");

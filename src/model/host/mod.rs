@@ -448,6 +448,21 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_without_targets_has_no_losses_and_gradients_of_nothing() {
+        for tied in [true, false] {
+            let config = config(tied);
+            let everything = learning(Keep::Everything, 0.0);
+            let (_, gradients, mut model) = learn(&config, WeightType::F32, everything);
+            let none = Batch { rows: Vec::new(), targets: Vec::new(), ..batch() };
+            let losses = model.learn(&none, everything, (&gradients, Into::Set)).unwrap();
+            assert_eq!(losses, [0.0; 0]);
+            for (name, gradient) in gradients.iter() {
+                assert!(flat(gradient).iter().all(|&x| x == 0.0), "{name}");
+            }
+        }
+    }
+
+    #[test]
     fn gradients_of_two_batches_add_up() {
         let config = config(false);
         let everything = learning(Keep::Everything, 0.1);
