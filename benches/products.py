@@ -1,24 +1,30 @@
-"""The rate of PyTorch's bf16 products in the shapes of model M: 512 rows, twelve layers with weights of their own.
+"""The rate of PyTorch's products in the shapes of model M: twelve layers with weights of their own, two threads.
 
-The ceiling that prompts of `headwater bench synth --model 110m --dtype bf16` are compared to in RESULTS.md.
-Needs torch; prints the rate of three turns of a second, on two threads.
+    python benches/products.py [bf16|f32] [ROWS]
+
+The ceilings that `headwater bench synth --model 110m --dtype bf16` (512 rows, as by default) and `headwater bench train
+--model 110m --dtype f32` (1,024 rows, a micro-batch) are compared to in RESULTS.md. Needs torch; prints the rate of three
+turns of two seconds.
 """
 
+import sys
 import time
 
 import torch
 
-ROWS, LAYERS, THREADS = 512, 12, 2
+LAYERS, THREADS, SECONDS = 12, 2, 2.0
 # inputs, outputs: q, k and v together; o; gate and up together; down
 SHAPES = [(768, 1280), (768, 768), (768, 4096), (2048, 768)]
 
+dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[sys.argv[1] if len(sys.argv) > 1 else "bf16"]
+count = int(sys.argv[2]) if len(sys.argv) > 2 else 512
 torch.set_num_threads(THREADS)
-rows = [torch.randn(ROWS, inputs).bfloat16() for inputs, _ in SHAPES]
-layers = [[torch.randn(outputs, inputs).bfloat16() for inputs, outputs in SHAPES] for _ in range(LAYERS)]
-operations = LAYERS * sum(2 * ROWS * inputs * outputs for inputs, outputs in SHAPES)
+rows = [torch.randn(count, inputs).to(dtype) for inputs, _ in SHAPES]
+layers = [[torch.randn(outputs, inputs).to(dtype) for inputs, outputs in SHAPES] for _ in range(LAYERS)]
+operations = LAYERS * sum(2 * count * inputs * outputs for inputs, outputs in SHAPES)
 for _ in range(3):
     start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < 1.0:
+    while time.perf_counter() - start < SECONDS:
         for weights in layers:
             for x, weight in zip(rows, weights):
                 torch.nn.functional.linear(x, weight)

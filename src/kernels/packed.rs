@@ -276,13 +276,20 @@ impl PackedWeight {
         }
     }
 
-    /// What the tile at `tile` of `tiles` of a panel fetches: a share of the next panel. A single tile on a
-    /// matrix unit is faster than memory, and fetches what it is about to read itself.
-    pub(crate) fn ahead(&self, panel: usize, tile: usize, tiles: usize) -> Ahead<'_> {
-        const NEAR: usize = 1024; // words: two steps
+    /// What the tile at `tile` of `tiles` of a panel, with so many rows, fetches: a share of the next panel. A single tile
+    /// on a matrix unit is faster than memory, and fetches what it is about to read itself; in two squares it does so
+    /// anyway, and begins what comes after that.
+    pub(crate) fn ahead(
+        &self,
+        panel: usize,
+        (tile, tiles): (usize, usize),
+        rows: usize,
+    ) -> Ahead<'_> {
+        const STEP: usize = 16 * PANEL;
         if tiles == 1 && rows_at_once(self.kind) == ROWS {
             let length = self.kind.words(self.inputs) * PANEL;
-            let words = self.words.get(panel * length + NEAR..).unwrap_or(&[]);
+            let steps = if rows > ROWS / 2 { 6 } else { 2 };
+            let words = self.words.get(panel * length + steps * STEP..).unwrap_or(&[]);
             return Ahead::new(words, PANEL);
         }
         let next = self.panel(panel + 1);

@@ -74,11 +74,11 @@ fn run_turned(
     share(weight.panels(), x, |panels, rows| {
         let mut own = [[0.0; PANEL]; ROWS];
         for panel in panels {
-            tiles(x, &rows, |tile, tiles, rows| {
+            tiles(x, &rows, |tile, rows| {
                 for lane in 0..weight.width(panel) {
                     target.fetch(panel * PANEL + lane, rows.start, rows.len());
                 }
-                let ahead = weight.ahead(panel, tile, tiles);
+                let ahead = weight.ahead(panel, tile, rows.len());
                 weight.tile(panel, x, rows.start, ahead, &mut own[..room(x.kind(), rows.len())]);
                 simd(
                     #[inline(always)]
@@ -124,9 +124,9 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
     share(gate.panels(), x, |panels, rows| {
         let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
         for panel in panels {
-            tiles(x, &rows, |tile, tiles, rows| {
+            tiles(x, &rows, |tile, rows| {
                 for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
-                    let ahead = weight.ahead(panel, tile, tiles);
+                    let ahead = weight.ahead(panel, tile, rows.len());
                     weight.tile(
                         panel,
                         x,
@@ -172,11 +172,11 @@ fn run<const COUNT: usize>(
                 ..panels.end.min(own.end).max(own.start) - own.start;
             for panel in own {
                 let width = weight.width(panel);
-                tiles(x, &rows, |tile, tiles, rows| {
+                tiles(x, &rows, |tile, rows| {
                     for row in rows.clone() {
                         target.fetch(row, panel * PANEL, width);
                     }
-                    let ahead = weight.ahead(panel, tile, tiles);
+                    let ahead = weight.ahead(panel, tile, rows.len());
                     weight.tile(
                         panel,
                         x,
@@ -230,11 +230,11 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
     }
 }
 
-/// Cuts rows into pieces of what a tile takes, as even as can be: `work(index, pieces, rows)`.
-fn tiles(x: &Rows, rows: &Range<usize>, mut work: impl FnMut(usize, usize, Range<usize>)) {
+/// Cuts rows into pieces of what a tile takes, as even as can be: `work((index, pieces), rows)`.
+fn tiles(x: &Rows, rows: &Range<usize>, mut work: impl FnMut((usize, usize), Range<usize>)) {
     let (count, pieces) = (rows.len(), rows.len().div_ceil(rows_at_once(x.kind())));
     for index in 0..pieces {
         let cut = |index: usize| rows.start + index * count / pieces;
-        work(index, pieces, cut(index)..cut(index + 1));
+        work((index, pieces), cut(index)..cut(index + 1));
     }
 }

@@ -9,19 +9,25 @@ use super::unit::{Operands, clear, near, store};
 use super::{PANEL_BYTES, SQUARE};
 use std::arch::asm;
 
-/// The product of the tiles of a square, and what is fetched meanwhile.
-macro_rules! square {
-    ($square:tt, $($near:tt)*) => {
-        concat!(square!($square), "\n", near!($($near)*))
+/// Loads a tile of the upper or lower rows, or of the panel.
+macro_rules! load {
+    (panel $offset:literal) => {
+        concat!("tileloadd tmm5, [{panel} + {panel_stride} + ", $offset, "]")
     };
-    (0) => { "tdpbf16ps tmm0, tmm4, tmm6" };
-    (1) => { "tdpbf16ps tmm1, tmm4, tmm7" };
-    (2) => { "tdpbf16ps tmm2, tmm5, tmm6" };
-    (3) => { "tdpbf16ps tmm3, tmm5, tmm7" };
+    ($rows:ident $offset:literal) => {
+        concat!("tileloadd tmm4, [{", stringify!($rows), "} + {stride} + ", $offset, "]")
+    };
+}
+
+/// Loads a tile, multiplies for a square, and fetches meanwhile.
+macro_rules! square {
+    ($square:literal, $of:ident $offset:literal, $($near:tt)*) => {
+        concat!(load!($of $offset), "\ntdpbf16ps tmm", $square, ", tmm4, tmm5\n", near!($($near)*))
+    };
 }
 
 /// `sums[row] = rows · panel` for 32 rows whose elements, like those of the panel, are sums of three parts: the six products
-/// of parts that matter, the small ones first. A step is 48 words; of its 24 products one to four follow each load.
+/// of parts that matter, the small ones first. A step is 48 words; a tile is loaded before each of its 24 products.
 ///
 /// # Panics
 /// If rows, panel or sums are too short.
@@ -38,49 +44,36 @@ pub(super) fn parts_of_squares(operands: Operands<'_>, sums: &mut [[f32; PANEL]]
             clear!(),
             "2:",
             // low · high
-            "tileloadd tmm4, [{rows} + {stride} + 128]",
-            "tileloadd tmm6, [{panel} + {panel_stride}]",
-            square!(0, panel "6144"),
-            "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
-            square!(1, rows "320"),
-            "tileloadd tmm5, [{below} + {stride} + 128]",
-            square!(2, panel "6656"),
-            "tileloadd tmm4, [{rows} + {stride} + 64]",
-            square!(3, rows),
+            load!(rows "128"),
+            square!(0, panel "0", panel "6144"),
+            square!(1, panel "64", rows "320"),
+            square!(3, below "128", panel "6656"),
+            square!(2, panel "0", rows),
             // mid · high
-            square!(0, panel "7168"),
-            "tileloadd tmm5, [{below} + {stride} + 64]",
-            square!(1, rows),
-            square!(2, panel "7680"),
-            "tileloadd tmm6, [{panel} + {panel_stride} + 2048]",
-            square!(3, rows),
+            square!(2, below "64", panel "7168"),
+            square!(3, panel "64", rows),
+            square!(1, rows "64", panel "7680"),
+            square!(0, panel "0", rows),
             // mid · mid
-            "tileloadd tmm7, [{panel} + {panel_stride} + 2112]",
-            square!(0, panel "8192"),
-            square!(1, rows "256"),
-            "tileloadd tmm4, [{rows} + {stride}]",
-            square!(2, panel "8704"),
-            square!(3, rows),
+            square!(0, panel "2048", panel "8192"),
+            square!(1, panel "2112", rows "256"),
+            square!(3, below "64", panel "8704"),
+            square!(2, panel "2048", rows),
             // high · mid
-            "tileloadd tmm5, [{below} + {stride}]",
-            square!(0, panel "9216"),
-            square!(1, rows),
-            square!(2, panel "9728"),
-            "tileloadd tmm6, [{panel} + {panel_stride} + 4096]",
-            square!(3, rows),
+            square!(2, below "0", panel "9216"),
+            square!(3, panel "2112", rows),
+            square!(1, rows "0", panel "9728"),
+            square!(0, panel "2048", rows),
             // high · low
-            "tileloadd tmm7, [{panel} + {panel_stride} + 4160]",
-            square!(0, panel "10240"),
-            square!(2, rows "192"),
-            "tileloadd tmm6, [{panel} + {panel_stride}]",
-            square!(1, panel "10752"),
-            square!(3, rows),
+            square!(0, panel "4096", panel "10240"),
+            square!(1, panel "4160", rows "192"),
+            square!(3, below "0", panel "10752"),
+            square!(2, panel "4096", rows),
             // high · high
-            "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
-            square!(0, panel "11264"),
-            square!(2, rows),
-            square!(1, panel "11776"),
-            square!(3, rows),
+            square!(2, panel "0", panel "11264"),
+            square!(3, panel "64", rows),
+            square!(1, rows "0", panel "11776"),
+            square!(0, panel "0", rows),
             "add {rows}, 192",
             "add {below}, 192",
             "add {panel}, 6144",

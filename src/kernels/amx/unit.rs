@@ -68,21 +68,46 @@ impl Operands<'_> {
     }
 }
 
-/// Runs `$run!(multiply, fetch)` with what each of the four places of a step fetches. What is fetched whole is
-/// wanted at once, all else later.
+/// Instructions that make all tiles zero: sums, and what an earlier product has left. Where two threads share a core, they
+/// share the registers that it renames tiles to, and a tile that is zero takes none: the fewer hold something, the more
+/// products are under way at a time (docs/engine.md).
+macro_rules! clear {
+    () => {
+        ".irp i,0,1,2,3,4,5,6,7\ntilezero tmm\\i\n.endr"
+    };
+}
+pub(super) use clear;
+
+/// Instructions with which one of the four places of a step fetches.
+macro_rules! lines {
+    (1) => {
+        "prefetcht1 [{ahead}]\nadd {ahead}, 64"
+    };
+    (4) => {
+        ".irp i,0,1,2,3\nprefetcht1 [{ahead} + 64*\\i]\n.endr\nadd {ahead}, 256"
+    };
+    // Wanted at once.
+    (8) => {
+        ".irp i,0,1,2,3,4,5,6,7\nprefetcht0 [{ahead} + 64*\\i]\n.endr\nadd {ahead}, 512"
+    };
+    // Where the CPU's own prefetcher begins; it stops at the end of every page, and tiles do not start it in time.
+    (first of 32) => {
+        "prefetcht1 [{ahead}]\nprefetcht1 [{ahead} + 64]\nadd {ahead}, 2048"
+    };
+    (none) => {
+        "/* {ahead} */"
+    };
+}
+
+/// Runs `$run!(multiply, first, fetch)` with what the first of the four places of a step fetches, and each other.
+/// `$first` and `$fetch` are for what is fetched whole.
 macro_rules! with_fetch {
-    ($ahead:expr, $run:ident, $multiply:literal) => {
+    ($ahead:expr, $run:ident, $multiply:literal, $first:expr, $fetch:expr) => {
         match $ahead.step() {
-            0 => $run!($multiply, "/* {ahead} */"),
-            1..=4 => $run!($multiply, "prefetcht1 [{ahead}]\nadd {ahead}, 64"),
-            5..=16 => $run!(
-                $multiply,
-                ".irp i,0,1,2,3\nprefetcht1 [{ahead} + 64*\\i]\n.endr\nadd {ahead}, 256"
-            ),
-            _ => $run!(
-                $multiply,
-                ".irp i,0,1,2,3,4,5,6,7\nprefetcht0 [{ahead} + 64*\\i]\n.endr\nadd {ahead}, 512"
-            ),
+            0 => $run!($multiply, lines!(none), lines!(none)),
+            1..=4 => $run!($multiply, lines!(1), lines!(1)),
+            5..=16 => $run!($multiply, lines!(4), lines!(4)),
+            _ => $run!($multiply, $first, $fetch),
         }
     };
 }
@@ -101,16 +126,15 @@ pub(super) fn one_square<const BYTES: bool, T: Sum>(
     let (rows, panel, fetched) = (rows.as_ptr(), panel.as_ptr(), ahead.at(0));
     let (sums, stride) = (sums.as_mut_ptr(), 4 * stride);
     macro_rules! run {
-        ($multiply:literal, $fetch:literal) => {
+        ($multiply:literal, $first:expr, $fetch:expr) => {
             // SAFETY: the unit is there and configured. Loads stay within rows and panel and stores within
             // the sums, as `check` asserts; a prefetch may name any address.
             unsafe {
                 asm!(
-                    "tilezero tmm0",
-                    "tilezero tmm1",
+                    clear!(),
                     "2:",
                     "tileloadd tmm4, [{rows} + {stride}]",
-                    $fetch,
+                    $first,
                     "tileloadd tmm6, [{panel} + {panel_stride}]",
                     $fetch,
                     concat!($multiply, " tmm0, tmm4, tmm6"),
@@ -139,7 +163,10 @@ pub(super) fn one_square<const BYTES: bool, T: Sum>(
         };
     }
     // Bytes of rows are signed, those of weights are not.
-    if BYTES { with_fetch!(ahead, run, "tdpbsud") } else { with_fetch!(ahead, run, "tdpbf16ps") }
+    match BYTES {
+        true => with_fetch!(ahead, run, "tdpbsud", lines!(8), lines!(8)),
+        false => with_fetch!(ahead, run, "tdpbf16ps", lines!(8), lines!(8)),
+    }
 }
 
 /// Instructions that bring eight lines of what comes next into the first cache: of a panel, and of rows that lie a stride apart,
@@ -158,14 +185,6 @@ macro_rules! near {
 }
 pub(super) use near;
 
-/// Instructions that make all sums of 32 rows zero.
-macro_rules! clear {
-    () => {
-        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
-    };
-}
-pub(super) use clear;
-
 /// Instructions that store the sums of 32 rows.
 macro_rules! store {
     () => {
@@ -177,7 +196,7 @@ macro_rules! store {
 }
 pub(super) use store;
 
-/// The same for 32 rows.
+/// The same for 32 rows. One register is for rows and one for the panel, whose left half is loaded twice.
 ///
 /// # Panics
 /// If rows, panel or sums are too short.
@@ -190,55 +209,39 @@ pub(super) fn two_squares<const BYTES: bool, T: Sum>(
     let Operands { rows, stride, panel, steps, ahead } = operands;
     let (rows, panel, fetched) = (rows.as_ptr(), panel.as_ptr(), ahead.at(0));
     let (sums, stride) = (sums.as_mut_ptr(), 4 * stride);
-    // A tile of the next step is loaded as soon as the last product with the one before it has begun:
-    // where two threads share a core, the unit looks ahead over few instructions only.
     macro_rules! run {
-        ($multiply:literal, $fetch:literal) => {
+        ($multiply:literal, $first:expr, $fetch:expr) => {
             // SAFETY: as above.
             unsafe {
                 asm!(
                     clear!(),
-                    "tileloadd tmm4, [{rows} + {stride}]",
-                    "tileloadd tmm6, [{panel} + {panel_stride}]",
-                    "tileloadd tmm7, [{panel} + {panel_stride} + 64]",
-                    "dec {steps}",
-                    "jz 3f",
                     "2:",
-                    concat!($multiply, " tmm0, tmm4, tmm6"),
-                    $fetch,
+                    "tileloadd tmm4, [{rows} + {stride}]",
+                    "tileloadd tmm5, [{panel} + {panel_stride}]",
+                    concat!($multiply, " tmm0, tmm4, tmm5"),
+                    $first,
                     near!(panel "4096"),
                     near!(rows "128"),
-                    "tileloadd tmm5, [{below} + {stride}]",
-                    concat!($multiply, " tmm1, tmm4, tmm7"),
+                    "tileloadd tmm5, [{panel} + {panel_stride} + 64]",
+                    concat!($multiply, " tmm1, tmm4, tmm5"),
                     $fetch,
                     near!(panel "4608"),
                     near!(rows),
-                    "tileloadd tmm4, [{rows} + {stride} + 64]",
-                    concat!($multiply, " tmm3, tmm5, tmm7"),
+                    "tileloadd tmm4, [{below} + {stride}]",
+                    concat!($multiply, " tmm3, tmm4, tmm5"),
                     $fetch,
                     near!(panel "5120"),
                     near!(rows),
-                    "tileloadd tmm7, [{panel} + {panel_stride} + 2112]",
-                    concat!($multiply, " tmm2, tmm5, tmm6"),
+                    "tileloadd tmm5, [{panel} + {panel_stride}]",
+                    concat!($multiply, " tmm2, tmm4, tmm5"),
                     $fetch,
                     near!(panel "5632"),
                     near!(rows),
-                    "tileloadd tmm6, [{panel} + {panel_stride} + 2048]",
                     "add {rows}, 64",
                     "add {below}, 64",
                     "add {panel}, 2048",
                     "dec {steps}",
                     "jnz 2b",
-                    "3:",
-                    concat!($multiply, " tmm0, tmm4, tmm6"),
-                    $fetch,
-                    "tileloadd tmm5, [{below} + {stride}]",
-                    concat!($multiply, " tmm1, tmm4, tmm7"),
-                    $fetch,
-                    concat!($multiply, " tmm2, tmm5, tmm6"),
-                    $fetch,
-                    concat!($multiply, " tmm3, tmm5, tmm7"),
-                    $fetch,
                     store!(),
                     rows = inout(reg) rows => _,
                     below = inout(reg) rows.byte_add(SQUARE * stride) => _,
@@ -256,7 +259,10 @@ pub(super) fn two_squares<const BYTES: bool, T: Sum>(
             }
         };
     }
-    if BYTES { with_fetch!(ahead, run, "tdpbsud") } else { with_fetch!(ahead, run, "tdpbf16ps") }
+    match BYTES {
+        true => with_fetch!(ahead, run, "tdpbsud", lines!(first of 32), lines!(none)),
+        false => with_fetch!(ahead, run, "tdpbf16ps", lines!(first of 32), lines!(none)),
+    }
 }
 
 /// Multiplies what registers hold, `turns` times, in bf16 or in bytes; returns how many operations that were.

@@ -1,6 +1,7 @@
 //! Attention of some queries to the blocks of their sequence.
 
 use super::super::attention::Heads;
+use super::super::fetch::{begin_to_fetch, fetch_all};
 use super::super::packed::WeightType;
 use super::super::real::{Real, max, simd, sum};
 use super::super::rounding;
@@ -61,15 +62,18 @@ impl Task<'_> {
             sums.resize(count * padded, 0.0);
             // The scores of a fold are computed before the weights of the one before it, which they can hide
             // the latency of.
-            let mut scored: Option<Fold<'_>> = None;
-            for fold in self.folds(cache, next, queries) {
-                fold.score(&words[fold.rows.start * stride..], scratch);
-                if let Some(before) = scored.replace(fold) {
-                    before.add(queries, sums, scratch);
+            let folds = self.folds(cache, next, queries);
+            for (index, fold) in folds.iter().enumerate() {
+                let next = fold.next.map(|next| next.keys);
+                let before = index.checked_sub(1).map(|before| &folds[before]);
+                let then = before.map(|before| before.block.values).or(next);
+                fold.score(&words[fold.rows.start * stride..], then, scratch);
+                if let Some(before) = before {
+                    before.add(queries, sums, next, scratch);
                 }
             }
-            if let Some(last) = scored {
-                last.add(queries, sums, scratch);
+            if let Some(last) = folds.last() {
+                last.add(queries, sums, last.next.map(|next| next.keys), scratch);
             }
             let (width, group) = (heads.width, heads.group());
             let results = queries.iter().zip(sums.chunks_exact_mut(padded));
@@ -193,20 +197,27 @@ struct Fold<'a> {
 }
 
 impl Fold<'_> {
-    /// Multiplies queries and keys.
-    fn score(&self, words: &[u32], scratch: &mut Scratch) {
+    /// Multiplies queries and keys. On the way it fetches the block that is read `then`.
+    fn score(&self, words: &[u32], then: Option<&[u32]>, scratch: &mut Scratch) {
         let (kind, stride) = (self.layout.kind, self.layout.key_words());
         let room = room(kind, self.rows.len());
         let half = stride * PANEL;
+        let next = self.next.map(|next| next.keys);
         let halves = self.block.keys.chunks_exact(half).zip(&mut scratch.scores[self.side]);
         for (index, (keys, out)) in halves.enumerate().take(self.end.div_ceil(PANEL)) {
-            let ahead = ahead(self.next.map(|next| next.keys), index * half);
+            let ahead = ahead(kind, next, index * half..(index + 1) * half, (then, index * half));
             kind.tile(words, stride, keys, ahead, &mut out[..room]);
         }
     }
 
-    /// Turns scores into weights, and adds the values.
-    fn add(&self, queries: &mut [Query], sums: &mut [f32], scratch: &mut Scratch) {
+    /// Turns scores into weights, and adds the values. On the way it fetches the block that is read `then`.
+    fn add(
+        &self,
+        queries: &mut [Query],
+        sums: &mut [f32],
+        then: Option<&[u32]>,
+        scratch: &mut Scratch,
+    ) {
         let kind = self.layout.kind;
         let Scratch { scores, weights, out } = scratch;
         let queries = &mut queries[self.rows.clone()];
@@ -214,16 +225,20 @@ impl Fold<'_> {
         // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros.
         let whole = if rows_at_once(kind) == ROWS { PANEL } else { 1 };
         let depth = kind.words(self.end.next_multiple_of(whole));
+        let then = then.unwrap_or(&[]);
+        let half = then.len() / 2;
         let keep = simd(
             #[inline(always)]
-            || self.weigh(queries, &mut scores[self.side], weights),
+            || self.weigh(queries, &mut scores[self.side], weights, &then[..half]),
         );
         // Behind the last visible position weights are zero, and values those of nobody.
         let stripe = kind.words(BLOCK) * PANEL;
+        let next = self.next.map(|next| next.values);
         let padded = self.layout.padded();
         let sums = &mut sums[self.rows.start * padded..self.rows.end * padded];
         for (index, values) in self.block.values.chunks_exact(stripe).enumerate() {
-            let ahead = ahead(self.next.map(|next| next.values), index * stripe);
+            let at = index * stripe..(index + 1) * stripe;
+            let ahead = ahead(kind, next, at, (Some(then), half + index * stripe));
             let values = &values[..depth * PANEL];
             kind.tile(&*weights, BLOCK, values, ahead, &mut out[..room]);
             simd(
@@ -251,13 +266,16 @@ impl Fold<'_> {
         queries: &mut [Query],
         scores: &mut [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
         weights: &mut [u32; ROWS * BLOCK],
+        then: &[u32],
     ) -> [f32; ROWS] {
         let (kind, start) = (self.layout.kind, self.start);
         let scale = self.layout.heads.scale() as f32;
         let (mut before, mut after) = ([0.0; ROWS], [0.0; ROWS]);
         let mut keep = [1.0; ROWS];
         let [left, right] = scores;
+        let mut then = then.chunks(then.len().div_ceil(2 * queries.len()).max(1));
         for (row, query) in queries.iter_mut().enumerate() {
+            fetch_all(then.next().unwrap_or(&[]));
             let seen = query.seen(start);
             let mut own = [0.0; BLOCK];
             for lane in 0..PANEL {
@@ -278,6 +296,7 @@ impl Fold<'_> {
             if seen.is_empty() {
                 keep[row] = 1.0; // nothing may have been seen before either, which is not a number here
             }
+            fetch_all(then.next().unwrap_or(&[]));
             let mut own = [0.0; BLOCK];
             for lane in 0..PANEL {
                 own[lane] = Real::exp(left[row][lane] - after[row]);
@@ -299,11 +318,20 @@ impl Fold<'_> {
     }
 }
 
-/// The words of the next block from `at`, half of which are fetched on the way (docs/engine.md has what was
-/// tried).
-fn ahead(next: Option<&[u32]>, at: usize) -> Ahead<'_> {
-    next.and_then(|next| next.get(at..))
-        .map_or(Ahead::NOTHING, |words| Ahead::new(words, PANEL / 2))
+/// What is fetched while a tile is multiplied (docs/engine.md has what was tried): on a matrix unit what is read
+/// `then`, whole, and its part of the `next` block is begun with; elsewhere half of that part.
+fn ahead<'a>(
+    kind: WeightType,
+    next: Option<&'a [u32]>,
+    part: Range<usize>,
+    (then, at): (Option<&'a [u32]>, usize),
+) -> Ahead<'a> {
+    let next = next.and_then(|next| next.get(part)).unwrap_or(&[]);
+    if rows_at_once(kind) != ROWS {
+        return Ahead::new(next, PANEL / 2);
+    }
+    begin_to_fetch(next);
+    Ahead::new(then.and_then(|then| then.get(at..)).unwrap_or(&[]), PANEL)
 }
 
 /// Puts `value` wherever nothing is seen.
