@@ -285,7 +285,7 @@ impl PackedWeight {
         (tile, tiles): (usize, usize),
         rows: usize,
     ) -> Ahead<'_> {
-        const STEP: usize = 16 * PANEL;
+        const STEP: usize = 16 * PANEL; // words
         if tiles == 1 && rows_at_once(self.kind) == ROWS {
             let length = self.kind.words(self.inputs) * PANEL;
             let steps = if rows > ROWS / 2 { 6 } else { 2 };

@@ -68,9 +68,9 @@ impl Operands<'_> {
     }
 }
 
-/// Instructions that make all tiles zero: sums, and what an earlier product has left. Where two threads share a core, they
-/// share the registers that it renames tiles to, and a tile that is zero takes none: the fewer hold something, the more
-/// products are under way at a time (docs/engine.md).
+/// Instructions that make all tiles zero: sums, and what an earlier product has left. Where two threads share a core,
+/// products were the faster the fewer tiles hold something, as if both shared the registers that it renames tiles to; one that
+/// is zero costs nothing (docs/engine.md).
 macro_rules! clear {
     () => {
         ".irp i,0,1,2,3,4,5,6,7\ntilezero tmm\\i\n.endr"

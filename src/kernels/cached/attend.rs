@@ -222,10 +222,13 @@ impl Fold<'_> {
         let Scratch { scores, weights, out } = scratch;
         let queries = &mut queries[self.rows.clone()];
         let room = room(kind, queries.len());
-        // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros.
-        let whole = if rows_at_once(kind) == ROWS { PANEL } else { 1 };
+        // Whole steps of a matrix unit, where there is one: weights behind the last visible position are zeros. Vectors fetch
+        // as `ahead` has it.
+        let (whole, then) = match rows_at_once(kind) {
+            ROWS => (PANEL, then.unwrap_or(&[])),
+            _ => (1, &[][..]),
+        };
         let depth = kind.words(self.end.next_multiple_of(whole));
-        let then = then.unwrap_or(&[]);
         let half = then.len() / 2;
         let keep = simd(
             #[inline(always)]
