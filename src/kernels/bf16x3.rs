@@ -26,7 +26,8 @@
 use super::amx;
 use super::real::simd;
 use super::rounding;
-use super::tiles::{PANEL, PanelTile};
+use super::tiles::{PANEL, whole_tile};
+use pulp::bytemuck::cast_slice;
 use std::cell::RefCell;
 
 /// Parts of a number.
@@ -161,7 +162,7 @@ fn portable(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]
                 }
             },
         );
-        pulp::Arch::new().dispatch(PanelTile { x, stride: steps * INPUTS, panel: whole, out });
+        whole_tile(cast_slice(x), steps * INPUTS, cast_slice(whole), out);
     });
 }
 

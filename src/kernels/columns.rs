@@ -51,7 +51,7 @@ pub(crate) fn set<T: Send>(
                 for panel in 0..count {
                     // SAFETY: a part of the rows of `x` has words of its own.
                     let words = unsafe { target.columns(panel, at, length) };
-                    layout::panel_of_columns(kind, x, panel * PANEL, words);
+                    layout::panel_of_columns(kind.in_panels(), x, panel * PANEL, words);
                 }
             },
         );

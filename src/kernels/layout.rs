@@ -12,10 +12,36 @@
 
 use super::bf16x3::{self, PARTS};
 use super::matmul::View;
-use super::packed::WeightType;
+use super::pairs;
 use super::rounding;
 use super::tiles::PANEL;
 use pulp::bytemuck::cast_slice;
+
+/// How numbers stand in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Words {
+    /// One in f32.
+    F32,
+    /// Two of bf16.
+    Pairs,
+    /// One that was rounded to bf16, in f32.
+    Rounded,
+    /// Two of bf16 whose parts stand in three words.
+    Parts,
+}
+
+impl Words {
+    /// Words of `inputs` numbers.
+    pub(crate) fn count(self, inputs: usize) -> usize {
+        match self {
+            Words::F32 => inputs,
+            Words::Pairs => pairs::words(inputs),
+            // As many numbers as the pairs that they meet.
+            Words::Rounded => 2 * pairs::words(inputs),
+            Words::Parts => bf16x3::words(inputs),
+        }
+    }
+}
 
 /// Columns or rows, and words, that are turned round at a time.
 pub(crate) const SQUARE: usize = 16;
@@ -28,25 +54,28 @@ pub(crate) const INPUTS: usize = 32;
 
 /// The words of a row; those behind it are zeros.
 #[inline(always)]
-pub(crate) fn row(kind: WeightType, x: &[f32], words: &mut [u32]) {
-    let own = kind.words(x.len());
+pub(crate) fn row(kind: Words, x: &[f32], words: &mut [u32]) {
+    let own = kind.count(x.len());
     match kind {
-        WeightType::F32 => words[..own].copy_from_slice(cast_slice(x)),
-        WeightType::Bf16 => rounding::round_row(x, &mut words[..own]),
-        WeightType::Bf16x3 => bf16x3::split_row(x, &mut words[..own]),
-        WeightType::Int8 => unreachable!("8 bits have scales"),
+        Words::F32 => words[..own].copy_from_slice(cast_slice(x)),
+        Words::Pairs => rounding::round_row(x, &mut words[..own]),
+        Words::Rounded => {
+            words.iter_mut().zip(x).for_each(|(word, &x)| *word = rounding::rounded(x));
+            words[x.len()..own].fill(0);
+        }
+        Words::Parts => bf16x3::split_row(x, &mut words[..own]),
     }
     words[own..].fill(0);
 }
 
 /// The words of rows of a panel, `stride` words from one to the next.
 #[inline(always)]
-pub(crate) fn rows(kind: WeightType, x: &[[f32; PANEL]], words: &mut [u32], stride: usize) {
+pub(crate) fn rows(kind: Words, x: &[[f32; PANEL]], words: &mut [u32], stride: usize) {
     match kind {
-        WeightType::Bf16 => rounding::round_rows(x, words, stride),
+        Words::Pairs => rounding::round_rows(x, words, stride),
         _ => {
             for (x, words) in x.iter().zip(words.chunks_mut(stride)) {
-                row(kind, x, &mut words[..kind.words(PANEL)]);
+                row(kind, x, &mut words[..kind.count(PANEL)]);
             }
         }
     }
@@ -54,14 +83,9 @@ pub(crate) fn rows(kind: WeightType, x: &[[f32; PANEL]], words: &mut [u32], stri
 
 /// The panel of 32 columns of `x` from `first`.
 #[inline(always)]
-pub(crate) fn panel_of_columns(
-    kind: WeightType,
-    x: View<'_, f32>,
-    first: usize,
-    panel: &mut [u32],
-) {
+pub(crate) fn panel_of_columns(kind: Words, x: View<'_, f32>, first: usize, panel: &mut [u32]) {
     let words = panel.as_chunks_mut::<PANEL>().0;
-    if kind == WeightType::Bf16x3 {
+    if kind == Words::Parts {
         let steps = words.as_chunks_mut::<{ PARTS * SQUARE }>().0;
         for (step, words) in steps.iter_mut().enumerate() {
             for word in 0..SQUARE {
@@ -79,13 +103,13 @@ pub(crate) fn panel_of_columns(
 /// Rows of words for the columns of `x` from `first`, as many as there are rows of `stride` words.
 #[inline(always)]
 pub(crate) fn rows_of_columns(
-    kind: WeightType,
+    kind: Words,
     x: View<'_, f32>,
     first: usize,
     words: &mut [u32],
     stride: usize,
 ) {
-    let (count, depth) = (words.len() / stride, kind.words(x.rows.next_multiple_of(INPUTS)));
+    let (count, depth) = (words.len() / stride, kind.count(x.rows.next_multiple_of(INPUTS)));
     for column in (0..count).step_by(SQUARE) {
         let words = &mut words[column * stride..];
         squares_of_columns(
@@ -107,14 +131,14 @@ pub(crate) fn rows_of_columns(
 /// Hands out the first `depth` words of each of 16 columns from `first`, 16 words at a time with the index of the first.
 #[inline(always)]
 pub(crate) fn squares_of_columns(
-    kind: WeightType,
+    kind: Words,
     x: View<'_, f32>,
     depth: usize,
     first: usize,
     mut put: impl FnMut(usize, &Square),
 ) {
     let mut square = [[0; SQUARE]; SQUARE];
-    if kind != WeightType::Bf16x3 {
+    if kind != Words::Parts {
         for at in (0..depth).step_by(SQUARE) {
             for row in 0..SQUARE {
                 square[row] = word_of_columns(kind, x, at + row, first);
@@ -137,7 +161,7 @@ pub(crate) fn squares_of_columns(
 
 /// The panel of 32 rows of `x` from `first`.
 #[inline(always)]
-pub(crate) fn panel_of_rows(kind: WeightType, x: View<'_, f32>, first: usize, panel: &mut [u32]) {
+pub(crate) fn panel_of_rows(kind: Words, x: View<'_, f32>, first: usize, panel: &mut [u32]) {
     for half in [0, SQUARE] {
         squares_of_rows(
             kind,
@@ -159,14 +183,14 @@ pub(crate) fn panel_of_rows(kind: WeightType, x: View<'_, f32>, first: usize, pa
 /// first.
 #[inline(always)]
 fn squares_of_rows(
-    kind: WeightType,
+    kind: Words,
     x: View<'_, f32>,
     depth: usize,
     first: usize,
     mut put: impl FnMut(usize, &Square),
 ) {
     let mut square = [[0; SQUARE]; SQUARE];
-    if kind != WeightType::Bf16x3 {
+    if kind != Words::Parts {
         for at in (0..depth).step_by(SQUARE) {
             for row in 0..SQUARE {
                 square[row] = words_of_row(kind, x, first + row, at);
@@ -205,14 +229,15 @@ pub(crate) fn turned<T: Copy + Default>(square: &[[T; SQUARE]; SQUARE]) -> [[T; 
 /// One word of `COUNT` columns from `first`.
 #[inline(always)]
 fn word_of_columns<const COUNT: usize>(
-    kind: WeightType,
+    kind: Words,
     x: View<'_, f32>,
     word: usize,
     first: usize,
 ) -> [u32; COUNT] {
     match kind {
-        WeightType::F32 => bits(columns(x, word, first)),
-        _ => {
+        Words::F32 => bits(columns(x, word, first)),
+        Words::Rounded => rounded_bits(columns(x, word, first)),
+        Words::Pairs | Words::Parts => {
             let low = columns::<COUNT>(x, 2 * word, first);
             let high = columns::<COUNT>(x, 2 * word + 1, first);
             if let (Some(low), Some(high)) = (low.as_array(), high.as_array()) {
@@ -248,10 +273,11 @@ fn split_columns<const COUNT: usize>(
 
 /// 16 words of a row.
 #[inline(always)]
-fn words_of_row(kind: WeightType, x: View<'_, f32>, row: usize, word: usize) -> [u32; SQUARE] {
+fn words_of_row(kind: Words, x: View<'_, f32>, row: usize, word: usize) -> [u32; SQUARE] {
     match kind {
-        WeightType::F32 => bits(columns(x, row, word)),
-        _ => {
+        Words::F32 => bits(columns(x, row, word)),
+        Words::Rounded => rounded_bits(columns(x, row, word)),
+        Words::Pairs | Words::Parts => {
             let mut out = [0; SQUARE];
             rounding::round_row(&columns::<{ 2 * SQUARE }>(x, row, 2 * word), &mut out);
             out
@@ -264,6 +290,15 @@ fn bits<const COUNT: usize>(x: [f32; COUNT]) -> [u32; COUNT] {
     let mut out = [0; COUNT];
     for lane in 0..COUNT {
         out[lane] = x[lane].to_bits();
+    }
+    out
+}
+
+#[inline(always)]
+fn rounded_bits<const COUNT: usize>(x: [f32; COUNT]) -> [u32; COUNT] {
+    let mut out = [0; COUNT];
+    for lane in 0..COUNT {
+        out[lane] = rounding::rounded(x[lane]);
     }
     out
 }
@@ -291,17 +326,17 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
-    const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::Bf16, WeightType::Bf16x3];
+    const KINDS: [Words; 4] = [Words::F32, Words::Pairs, Words::Rounded, Words::Parts];
 
     /// Element `input` of a chain of words `[word][lane]`.
-    fn element(kind: WeightType, input: usize, word: &dyn Fn(usize) -> u32) -> f32 {
+    fn element(kind: Words, input: usize, word: &dyn Fn(usize) -> u32) -> f32 {
         match kind {
-            WeightType::F32 => f32::from_bits(word(input)),
-            WeightType::Bf16x3 => {
+            Words::F32 | Words::Rounded => f32::from_bits(word(input)),
+            Words::Parts => {
                 let (step, input) = (input / INPUTS, input % INPUTS);
                 let part = |part| {
                     let word = |own| word((step * PARTS + part) * SQUARE + own);
-                    element(WeightType::Bf16, input, &word)
+                    element(Words::Pairs, input, &word)
                 };
                 part(0) + (part(1) + part(2))
             }
@@ -310,9 +345,9 @@ mod tests {
         }
     }
 
-    fn rounded(kind: WeightType, x: f32) -> f32 {
+    fn rounded(kind: Words, x: f32) -> f32 {
         match kind {
-            WeightType::F32 | WeightType::Bf16x3 => x,
+            Words::F32 | Words::Parts => x,
             _ => f32::from_bits(rounding::round(x) << 16),
         }
     }
@@ -326,7 +361,7 @@ mod tests {
             false => 0.0,
         };
         for kind in KINDS {
-            let depth = kind.words(rows.next_multiple_of(INPUTS));
+            let depth = kind.count(rows.next_multiple_of(INPUTS));
             let (mut panel, mut turned) = (vec![7; depth * PANEL], vec![7; 20 * (depth + 1)]);
             panel_of_columns(kind, x, 5, &mut panel);
             rows_of_columns(kind, x, 5, &mut turned, depth + 1);
@@ -340,7 +375,7 @@ mod tests {
                 }
             }
             let inputs = columns.next_multiple_of(INPUTS);
-            let depth = kind.words(inputs);
+            let depth = kind.count(inputs);
             let (mut panel, mut own) = (vec![7; depth * PANEL], vec![7; depth]);
             panel_of_rows(kind, x, 3, &mut panel);
             row(kind, &data[..columns], &mut own);

@@ -10,15 +10,15 @@
 //! cut into tiles, or how many threads share the work. This is what makes generation independent of its
 //! batch.
 
+use super::layout::Words;
 use super::matmul::View;
 use super::quads::{self, QuadPanel, QuadRows};
 use super::real::simd;
 use super::rows::{Rows, grow};
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once};
+use super::tiles::{Ahead, PANEL, ROWS, rows_at_once, whole_tile};
 use super::{ROWS_PER_TASK, bf16x3, columns, layout, pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
-use pulp::bytemuck::cast_slice;
 use rayon::prelude::*;
 use std::iter::repeat_n;
 use std::ops::Range;
@@ -41,13 +41,46 @@ pub enum WeightType {
 }
 
 impl WeightType {
-    /// Words of a row of `inputs` elements.
+    /// Words of `inputs` elements in a panel.
     pub(crate) fn words(self, inputs: usize) -> usize {
         match self {
             WeightType::F32 => inputs,
             WeightType::Bf16 => pairs::words(inputs),
             WeightType::Bf16x3 => bf16x3::words(inputs),
             WeightType::Int8 => quads::words(inputs),
+        }
+    }
+
+    /// Words of a row of `inputs` elements that meets such a weight.
+    pub(crate) fn row_words(self, inputs: usize) -> usize {
+        match self {
+            WeightType::Int8 => quads::words(inputs),
+            kind => kind.in_rows().count(inputs),
+        }
+    }
+
+    /// How numbers stand in panels.
+    ///
+    /// # Panics
+    /// With 8 bits, which have scales.
+    pub(crate) fn in_panels(self) -> Words {
+        match self {
+            WeightType::F32 => Words::F32,
+            WeightType::Bf16 => Words::Pairs,
+            WeightType::Bf16x3 => Words::Parts,
+            WeightType::Int8 => unreachable!("8 bits have scales"),
+        }
+    }
+
+    /// How numbers stand in rows: in bf16 already widened, where the CPU does not multiply bf16.
+    ///
+    /// # Panics
+    /// With 8 bits, which have scales.
+    #[inline(always)]
+    pub(crate) fn in_rows(self) -> Words {
+        match self {
+            WeightType::Bf16 if pairs::are_widened() => Words::Rounded,
+            kind => kind.in_panels(),
         }
     }
 
@@ -65,13 +98,49 @@ impl WeightType {
         out: &mut [[f32; PANEL]],
     ) {
         match self {
-            WeightType::F32 => {
-                let (x, panel) = (cast_slice(rows), cast_slice(panel));
-                pulp::Arch::new().dispatch(PanelTile { x, stride, panel, out });
-            }
+            WeightType::F32 => whole_tile(rows, stride, panel, out),
             WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
             WeightType::Bf16x3 => bf16x3::tile(rows, stride, panel, out),
             WeightType::Int8 => unreachable!("8 bits have scales"),
+        }
+    }
+}
+
+/// A panel about to meet rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel<'a> {
+    /// F32 also for one of bf16 that was widened.
+    kind: WeightType,
+    words: &'a [u32],
+    /// `[group][32]`, for 8 bits.
+    scales: &'a [f32],
+}
+
+impl Panel<'_> {
+    /// Its outputs for the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
+    pub(crate) fn tile(
+        self,
+        rows: &Rows,
+        first: usize,
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        debug_assert!(out.len() <= ROWS);
+        let (words, stride) = (rows.words_from(first), rows.stride());
+        match self.kind {
+            WeightType::F32 | WeightType::Bf16 | WeightType::Bf16x3 => {
+                self.kind.tile(words, stride, self.words, ahead, out);
+            }
+            WeightType::Int8 => {
+                let rows = QuadRows {
+                    words,
+                    stride,
+                    groups: rows.groups_from(first),
+                    group_stride: rows.group_stride(),
+                };
+                let panel = QuadPanel { words: self.words, scales: self.scales };
+                quads::tile(rows, panel, ahead, out);
+            }
         }
     }
 }
@@ -150,7 +219,7 @@ impl PackedWeight {
         words.par_chunks_mut(length).enumerate().for_each(|(panel, words)| {
             simd(
                 #[inline(always)]
-                || layout::panel_of_rows(kind, x, panel * PANEL, words),
+                || layout::panel_of_rows(kind.in_panels(), x, panel * PANEL, words),
             );
         });
     }
@@ -179,7 +248,7 @@ impl PackedWeight {
             #[inline(always)]
             |x, words| {
                 for (panel, words) in words.chunks_mut(length).enumerate() {
-                    layout::panel_of_rows(kind, x, panel * PANEL, words);
+                    layout::panel_of_rows(kind.in_panels(), x, panel * PANEL, words);
                 }
             },
         );
@@ -246,34 +315,30 @@ impl PackedWeight {
         &self.words[panel * length..][..length]
     }
 
-    /// The outputs of one panel for the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
-    pub(crate) fn tile(
-        &self,
+    /// Calls `work` with panel `panel` of each weight, all of one kind, that are to meet `count` rows.
+    pub(crate) fn with_panels<const COUNT: usize>(
+        weights: [&Self; COUNT],
         panel: usize,
-        rows: &Rows,
-        first: usize,
-        ahead: Ahead<'_>,
-        out: &mut [[f32; PANEL]],
+        count: usize,
+        work: impl FnOnce([Panel<'_>; COUNT]),
     ) {
-        debug_assert!(out.len() <= ROWS && self.kind == rows.kind());
-        let (words, stride) = (rows.words_from(first), rows.stride());
-        let weights = self.panel(panel);
-        match self.kind {
-            WeightType::F32 | WeightType::Bf16 | WeightType::Bf16x3 => {
-                self.kind.tile(words, stride, weights, ahead, out);
-            }
-            WeightType::Int8 => {
-                let length = rows.group_stride() * PANEL;
-                let scales = &self.scales[panel * length..][..length];
-                let rows = QuadRows {
-                    words,
-                    stride,
-                    groups: rows.groups_from(first),
-                    group_stride: rows.group_stride(),
-                };
-                quads::tile(rows, QuadPanel { words: weights, scales }, ahead, out);
-            }
+        let words = weights.map(|weight| weight.panel(panel));
+        let are_pairs = weights.iter().all(|weight| weight.kind == WeightType::Bf16);
+        if are_pairs && pairs::pays_to_widen(count) {
+            return pairs::widened(words, |words| {
+                work(words.map(|words| Panel { kind: WeightType::F32, words, scales: &[] }));
+            });
         }
+        work(weights.map(|weight| weight.as_it_is(panel)));
+    }
+
+    fn as_it_is(&self, panel: usize) -> Panel<'_> {
+        let length = match self.kind {
+            WeightType::Int8 => self.kind.words(self.inputs).div_ceil(quads::GROUP) * PANEL,
+            _ => 0,
+        };
+        let scales = &self.scales[panel * length..][..length];
+        Panel { kind: self.kind, words: self.panel(panel), scales }
     }
 
     /// What the tile at `tile` of `tiles` of a panel, with so many rows, fetches: a share of the next panel. A single tile
@@ -314,7 +379,7 @@ fn lay_out<E>(
         read(output, &mut weight)?;
         match kind {
             WeightType::F32 | WeightType::Bf16 | WeightType::Bf16x3 => {
-                layout::row(kind, &weight, &mut own);
+                layout::row(kind.in_panels(), &weight, &mut own);
             }
             WeightType::Int8 => {
                 let put = |word: usize, bytes| own[word] = bytes;

@@ -7,7 +7,8 @@
 //!
 //! Where the CPU has a matrix unit (`amx`) it takes 16 words of 32 rows at once. Elsewhere
 //! `vdpbf16ps` takes both products of a word at once, one after the other, in one chain for each output.
-//! Where the CPU has no such instruction both sides are widened to f32: the same function up to rounding.
+//! Where the CPU has no such instruction both sides are widened to f32: the same function up to rounding. Rows are
+//! when they come, panels in registers, or once for many rows.
 
 // Reason: loads and broadcasts of `std::arch` take raw pointers, and functions compiled for an instruction
 // set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
@@ -16,8 +17,11 @@
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::real::simd;
-use super::tiles::{Ahead, PANEL, PanelTile};
+use super::tiles::{Ahead, PANEL, PanelTile, whole_tile};
 use std::cell::RefCell;
+
+/// Rows for which a panel is widened once.
+pub(crate) const MANY_ROWS: usize = 16;
 
 /// Words of a row of `inputs` elements.
 pub(crate) fn words(inputs: usize) -> usize {
@@ -53,48 +57,65 @@ pub(crate) fn tile(
         return avx512::tile(rows, stride, panel, ahead, out);
     }
     let _ = ahead;
-    portable(rows, stride, panel, out);
-}
-
-/// The same in plain f32.
-fn portable(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
-    thread_local! {
-        static WIDE: RefCell<(Vec<f32>, Vec<f32>)> = const { RefCell::new((Vec::new(), Vec::new())) };
+    if pays_to_widen(out.len()) {
+        return widened([panel], |[panel]| whole_tile(rows, stride, panel, out));
     }
-    let depth = panel.len() / PANEL;
-    WIDE.with_borrow_mut(|(x, wide)| {
-        x.resize(out.len() * 2 * depth, 0.0);
-        wide.resize(2 * panel.len(), 0.0);
-        simd(
-            #[inline(always)]
-            || {
-                for (row, x) in x.chunks_exact_mut(2 * depth).enumerate() {
-                    for (x, &word) in x.as_chunks_mut::<2>().0.iter_mut().zip(&rows[row * stride..])
-                    {
-                        *x = [low(word), high(word)];
-                    }
-                }
-                for (wide, words) in wide.chunks_exact_mut(2 * PANEL).zip(panel.chunks_exact(PANEL))
-                {
-                    for lane in 0..PANEL {
-                        wide[lane] = low(words[lane]);
-                        wide[PANEL + lane] = high(words[lane]);
-                    }
-                }
-            },
-        );
-        pulp::Arch::new().dispatch(PanelTile { x, stride: 2 * depth, panel: wide, out });
-    });
+    in_registers(rows, stride, panel, out);
+}
+
+/// Whether this CPU multiplies bf16 in f32. Rows then stand in f32 already.
+#[inline(always)]
+pub(crate) fn are_widened() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return !amx::is_there() && !avx512::is_there();
+    #[cfg(not(target_arch = "x86_64"))]
+    true
+}
+
+/// Whether a panel is better widened once than in the registers of every tile, for so many rows.
+#[inline(always)]
+pub(crate) fn pays_to_widen(rows: usize) -> bool {
+    rows >= MANY_ROWS && are_widened()
+}
+
+/// Calls `work` with panels in f32.
+pub(crate) fn widened<R, const COUNT: usize>(
+    panels: [&[u32]; COUNT],
+    work: impl FnOnce([&[u32]; COUNT]) -> R,
+) -> R {
+    const { assert!(COUNT <= 2, "a buffer for each") };
+    thread_local! {
+        static WIDE: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    }
+    WIDE.with_borrow_mut(|wide| {
+        for (panel, wide) in panels.iter().zip(&mut *wide) {
+            wide.resize(2 * panel.len(), 0);
+            simd(
+                #[inline(always)]
+                || widen(panel, wide),
+            );
+        }
+        work(std::array::from_fn(|panel| &wide[panel][..]))
+    })
+}
+
+/// Rows in f32, and a panel of pairs that is widened on its way.
+fn in_registers(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
+    pulp::Arch::new().dispatch(PanelTile::<2> { rows, stride, panel, out });
 }
 
 #[inline(always)]
-fn low(word: u32) -> f32 {
-    f32::from_bits(word << 16)
-}
-
-#[inline(always)]
-fn high(word: u32) -> f32 {
-    f32::from_bits(word & 0xffff_0000)
+fn widen(panel: &[u32], wide: &mut [u32]) {
+    let (panel, wide) = (panel.as_chunks::<PANEL>().0, wide.as_chunks_mut::<PANEL>().0);
+    for (words, wide) in panel.iter().zip(wide.as_chunks_mut::<2>().0) {
+        // Into arrays of its own, which nothing else can point to.
+        let mut own = [[0; PANEL]; 2];
+        for lane in 0..PANEL {
+            own[0][lane] = words[lane] << 16;
+            own[1][lane] = words[lane] & 0xffff_0000;
+        }
+        *wide = own;
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -176,7 +197,9 @@ mod avx512 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rounding::{pair, round_row};
+    use super::super::layout;
+    use super::super::packed::WeightType;
+    use super::super::rounding::{pair, rounded};
     use super::super::twin::{close, random};
     use super::*;
     use candle_core::{DType, Device, Tensor};
@@ -184,32 +207,57 @@ mod tests {
     fn check(rows: usize, inputs: usize) {
         let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let x = flat(random(&[rows, inputs], DType::F32));
-        let depth = words(inputs);
-        let (stride, mut packed) = (depth + 3, vec![0; rows * (depth + 3)]);
-        for (x, words) in x.chunks(inputs).zip(packed.chunks_mut(stride)) {
-            round_row(x, words);
-        }
+        let (depth, kind) = (words(inputs), WeightType::Bf16);
+        let pack = |words: layout::Words| {
+            let stride = words.count(inputs) + 3;
+            let mut packed = vec![0; rows * stride];
+            for (x, row) in x.chunks(inputs).zip(packed.chunks_mut(stride)) {
+                layout::row(words, x, row);
+            }
+            (packed, stride)
+        };
         let weight = flat(random(&[depth * 2 * PANEL], DType::F32));
         let panel: Vec<u32> = weight.chunks(2).map(|w| pair(w[0], w[1])).collect();
-        let (mut ours, mut twin) = (vec![[0.0; PANEL]; rows], vec![[0.0; PANEL]; rows]);
-        tile(&packed, stride, &panel, Ahead::NOTHING, &mut ours);
-        portable(&packed, stride, &panel, &mut twin);
-        let tensor = |t: Vec<[f32; PANEL]>| {
-            Tensor::from_vec(t.into_flattened(), (rows, PANEL), &Device::Cpu).unwrap()
+        // One number at a time: inputs in their order.
+        let mut twin = vec![[0.0f32; PANEL]; rows];
+        for (x, out) in x.chunks(inputs).zip(&mut twin) {
+            for (input, &x) in x.iter().enumerate() {
+                for (lane, out) in out.iter_mut().enumerate() {
+                    let w = weight[(input / 2 * PANEL + lane) * 2 + input % 2];
+                    let [x, w] = [x, w].map(|x| f32::from_bits(rounded(x)));
+                    *out = x.mul_add(w, *out);
+                }
+            }
+        }
+        let tensor = |t: &[[f32; PANEL]]| {
+            Tensor::from_slice(t.as_flattened(), (rows, PANEL), &Device::Cpu).unwrap()
         };
-        let twin = tensor(twin);
+        let mut ours = vec![[0.0; PANEL]; rows];
+        let (packed, stride) = pack(kind.in_rows());
+        tile(&packed, stride, &panel, Ahead::NOTHING, &mut ours);
+        close(&tensor(&ours), &tensor(&twin), "a tile");
+        if are_widened() {
+            assert_eq!(ours, twin, "a tile");
+        }
+        let (packed, stride) = pack(layout::Words::Rounded);
+        for count in [1, rows] {
+            let (packed, ours) = (&packed[..count * stride], &mut ours[..count]);
+            in_registers(packed, stride, &panel, ours);
+            assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened in registers");
+            widened([&panel], |[panel]| whole_tile(packed, stride, panel, ours));
+            assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened once");
+        }
         #[cfg(target_arch = "x86_64")]
         if avx512::is_there() {
-            let mut ours = vec![[0.0; PANEL]; rows];
+            let (packed, stride) = pack(layout::Words::Pairs);
             avx512::tile(&packed, stride, &panel, Ahead::NOTHING, &mut ours);
-            close(&tensor(ours), &twin, "a tile of vectors");
+            close(&tensor(&ours), &tensor(&twin), "a tile of vectors");
         }
-        close(&tensor(ours), &twin, "a tile");
     }
 
     #[test]
     fn the_kernel_equals_its_portable_twin() {
-        for rows in 1..30 {
+        for rows in (1..30).chain([33, 64]) {
             for inputs in [1, 2, 7, 64, 129] {
                 check(rows, inputs);
             }

@@ -9,7 +9,8 @@
 #![expect(unsafe_code, reason = "tiles of one output are written by several threads")]
 
 use super::layout::{self, SQUARE};
-use super::packed::PackedWeight;
+use super::packed::{PackedWeight, Panel, WeightType};
+use super::pairs::MANY_ROWS;
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
@@ -74,12 +75,12 @@ fn run_turned(
     share(weight.panels(), x, |panels, rows| {
         let mut own = [[0.0; PANEL]; ROWS];
         for panel in panels {
-            tiles(x, &rows, |tile, rows| {
+            tiles([weight], panel, x, &rows, |[words], tile, rows| {
                 for lane in 0..weight.width(panel) {
                     target.fetch(panel * PANEL + lane, rows.start, rows.len());
                 }
                 let ahead = weight.ahead(panel, tile, rows.len());
-                weight.tile(panel, x, rows.start, ahead, &mut own[..room(x.kind(), rows.len())]);
+                words.tile(x, rows.start, ahead, &mut own[..room(x.kind(), rows.len())]);
                 simd(
                     #[inline(always)]
                     || {
@@ -124,16 +125,11 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
     share(gate.panels(), x, |panels, rows| {
         let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
         for panel in panels {
-            tiles(x, &rows, |tile, rows| {
-                for (weight, out) in [(gate, &mut gates), (up, &mut ups)] {
+            tiles([gate, up], panel, x, &rows, |words, tile, rows| {
+                let parts = [gate, up].into_iter().zip(words).zip([&mut gates, &mut ups]);
+                for ((weight, words), out) in parts {
                     let ahead = weight.ahead(panel, tile, rows.len());
-                    weight.tile(
-                        panel,
-                        x,
-                        rows.start,
-                        ahead,
-                        &mut out[..room(x.kind(), rows.len())],
-                    );
+                    words.tile(x, rows.start, ahead, &mut out[..room(x.kind(), rows.len())]);
                 }
                 simd(
                     #[inline(always)]
@@ -172,18 +168,12 @@ fn run<const COUNT: usize>(
                 ..panels.end.min(own.end).max(own.start) - own.start;
             for panel in own {
                 let width = weight.width(panel);
-                tiles(x, &rows, |tile, rows| {
+                tiles([weight], panel, x, &rows, |[words], tile, rows| {
                     for row in rows.clone() {
                         target.fetch(row, panel * PANEL, width);
                     }
                     let ahead = weight.ahead(panel, tile, rows.len());
-                    weight.tile(
-                        panel,
-                        x,
-                        rows.start,
-                        ahead,
-                        &mut out[..room(x.kind(), rows.len())],
-                    );
+                    words.tile(x, rows.start, ahead, &mut out[..room(x.kind(), rows.len())]);
                     simd(
                         #[inline(always)]
                         || {
@@ -219,7 +209,9 @@ fn put_row(out: &mut [f32], values: &[f32; PANEL], put: impl Fn(&mut f32, f32)) 
 fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
     let at_once = rows_at_once(x.kind());
     let has_matrix_unit = usize::from(at_once == ROWS);
-    let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(at_once);
+    let least =
+        if x.kind() == WeightType::Bf16 { MANY_ROWS.next_multiple_of(at_once) } else { at_once };
+    let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(least);
     let blocks = x.count().div_ceil(most).max(1);
     let block = x.count().div_ceil(blocks).max(1).next_multiple_of(at_once);
     let step = panels.div_ceil(TASKS).max(1);
@@ -230,11 +222,21 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
     }
 }
 
-/// Cuts rows into pieces of what a tile takes, as even as can be: `work((index, pieces), rows)`.
-fn tiles(x: &Rows, rows: &Range<usize>, mut work: impl FnMut((usize, usize), Range<usize>)) {
+/// Cuts rows that meet a panel of each weight into pieces of what a tile takes, as even as can be:
+/// `work(panels, (index, pieces), rows)`.
+fn tiles<const COUNT: usize>(
+    weights: [&PackedWeight; COUNT],
+    panel: usize,
+    x: &Rows,
+    rows: &Range<usize>,
+    mut work: impl FnMut([Panel<'_>; COUNT], (usize, usize), Range<usize>),
+) {
+    debug_assert!(weights.iter().all(|weight| weight.kind() == x.kind()));
     let (count, pieces) = (rows.len(), rows.len().div_ceil(rows_at_once(x.kind())));
-    for index in 0..pieces {
-        let cut = |index: usize| rows.start + index * count / pieces;
-        work((index, pieces), cut(index)..cut(index + 1));
-    }
+    PackedWeight::with_panels(weights, panel, count, |panels| {
+        for index in 0..pieces {
+            let cut = |index: usize| rows.start + index * count / pieces;
+            work(panels, (index, pieces), cut(index)..cut(index + 1));
+        }
+    });
 }

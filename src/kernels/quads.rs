@@ -6,7 +6,7 @@
 //! y(row, o)           =  sum over groups, in order, of scale * scale * (sum over the group of byte * byte)
 //! ```
 //!
-//! Sums within a group are integers and thus exact, in whatever order `vpdpbusd` or a plain loop takes
+//! Sums within a group are integers and thus exact, in whatever order `vpdpbusd`, `vpmaddubsw` or a plain loop takes
 //! them; between groups there is one chain of fused multiply-adds. So all implementations agree bit for
 //! bit. Groups of 128 cost 3 % of memory and a tenth of the time of a tile; every width of the family is
 //! a multiple of them or of half of them, and the last group of a row may be short.
@@ -14,6 +14,9 @@
 // Reason: loads and broadcasts of `std::arch` take raw pointers, and functions compiled for an instruction
 // set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
 #![expect(unsafe_code, reason = "vector loads take raw pointers; bounds are asserted before them")]
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
@@ -88,18 +91,23 @@ fn quantise(x: &[f32], inverse: f32, mut put: impl FnMut(usize, u32)) -> i32 {
     sums.iter().fold(0, |sum, own| sum.wrapping_add(*own))
 }
 
-/// The scale of a group, and its inverse.
+/// The scale of a group, and its inverse. A group that holds what is not finite is worth nothing that is a number.
 #[inline(always)]
 fn scales(x: &[f32]) -> (f32, f32) {
-    let mut lanes = [0.0f32; 16];
+    const SIGN: u32 = 1 << 31;
+    // Sizes are ordered as their bits are, with infinity and what is no number behind all others.
+    let mut lanes = [0u32; 16];
     let (whole, rest) = x.as_chunks::<16>();
     for x in whole {
         for lane in 0..16 {
-            let x = x[lane].abs();
-            lanes[lane] = if x > lanes[lane] { x } else { lanes[lane] };
+            lanes[lane] = lanes[lane].max(x[lane].to_bits() & !SIGN);
         }
     }
-    let top = lanes.iter().chain(rest).fold(0.0f32, |top, x| top.max(x.abs()));
+    let rest = rest.iter().map(|x| x.to_bits() & !SIGN);
+    let top = f32::from_bits(rest.chain(lanes).fold(0, u32::max));
+    if !top.is_finite() {
+        return (f32::NAN, 0.0);
+    }
     // Below this the inverse would be infinite.
     if top > 1e-30 { (top / 127.0, 127.0 / top) } else { (0.0, 0.0) }
 }
@@ -119,7 +127,7 @@ pub(crate) fn quantise_row(x: &[f32], words: &mut [u32], groups: &mut [Group]) {
                 }
             }),
         };
-        *group = Group { scale, correction: -128 * sum };
+        *group = Group { scale, correction: sum.wrapping_mul(-128) };
     }
 }
 
@@ -160,6 +168,10 @@ pub(crate) fn tile(
         return avx512::tile(rows, panel, ahead, out);
     }
     let _ = ahead;
+    #[cfg(target_arch = "x86_64")]
+    if avx2::is_there() {
+        return avx2::tile(rows, panel, out);
+    }
     portable(rows, panel, out);
 }
 
@@ -294,9 +306,9 @@ mod tests {
     use super::*;
     use candle_core::DType;
 
-    fn check(count: usize, inputs: usize) {
-        let flat = |rows| random(&[rows, inputs], DType::F32).flatten_all().unwrap();
-        let (x, weight) = (flat(count).to_vec1().unwrap(), flat(PANEL).to_vec1().unwrap());
+    /// `x (count, inputs)` times `weight (at most 32, inputs)`, by the kernel, which its twins agree with in every bit.
+    fn product(x: &[f32], weight: &[f32], inputs: usize) -> Vec<[f32; PANEL]> {
+        let count = x.len() / inputs;
         let (depth, groups_each) = (words(inputs), words(inputs).div_ceil(GROUP));
         let (mut packed, mut groups) =
             (vec![0; count * (depth + 1)], vec![Group::default(); count * groups_each]);
@@ -317,15 +329,37 @@ mod tests {
             group_stride: groups_each,
         };
         let panel = QuadPanel { words: &panel, scales: &scales };
-        let (mut ours, mut twin) = (vec![[0.0; PANEL]; count], vec![[0.0; PANEL]; count]);
-        tile(rows, panel, Ahead::NOTHING, &mut ours);
-        portable(rows, panel, &mut twin);
-        assert_eq!(ours, twin, "{count} rows of {inputs}");
+        let run = |kernel: &dyn Fn(&mut [[f32; PANEL]])| {
+            let mut out = vec![[7.0; PANEL]; count];
+            kernel(&mut out);
+            out
+        };
+        // What is no number has bits of its own in every unit.
+        let bits = |out: &[[f32; PANEL]]| -> Vec<_> {
+            let bits = |x: &f32| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() };
+            out.as_flattened().iter().map(bits).collect()
+        };
+        let ours = run(&|out| tile(rows, panel, Ahead::NOTHING, out));
+        let twin = bits(&run(&|out| portable(rows, panel, out)));
+        assert_eq!(bits(&ours), twin, "{count} rows of {inputs}");
         #[cfg(target_arch = "x86_64")]
         if avx512::is_there() {
-            avx512::tile(rows, panel, Ahead::NOTHING, &mut ours);
-            assert_eq!(ours, twin, "{count} rows of {inputs}, in vectors");
+            let out = run(&|out| avx512::tile(rows, panel, Ahead::NOTHING, out));
+            assert_eq!(bits(&out), twin, "{count} rows of {inputs}, in vectors");
         }
+        #[cfg(target_arch = "x86_64")]
+        if avx2::is_there() {
+            let out = run(&|out| avx2::tile(rows, panel, out));
+            assert_eq!(bits(&out), twin, "{count} rows of {inputs}, in vectors of 256 bits");
+        }
+        ours
+    }
+
+    fn check(count: usize, inputs: usize) {
+        let flat = |rows| random(&[rows, inputs], DType::F32).flatten_all().unwrap();
+        let (x, weight): (Vec<f32>, Vec<f32>) =
+            (flat(count).to_vec1().unwrap(), flat(PANEL).to_vec1().unwrap());
+        let ours = product(&x, &weight, inputs);
         for row in 0..count {
             for lane in 0..PANEL {
                 let pairs = x[row * inputs..].iter().zip(&weight[lane * inputs..]).take(inputs);
@@ -333,6 +367,41 @@ mod tests {
                 let error = (ours[row][lane] - exact).abs();
                 assert!(error < 0.06 * (inputs as f32).sqrt(), "{error} of {exact}");
             }
+        }
+    }
+
+    #[test]
+    fn the_largest_bytes_do_not_overflow() {
+        let sign =
+            |lane: usize, input: usize| if (input >> (lane % 8)) & 1 == 0 { 1.0 } else { -1.0 };
+        let rows = |count: usize| -> Vec<f32> {
+            (0..count * 256).map(|at| sign(at / 256, at % 256)).collect()
+        };
+        // Outputs 20 to 31 are not there.
+        let (x, weight) = (rows(9), rows(20));
+        for (row, out) in product(&x, &weight, 256).into_iter().enumerate() {
+            for (lane, out) in out.into_iter().take(20).enumerate() {
+                let exact: f32 = (0..256).map(|input| sign(row, input) * sign(lane, input)).sum();
+                assert!((out - exact).abs() < 1e-3, "row {row}, output {lane}: {out}, not {exact}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_gives_no_number() {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![0.5; 3 * 200];
+            x[200 + 150] = value;
+            let out = product(&x, &vec![0.25; PANEL * 200], 200);
+            assert!(out[1].iter().all(|out| out.is_nan()), "{value}: {:?}", out[1]);
+            for row in [0, 2] {
+                assert!(out[row].iter().all(|out| (out - 25.0).abs() < 0.5), "{:?}", out[row]);
+            }
+            let mut weight = vec![0.25; PANEL * 200];
+            weight[7 * 200 + 3] = value;
+            let out = product(&[0.5; 200], &weight, 200);
+            let numbers = out[0].iter().enumerate().filter(|(_, out)| out.is_nan());
+            assert_eq!(numbers.map(|(lane, _)| lane).collect::<Vec<_>>(), [7], "{value}");
         }
     }
 

@@ -31,6 +31,12 @@ pub(crate) fn round(x: f32) -> u32 {
     if x.is_nan() { bits >> 16 | QUIET } else { nearest }
 }
 
+/// The bits of an f32 that was rounded to bf16.
+#[inline(always)]
+pub(crate) fn rounded(x: f32) -> u32 {
+    round(x) << 16
+}
+
 /// Rounds a row into words.
 #[inline(always)]
 pub(crate) fn round_row(x: &[f32], words: &mut [u32]) {

@@ -47,7 +47,7 @@ impl RowMut<'_> {
     pub(crate) fn set(self, x: &[f32]) {
         match self.kind {
             WeightType::Int8 => quads::quantise_row(x, self.words, self.groups),
-            kind => layout::row(kind, x, self.words),
+            kind => layout::row(kind.in_rows(), x, self.words),
         }
     }
 }
@@ -55,7 +55,7 @@ impl RowMut<'_> {
 /// Words that so many rows take. A tile may read the rows of a whole one; what it makes of those that are not there
 /// is thrown away.
 pub(crate) fn words_of_rows(kind: WeightType, count: usize, inputs: usize) -> usize {
-    count.next_multiple_of(ROWS) * stride(kind.words(inputs))
+    count.next_multiple_of(ROWS) * stride(kind.row_words(inputs))
 }
 
 /// Makes room for so many words. Memory that is there stays, with what is in it.
@@ -122,10 +122,10 @@ impl Rows {
     /// Takes the columns of `x` as rows; rows are the inputs, with zeros behind them up to whole steps.
     pub(crate) fn set_columns(&mut self, kind: WeightType, x: View<'_, f32>) {
         self.shape(kind, x.columns, x.rows.next_multiple_of(INPUTS));
-        let stride = self.stride;
+        let (stride, kind) = (self.stride, kind.in_rows());
         let target = Target::new(&mut self.words[..x.columns * stride], stride, x.columns);
         each(parts(x), |(first, x)| {
-            let (at, depth) = (kind.words(first), kind.words(x.rows.next_multiple_of(INPUTS)));
+            let (at, depth) = (kind.count(first), kind.count(x.rows.next_multiple_of(INPUTS)));
             simd(
                 #[inline(always)]
                 || {
@@ -169,7 +169,7 @@ impl Rows {
             |x, rows| {
                 for (row, words) in rows.chunks_mut(stride).take(x.rows).enumerate() {
                     let own = &x.data[row * x.row_stride..][..x.columns];
-                    layout::row(kind, own, &mut words[..depth]);
+                    layout::row(kind.in_rows(), own, &mut words[..depth]);
                 }
             },
         );
@@ -178,7 +178,7 @@ impl Rows {
     fn shape(&mut self, kind: WeightType, count: usize, inputs: usize) {
         self.kind = kind;
         self.count = count;
-        self.depth = kind.words(inputs);
+        self.depth = kind.row_words(inputs);
         self.stride = stride(self.depth);
         let length = words_of_rows(kind, count, inputs);
         grow(&mut self.words, length);

@@ -7,8 +7,10 @@
 #[cfg(target_arch = "x86_64")]
 use super::amx;
 use super::packed::WeightType;
+use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Outputs of a panel that lie side by side.
 pub(crate) const PANEL: usize = 32;
@@ -97,66 +99,122 @@ macro_rules! by_rows {
 }
 pub(crate) use by_rows;
 
-/// Rows against a panel of weights.
-pub(crate) struct PanelTile<'a> {
-    /// Rows, `stride` elements apart.
-    pub(crate) x: &'a [f32],
+/// Calls [`PanelTile::multiply`] with the number of rows, and the number of vectors that goes with it, as constants.
+macro_rules! by_constant {
+    ($part:ident, $simd:ident; $(($($rows:literal)*) $vectors:literal),*) => {
+        match $part.out.len() {
+            $($($rows => $part.multiply::<S, $rows, $vectors>($simd),)*)*
+            _ => unreachable!("no more rows than registers"),
+        }
+    };
+}
+
+/// Rows in f32 against a panel in f32.
+pub(crate) fn whole_tile(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
+    pulp::Arch::new().dispatch(PanelTile::<1> { rows, stride, panel, out });
+}
+
+/// Rows in f32 against a panel whose words hold `INPUTS` inputs: one in f32, or two in bf16.
+pub(crate) struct PanelTile<'a, const INPUTS: usize> {
+    /// Rows, `stride` words apart.
+    pub(crate) rows: &'a [u32],
     pub(crate) stride: usize,
-    /// `[input][32]`
-    pub(crate) panel: &'a [f32],
+    /// `[word][32]`
+    pub(crate) panel: &'a [u32],
     /// `[row][32]`
     pub(crate) out: &'a mut [[f32; PANEL]],
 }
 
-impl WithSimd for PanelTile<'_> {
+impl<const INPUTS: usize> WithSimd for PanelTile<'_, INPUTS> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let PanelTile { x, stride, panel, out } = self;
-        let mut row = 0;
-        while row < out.len() {
-            let (x, out) = (&x[row * stride..], &mut out[row..]);
-            // 12 rows by two vectors fill the 32 registers of a 512-bit unit, 6 the 16 of others.
-            row += match out.len() {
-                12.. if S::F32_LANES >= 16 => panel_rows::<12, S>(simd, x, stride, panel, out),
-                6.. => panel_rows::<6, S>(simd, x, stride, panel, out),
-                4.. => panel_rows::<4, S>(simd, x, stride, panel, out),
-                2.. => panel_rows::<2, S>(simd, x, stride, panel, out),
-                _ => panel_rows::<1, S>(simd, x, stride, panel, out),
-            };
+        // 12 rows by two vectors fill the 32 registers of a 512-bit unit, or 9 where panels are widened on the
+        // way, by what the compiler makes of them; 6 fill the 16 of others. Few rows take four vectors of
+        // 256 bits, for a unit has more than four sums under way.
+        let most = match S::F32_LANES {
+            16.. if INPUTS == 1 => VECTOR_ROWS,
+            16.. => 9,
+            _ => VECTOR_ROWS / 2,
+        };
+        let (count, pieces) = (self.out.len(), self.out.len().div_ceil(most));
+        let cut = |piece: usize| piece * count / pieces;
+        for piece in 0..pieces {
+            let rows = &self.rows[cut(piece) * self.stride..];
+            let out = &mut self.out[cut(piece)..cut(piece + 1)];
+            let part = PanelTile::<INPUTS> { rows, stride: self.stride, panel: self.panel, out };
+            match S::F32_LANES {
+                8 => by_constant!(part, simd; (1 2 3) 4, (4 5 6) 2),
+                16 => by_constant!(part, simd; (1 2 3 4 5 6 7 8 9 10 11 12) 2),
+                _ => by_constant!(part, simd; (1 2 3 4 5 6) 2),
+            }
         }
     }
 }
 
-/// The first `ROWS` rows; returns how many that are.
-#[inline(always)]
-fn panel_rows<const ROWS: usize, S: Simd>(
-    simd: S,
-    x: &[f32],
-    stride: usize,
-    panel: &[f32],
-    out: &mut [[f32; PANEL]],
-) -> usize {
-    let inputs = panel.len() / PANEL;
-    let rows: [&[f32]; ROWS] = std::array::from_fn(|row| &x[row * stride..][..inputs]);
-    let (panel, _) = S::as_simd_f32s(panel);
-    let vectors = PANEL / S::F32_LANES;
-    for vector in (0..vectors).step_by(2) {
-        let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
-        for (input, weights) in panel.chunks_exact(vectors).enumerate() {
-            let (left, right) = (weights[vector], weights[vector + 1]);
+impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
+    /// All rows, `VECTORS` vectors of outputs at a time.
+    #[inline(always)]
+    fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
+        let depth = self.panel.len() / PANEL;
+        let rows: [&[[f32; INPUTS]]; ROWS] = std::array::from_fn(|row| {
+            let row: &[f32] = cast_slice(&self.rows[row * self.stride..]);
+            &row.as_chunks().0[..depth]
+        });
+        let (panel, _) = S::as_simd_u32s(self.panel);
+        let vectors = PANEL / S::F32_LANES;
+        for first in (0..vectors).step_by(VECTORS) {
+            let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+            for (word, weights) in panel.chunks_exact(vectors).enumerate() {
+                let weights = &weights[first..first + VECTORS];
+                for input in 0..INPUTS {
+                    // Else the compiler widens both inputs of a word at once, and runs out of registers.
+                    if INPUTS > 1 {
+                        compiler_fence(Ordering::SeqCst);
+                    }
+                    // What is used most often stays in registers: the vectors of the panel, or else the rows.
+                    if VECTORS < ROWS {
+                        let mut own = [simd.splat_f32s(0.0); VECTORS];
+                        for vector in 0..VECTORS {
+                            own[vector] = widened::<INPUTS, S>(simd, weights[vector], input);
+                        }
+                        for row in 0..ROWS {
+                            let x = simd.splat_f32s(rows[row][word][input]);
+                            for vector in 0..VECTORS {
+                                let sum = &mut sums[row][vector];
+                                *sum = simd.mul_add_f32s(x, own[vector], *sum);
+                            }
+                        }
+                    } else {
+                        let mut x = [simd.splat_f32s(0.0); ROWS];
+                        for row in 0..ROWS {
+                            x[row] = simd.splat_f32s(rows[row][word][input]);
+                        }
+                        for vector in 0..VECTORS {
+                            let own = widened::<INPUTS, S>(simd, weights[vector], input);
+                            for row in 0..ROWS {
+                                let sum = &mut sums[row][vector];
+                                *sum = simd.mul_add_f32s(x[row], own, *sum);
+                            }
+                        }
+                    }
+                }
+            }
             for row in 0..ROWS {
-                let x = simd.splat_f32s(rows[row][input]);
-                sums[row][0] = simd.mul_add_f32s(x, left, sums[row][0]);
-                sums[row][1] = simd.mul_add_f32s(x, right, sums[row][1]);
+                let (out, _) = S::as_mut_simd_f32s(&mut self.out[row]);
+                out[first..first + VECTORS].copy_from_slice(&sums[row]);
             }
         }
-        for row in 0..ROWS {
-            let (out, _) = S::as_mut_simd_f32s(&mut out[row]);
-            out[vector] = sums[row][0];
-            out[vector + 1] = sums[row][1];
-        }
     }
-    ROWS
+}
+
+/// Input `input` of each word, in f32.
+#[inline(always)]
+fn widened<const INPUTS: usize, S: Simd>(simd: S, words: S::u32s, input: usize) -> S::f32s {
+    simd.transmute_f32s_u32s(match (INPUTS, input) {
+        (1, _) => words,
+        (_, 0) => simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16)),
+        _ => simd.and_u32s(words, simd.splat_u32s(0xffff_0000)),
+    })
 }

@@ -2,12 +2,11 @@
 
 use super::super::attention::Heads;
 use super::super::fetch::{begin_to_fetch, fetch_all};
+use super::super::layout;
 use super::super::packed::WeightType;
 use super::super::real::{Real, max, simd, sum};
-use super::super::rounding;
 use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
 use super::{BLOCK, Block, LayerCache, Layout, Run};
-use pulp::bytemuck::cast_slice;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -55,7 +54,7 @@ impl Task<'_> {
     ) {
         BUFFERS.with_borrow_mut(|Buffers { queries, words, sums, scratch }| {
             let layout = cache.layout;
-            let (heads, stride, padded) = (layout.heads, layout.key_words(), layout.padded());
+            let (heads, stride, padded) = (layout.heads, layout.query_words(), layout.padded());
             let count = self.count * heads.group();
             self.prepare(layout, q, queries, words);
             sums.clear();
@@ -125,7 +124,7 @@ impl Task<'_> {
 
     /// The queries of the task, and their words for the first product.
     fn prepare(&self, layout: Layout, q: &[f32], queries: &mut Vec<Query>, words: &mut Vec<u32>) {
-        let (heads, stride) = (layout.heads, layout.key_words());
+        let (heads, stride) = (layout.heads, layout.query_words());
         let (width, group) = (heads.width, heads.group());
         let count = self.count * group;
         queries.clear();
@@ -134,10 +133,7 @@ impl Task<'_> {
             let (row, member) = (self.first + index / group, index % group);
             let at = (self.run.first_row + row) * heads.query + self.head * group + member;
             let columns = &q[at * width..][..width];
-            match layout.kind {
-                WeightType::F32 => words.copy_from_slice(cast_slice(columns)),
-                _ => rounding::round_row(columns, words),
-            }
+            layout::row(layout.kind.in_rows(), columns, words);
             let position = self.run.position + row;
             let first_visible = heads.first_visible(position);
             let total = [0.0; BLOCK];
@@ -199,9 +195,9 @@ struct Fold<'a> {
 impl Fold<'_> {
     /// Multiplies queries and keys. On the way it fetches the block that is read `then`.
     fn score(&self, words: &[u32], then: Option<&[u32]>, scratch: &mut Scratch) {
-        let (kind, stride) = (self.layout.kind, self.layout.key_words());
+        let (kind, stride) = (self.layout.kind, self.layout.query_words());
         let room = room(kind, self.rows.len());
-        let half = stride * PANEL;
+        let half = self.layout.key_words() * PANEL;
         let next = self.next.map(|next| next.keys);
         let halves = self.block.keys.chunks_exact(half).zip(&mut scratch.scores[self.side]);
         for (index, (keys, out)) in halves.enumerate().take(self.end.div_ceil(PANEL)) {
@@ -311,11 +307,8 @@ impl Fold<'_> {
                 total[lane] = total[lane].mul_add(keep, own[lane]);
             }
             query.total = total;
-            let weights = &mut weights[row * BLOCK..][..BLOCK];
-            match kind {
-                WeightType::F32 => weights.copy_from_slice(cast_slice(&own)),
-                _ => rounding::round_row(&own, weights),
-            }
+            let weights = &mut weights[row * BLOCK..][..kind.row_words(BLOCK)];
+            layout::row(kind.in_rows(), &own, weights);
         }
         keep
     }

@@ -89,9 +89,14 @@ struct Layout {
 }
 
 impl Layout {
-    /// Words of the columns of a key, or a query.
+    /// Words of the columns of a key.
     fn key_words(self) -> usize {
         self.kind.words(self.heads.width)
+    }
+
+    /// Words of the columns of a query.
+    fn query_words(self) -> usize {
+        self.kind.row_words(self.heads.width)
     }
 
     /// Words of a block of keys.

@@ -161,9 +161,14 @@ impl Task<'_> {
         self.of.heads.width.next_multiple_of(PANEL)
     }
 
-    /// Words of the columns of a query or key.
+    /// Words of the columns of a key or value in a panel.
     fn words(&self) -> usize {
         self.of.kind.words(self.padded())
+    }
+
+    /// Words of the columns of a query, or of the gradient of an output.
+    fn row_words(&self) -> usize {
+        self.of.kind.row_words(self.padded())
     }
 
     /// Words of the keys of a panel.
@@ -178,7 +183,7 @@ impl Task<'_> {
     /// Words from the weights of one query to those of the next: an odd number of cache lines, for rows of a tile
     /// are not to fall into one set of the cache.
     fn stride(&self) -> usize {
-        ((self.panels() * self.panel_words()).div_ceil(16) | 1) * 16
+        ((self.panels() * self.of.kind.row_words(PANEL)).div_ceil(16) | 1) * 16
     }
 
     /// Rows `rows` of the span in the columns of head `head` of a matrix with `heads` heads.
@@ -207,7 +212,7 @@ impl Task<'_> {
         for (panel, words) in words.chunks_exact_mut(length).enumerate() {
             simd(
                 #[inline(always)]
-                || panel_of_rows(self.of.kind, x, panel * PANEL, words),
+                || panel_of_rows(self.of.kind.in_panels(), x, panel * PANEL, words),
             );
         }
     }
@@ -220,21 +225,21 @@ impl Task<'_> {
         for (stripe, words) in words.chunks_exact_mut(length).enumerate() {
             simd(
                 #[inline(always)]
-                || panel_of_columns(self.of.kind, x, stripe * PANEL, words),
+                || panel_of_columns(self.of.kind.in_panels(), x, stripe * PANEL, words),
             );
         }
     }
 
     /// The rows of a block, zeros for those that are not there.
     fn pack_block(&self, x: View<'_, f32>, words: &mut Vec<u32>) {
-        let stride = self.words();
+        let stride = self.row_words();
         words.resize(x.rows.next_multiple_of(PANEL) * stride, 0);
         simd(
             #[inline(always)]
             || {
                 for (row, words) in words.chunks_exact_mut(stride).enumerate() {
                     match row < x.rows {
-                        true => layout::row(self.of.kind, row_of(x, row), words),
+                        true => layout::row(self.of.kind.in_rows(), row_of(x, row), words),
                         false => words.fill(0),
                     }
                 }

@@ -22,7 +22,7 @@ impl Task<'_> {
         log_sums: &Target<'_>,
     ) {
         let Buffers { key_rows, value_columns, q, weights, scores, .. } = buffers;
-        let (kind, words) = (self.of.kind, self.words());
+        let (kind, words, stride) = (self.of.kind, self.words(), self.row_words());
         self.pack_rows(self.of.k, key_rows);
         self.pack_columns(self.of.v, value_columns);
         weights.resize(QUERIES * self.stride(), 0);
@@ -33,7 +33,7 @@ impl Task<'_> {
             let scores = &mut scores[..block.panels.len()];
             let keys = key_rows.chunks_exact(words * PANEL).skip(block.panels.start);
             for (scores, keys) in scores.iter_mut().zip(keys) {
-                kind.tile(q, words, keys, Ahead::NOTHING, &mut scores[..block.rows()]);
+                kind.tile(q, stride, keys, Ahead::NOTHING, &mut scores[..block.rows()]);
             }
             simd(
                 #[inline(always)]
@@ -159,25 +159,31 @@ impl Task<'_> {
         let (q, of_output) = (self.queries(self.of.q, block), self.queries(saved.of_output, block));
         self.pack_block(q, &mut buffers.q);
         self.pack_block(of_output, &mut buffers.of_output);
-        let depth = kind.words(count.next_multiple_of(PANEL));
-        self.turn(q, depth, &mut buffers.q_turned);
-        self.turn(of_output, depth, &mut buffers.of_output_turned);
+        let (stride, inputs) = (self.row_words(), count.next_multiple_of(PANEL));
+        let (depth, turned_stride) = (kind.words(inputs), kind.row_words(inputs));
+        self.turn(q, turned_stride, &mut buffers.q_turned);
+        self.turn(of_output, turned_stride, &mut buffers.of_output_turned);
         let rows = self.rows_of(block, of_output, saved);
         let (mut p, mut ds) = ([[0.0; PANEL]; QUERIES], [[0.0; PANEL]; QUERIES]);
         let (mut panels, mut out) = ([[[0; PANEL]; MOST_WORDS]; 2], [[0.0; PANEL]; PANEL]);
         for (index, panel) in block.panels.clone().enumerate() {
             let own = panel * words * PANEL..(panel + 1) * words * PANEL;
             let (p, ds) = (&mut p[..block.rows()], &mut ds[..block.rows()]);
-            kind.tile(&buffers.q, words, &buffers.key_rows[own.clone()], Ahead::NOTHING, p);
+            kind.tile(&buffers.q, stride, &buffers.key_rows[own.clone()], Ahead::NOTHING, p);
             let values = &buffers.value_rows[own];
-            kind.tile(&buffers.of_output, words, values, Ahead::NOTHING, ds);
+            kind.tile(&buffers.of_output, stride, values, Ahead::NOTHING, ds);
             simd(
                 #[inline(always)]
                 || {
                     self.of_scores(block, panel, &rows, [&mut *p, &mut *ds]);
                     for (scores, panel) in [&*ds, &*p].into_iter().zip(&mut panels) {
                         let scores = View::rows(scores.as_flattened(), count, PANEL, PANEL);
-                        panel_of_columns(kind, scores, 0, panel[..depth].as_flattened_mut());
+                        panel_of_columns(
+                            kind.in_panels(),
+                            scores,
+                            0,
+                            panel[..depth].as_flattened_mut(),
+                        );
                     }
                 },
             );
@@ -188,9 +194,9 @@ impl Task<'_> {
                 (&buffers.of_output_turned, &panels[1], &mut buffers.of_values[own]),
             ] {
                 let panel = panel[..depth].as_flattened();
-                let rows = turned.chunks_exact(PANEL * depth);
+                let rows = turned.chunks_exact(PANEL * turned_stride);
                 for (rows, sums) in rows.zip(sums.chunks_exact_mut(PANEL)) {
-                    kind.tile(rows, depth, panel, Ahead::NOTHING, &mut out);
+                    kind.tile(rows, turned_stride, panel, Ahead::NOTHING, &mut out);
                     add(sums, &out);
                 }
             }
@@ -198,11 +204,11 @@ impl Task<'_> {
     }
 
     /// The columns of a block as rows.
-    fn turn(&self, x: View<'_, f32>, depth: usize, words: &mut Vec<u32>) {
-        words.resize(self.padded() * depth, 0);
+    fn turn(&self, x: View<'_, f32>, stride: usize, words: &mut Vec<u32>) {
+        words.resize(self.padded() * stride, 0);
         simd(
             #[inline(always)]
-            || rows_of_columns(self.of.kind, x, 0, words, depth),
+            || rows_of_columns(self.of.kind.in_rows(), x, 0, words, stride),
         );
     }
 
@@ -251,10 +257,10 @@ impl Task<'_> {
 
     /// Writes what the scores of a panel are multiplied with.
     fn put_weights(&self, scores: &[[f32; PANEL]], index: usize, weights: &mut [u32]) {
-        let weights = &mut weights[index * self.panel_words()..];
+        let weights = &mut weights[index * self.of.kind.row_words(PANEL)..];
         simd(
             #[inline(always)]
-            || layout::rows(self.of.kind, scores, weights, self.stride()),
+            || layout::rows(self.of.kind.in_rows(), scores, weights, self.stride()),
         );
     }
 }
