@@ -44,10 +44,8 @@ impl WeightType {
     /// Words of `inputs` elements in a panel.
     pub(crate) fn words(self, inputs: usize) -> usize {
         match self {
-            WeightType::F32 => inputs,
-            WeightType::Bf16 => pairs::words(inputs),
-            WeightType::Bf16x3 => bf16x3::words(inputs),
             WeightType::Int8 => quads::words(inputs),
+            kind => kind.in_panels().count(inputs),
         }
     }
 
@@ -63,6 +61,7 @@ impl WeightType {
     ///
     /// # Panics
     /// With 8 bits, which have scales.
+    #[inline(always)]
     pub(crate) fn in_panels(self) -> Words {
         match self {
             WeightType::F32 => Words::F32,

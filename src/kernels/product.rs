@@ -10,7 +10,7 @@
 
 use super::layout::{self, SQUARE};
 use super::packed::{PackedWeight, Panel, WeightType};
-use super::pairs::MANY_ROWS;
+use super::pairs::{MANY_ROWS, are_widened};
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
@@ -209,8 +209,11 @@ fn put_row(out: &mut [f32], values: &[f32; PANEL], put: impl Fn(&mut f32, f32)) 
 fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
     let at_once = rows_at_once(x.kind());
     let has_matrix_unit = usize::from(at_once == ROWS);
-    let least =
-        if x.kind() == WeightType::Bf16 { MANY_ROWS.next_multiple_of(at_once) } else { at_once };
+    // Widened panels want as many rows as they are widened for, however long those are.
+    let least = match x.kind() {
+        WeightType::Bf16 if are_widened() => MANY_ROWS.next_multiple_of(at_once),
+        _ => at_once,
+    };
     let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(least);
     let blocks = x.count().div_ceil(most).max(1);
     let block = x.count().div_ceil(blocks).max(1).next_multiple_of(at_once);
