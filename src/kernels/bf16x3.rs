@@ -24,6 +24,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::fetch::Span;
 use super::real::simd;
 use super::rounding;
 use super::tiles::{PANEL, whole_tile};
@@ -162,7 +163,7 @@ fn portable(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]
                 }
             },
         );
-        whole_tile(cast_slice(x), steps * INPUTS, cast_slice(whole), out);
+        whole_tile(cast_slice(x), steps * INPUTS, cast_slice(whole), Span::NOTHING, out);
     });
 }
 

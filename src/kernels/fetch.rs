@@ -3,6 +3,9 @@
 // Reason: the instruction takes a raw pointer. It reads nothing and changes nothing.
 #![expect(unsafe_code, reason = "a prefetch takes a raw pointer")]
 
+use std::marker::PhantomData;
+use std::ops::Range;
+
 /// Has the CPU bring the memory at an address near, to be written, if there is any.
 #[inline(always)]
 pub(crate) fn fetch_to_write<T>(address: *const T) {
@@ -40,6 +43,62 @@ fn fetch_one<T>(element: &T) {
 #[inline(always)]
 pub(crate) fn fetch_all<T>(elements: &[T]) {
     elements.iter().step_by(64 / size_of::<T>()).for_each(fetch_one);
+}
+
+/// Memory that a loop fetches on its way into the second cache.
+#[derive(Clone, Copy)]
+pub(crate) struct Span<'a> {
+    start: *const u8,
+    bytes: usize,
+    memory: PhantomData<&'a [u8]>,
+}
+
+impl Span<'_> {
+    pub(crate) const NOTHING: Span<'static> =
+        Span { start: std::ptr::null(), bytes: 0, memory: PhantomData };
+
+    /// The address is one of a slice of the lifetime, or of nothing; what is fetched may end behind it.
+    pub(crate) fn new<T>(start: *const T, bytes: usize) -> Self {
+        Span { start: start.cast(), bytes, memory: PhantomData }
+    }
+
+    /// The share of some of `count` rows.
+    #[inline(always)]
+    pub(crate) fn part(self, rows: Range<usize>, count: usize) -> Self {
+        let cut = |row: usize| row * self.bytes / count;
+        let start = self.start.wrapping_add(cut(rows.start));
+        Span { start, bytes: cut(rows.end) - cut(rows.start), memory: PhantomData }
+    }
+
+    /// Cut into so many steps. Nothing becomes something that is near anyhow: an address that does not exist is looked up
+    /// each time.
+    #[inline(always)]
+    pub(crate) fn steps<T>(self, steps: usize, near: &[T]) -> Steps {
+        let next = if self.bytes == 0 { near.as_ptr().cast() } else { self.start };
+        Steps { next, step: self.bytes.div_ceil(steps.max(1)) }
+    }
+}
+
+/// Steps through memory that is fetched.
+pub(crate) struct Steps {
+    next: *const u8,
+    step: usize,
+}
+
+impl Steps {
+    /// Fetches the next ones.
+    #[inline(always)]
+    pub(crate) fn fetch(&mut self, count: usize) {
+        for _ in 0..count {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+                // SAFETY: every CPU of this kind has the instruction, which has no effect that can be seen at any address.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(self.next.cast()) }
+            }
+            self.next = self.next.wrapping_add(self.step);
+        }
+    }
 }
 
 /// Has the CPU begin to bring elements into its second cache: two lines of every 4 KiB, which its own prefetcher goes on

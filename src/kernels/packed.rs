@@ -16,7 +16,7 @@ use super::quads::{self, QuadPanel, QuadRows};
 use super::real::simd;
 use super::rows::{Rows, grow};
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, ROWS, rows_at_once, whole_tile};
+use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
 use super::{ROWS_PER_TASK, bf16x3, columns, layout, pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -97,7 +97,9 @@ impl WeightType {
         out: &mut [[f32; PANEL]],
     ) {
         match self {
-            WeightType::F32 => whole_tile(rows, stride, panel, out),
+            WeightType::F32 => {
+                whole_tile(rows, stride, panel, ahead.beside(panel.len() / PANEL), out);
+            }
             WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
             WeightType::Bf16x3 => bf16x3::tile(rows, stride, panel, out),
             WeightType::Int8 => unreachable!("8 bits have scales"),
@@ -106,19 +108,25 @@ impl WeightType {
 }
 
 /// A panel about to meet rows.
-#[derive(Clone, Copy)]
 pub(crate) struct Panel<'a> {
-    /// F32 also for one of bf16 that was widened.
     kind: WeightType,
     words: &'a [u32],
     /// `[group][32]`, for 8 bits.
     scales: &'a [f32],
+    /// The same in f32, if it is to be widened once.
+    wide: Option<Wide<'a>>,
+}
+
+/// A panel of bf16 in f32: its first tile leaves it behind.
+struct Wide<'a> {
+    words: &'a mut [u32],
+    is_there: bool,
 }
 
 impl Panel<'_> {
     /// Its outputs for the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
     pub(crate) fn tile(
-        self,
+        &mut self,
         rows: &Rows,
         first: usize,
         ahead: Ahead<'_>,
@@ -126,6 +134,15 @@ impl Panel<'_> {
     ) {
         debug_assert!(out.len() <= ROWS);
         let (words, stride) = (rows.words_from(first), rows.stride());
+        if let Some(wide) = &mut self.wide {
+            let (rows, ahead) = (words, ahead.beside(self.words.len() / PANEL));
+            if wide.is_there {
+                return whole_tile(rows, stride, wide.words, ahead, out);
+            }
+            wide.is_there = true;
+            let tile = PanelTile { rows, stride, panel: self.words, ahead, out };
+            return pairs::widening_tile(tile, wide.words);
+        }
         match self.kind {
             WeightType::F32 | WeightType::Bf16 | WeightType::Bf16x3 => {
                 self.kind.tile(words, stride, self.words, ahead, out);
@@ -321,14 +338,18 @@ impl PackedWeight {
         count: usize,
         work: impl FnOnce([Panel<'_>; COUNT]),
     ) {
-        let words = weights.map(|weight| weight.panel(panel));
+        let panels = weights.map(|weight| weight.as_it_is(panel));
         let are_pairs = weights.iter().all(|weight| weight.kind == WeightType::Bf16);
-        if are_pairs && pairs::pays_to_widen(count) {
-            return pairs::widened(words, |words| {
-                work(words.map(|words| Panel { kind: WeightType::F32, words, scales: &[] }));
-            });
+        if !are_pairs || !pairs::pays_to_widen(count) {
+            return work(panels);
         }
-        work(weights.map(|weight| weight.as_it_is(panel)));
+        pairs::with_room(panels.each_ref().map(|panel| panel.words), |room| {
+            let mut room = room.into_iter();
+            work(panels.map(|panel| {
+                let wide = room.next().map(|words| Wide { words, is_there: false });
+                Panel { wide, ..panel }
+            }));
+        });
     }
 
     fn as_it_is(&self, panel: usize) -> Panel<'_> {
@@ -337,7 +358,7 @@ impl PackedWeight {
             _ => 0,
         };
         let scales = &self.scales[panel * length..][..length];
-        Panel { kind: self.kind, words: self.panel(panel), scales }
+        Panel { kind: self.kind, words: self.panel(panel), scales, wide: None }
     }
 
     /// What the tile at `tile` of `tiles` of a panel, with so many rows, fetches: a share of the next panel. A single tile

@@ -8,7 +8,7 @@
 //! Where the CPU has a matrix unit (`amx`) it takes 16 words of 32 rows at once. Elsewhere
 //! `vdpbf16ps` takes both products of a word at once, one after the other, in one chain for each output.
 //! Where the CPU has no such instruction both sides are widened to f32: the same function up to rounding. Rows are
-//! when they come, panels in registers, or once for many rows.
+//! when they come, a panel in the registers of its first tile, which leaves it behind in f32 for the next ones.
 
 // Reason: loads and broadcasts of `std::arch` take raw pointers, and functions compiled for an instruction
 // set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
@@ -16,12 +16,12 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
-use super::real::simd;
-use super::tiles::{Ahead, PANEL, PanelTile, whole_tile};
+use super::rows::grow;
+use super::tiles::{Ahead, PANEL, PanelTile, WideningTile};
 use std::cell::RefCell;
 
 /// Rows for which a panel is widened once.
-pub(crate) const MANY_ROWS: usize = 16;
+const MANY_ROWS: usize = 7;
 
 /// Words of a row of `inputs` elements.
 pub(crate) fn words(inputs: usize) -> usize {
@@ -56,11 +56,12 @@ pub(crate) fn tile(
     if avx512::is_there() {
         return avx512::tile(rows, stride, panel, ahead, out);
     }
-    let _ = ahead;
-    if pays_to_widen(out.len()) {
-        return widened([panel], |[panel]| whole_tile(rows, stride, panel, out));
+    let ahead = ahead.beside(panel.len() / PANEL);
+    let tile = PanelTile { rows, stride, panel, ahead, out };
+    match pays_to_widen(tile.out.len()) {
+        true => with_room([panel], |[wide]| widening_tile(tile, wide)),
+        false => in_registers(tile),
     }
-    in_registers(rows, stride, panel, out);
 }
 
 /// Whether this CPU multiplies bf16 in f32. Rows then stand in f32 already.
@@ -78,44 +79,33 @@ pub(crate) fn pays_to_widen(rows: usize) -> bool {
     rows >= MANY_ROWS && are_widened()
 }
 
-/// Calls `work` with panels in f32.
-pub(crate) fn widened<R, const COUNT: usize>(
+/// Calls `work` with room for each of some panels in f32.
+pub(crate) fn with_room<R, const COUNT: usize>(
     panels: [&[u32]; COUNT],
-    work: impl FnOnce([&[u32]; COUNT]) -> R,
+    work: impl FnOnce([&mut [u32]; COUNT]) -> R,
 ) -> R {
-    const { assert!(COUNT <= 2, "a buffer for each") };
     thread_local! {
         static WIDE: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
     }
+    const { assert!(COUNT <= 2, "a buffer for each") };
     WIDE.with_borrow_mut(|wide| {
-        for (panel, wide) in panels.iter().zip(&mut *wide) {
-            wide.resize(2 * panel.len(), 0);
-            simd(
-                #[inline(always)]
-                || widen(panel, wide),
-            );
-        }
-        work(std::array::from_fn(|panel| &wide[panel][..]))
+        let mut wide = wide.iter_mut();
+        work(panels.map(|panel| {
+            let wide = wide.next().expect("a buffer for each");
+            grow(wide, 2 * panel.len());
+            &mut wide[..2 * panel.len()]
+        }))
     })
 }
 
-/// Rows in f32, and a panel of pairs that is widened on its way.
-fn in_registers(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
-    pulp::Arch::new().dispatch(PanelTile::<2> { rows, stride, panel, out });
+/// Rows in f32, and a panel of pairs that is widened on its way and left behind in f32.
+pub(crate) fn widening_tile(tile: PanelTile<'_, 2>, wide: &mut [u32]) {
+    pulp::Arch::new().dispatch(WideningTile { tile, wide });
 }
 
-#[inline(always)]
-fn widen(panel: &[u32], wide: &mut [u32]) {
-    let (panel, wide) = (panel.as_chunks::<PANEL>().0, wide.as_chunks_mut::<PANEL>().0);
-    for (words, wide) in panel.iter().zip(wide.as_chunks_mut::<2>().0) {
-        // Into arrays of its own, which nothing else can point to.
-        let mut own = [[0; PANEL]; 2];
-        for lane in 0..PANEL {
-            own[0][lane] = words[lane] << 16;
-            own[1][lane] = words[lane] & 0xffff_0000;
-        }
-        *wide = own;
-    }
+/// Rows in f32, and a panel of pairs that is widened on its way.
+fn in_registers(tile: PanelTile<'_, 2>) {
+    pulp::Arch::new().dispatch(tile);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -197,9 +187,11 @@ mod avx512 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fetch::Span;
     use super::super::layout;
     use super::super::packed::WeightType;
     use super::super::rounding::{pair, rounded};
+    use super::super::tiles::whole_tile;
     use super::super::twin::{close, random};
     use super::*;
     use candle_core::{DType, Device, Tensor};
@@ -240,12 +232,31 @@ mod tests {
             assert_eq!(ours, twin, "a tile");
         }
         let (packed, stride) = pack(layout::Words::Rounded);
+        fn tile_of<'a>(
+            (rows, stride, panel): (&'a [u32], usize, &'a [u32]),
+            out: &'a mut [[f32; PANEL]],
+        ) -> PanelTile<'a, 2> {
+            // Fetching ends far behind the panel, which is allowed.
+            let ahead = Span::new(panel.as_ptr(), 1 << 20);
+            PanelTile { rows, stride, panel, ahead, out }
+        }
         for count in [1, rows] {
             let (packed, ours) = (&packed[..count * stride], &mut ours[..count]);
-            in_registers(packed, stride, &panel, ours);
+            let both = (packed, stride, &panel[..]);
+            ours.fill([f32::NAN; PANEL]);
+            in_registers(tile_of(both, ours));
             assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened in registers");
-            widened([&panel], |[panel]| whole_tile(packed, stride, panel, ours));
-            assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened once");
+            let mut wide = vec![0; 2 * panel.len()];
+            ours.fill([f32::NAN; PANEL]);
+            widening_tile(tile_of(both, ours), &mut wide);
+            assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened on the way");
+            ours.fill([f32::NAN; PANEL]);
+            whole_tile(packed, stride, &wide, Span::NOTHING, ours);
+            assert_eq!(
+                ours,
+                &twin[..count],
+                "{rows} rows of {inputs}, of a panel that was widened"
+            );
         }
         #[cfg(target_arch = "x86_64")]
         if avx512::is_there() {

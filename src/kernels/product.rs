@@ -10,11 +10,11 @@
 
 use super::layout::{self, SQUARE};
 use super::packed::{PackedWeight, Panel, WeightType};
-use super::pairs::{MANY_ROWS, are_widened};
+use super::pairs::are_widened;
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
-use super::tiles::{PANEL, ROWS, room, rows_at_once};
+use super::tiles::{PANEL, ROWS, pieces, room, rows_at_once};
 use std::ops::Range;
 
 /// Bytes of a block of rows at most: half of a second-level cache, on CPUs with a matrix unit of a larger one
@@ -209,9 +209,9 @@ fn put_row(out: &mut [f32], values: &[f32; PANEL], put: impl Fn(&mut f32, f32)) 
 fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
     let at_once = rows_at_once(x.kind());
     let has_matrix_unit = usize::from(at_once == ROWS);
-    // Widened panels want as many rows as they are widened for, however long those are.
+    // A widened panel wants rows that it was widened for, however long they are.
     let least = match x.kind() {
-        WeightType::Bf16 if are_widened() => MANY_ROWS.next_multiple_of(at_once),
+        WeightType::Bf16 if are_widened() => 2 * at_once,
         _ => at_once,
     };
     let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(least);
@@ -225,21 +225,19 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
     }
 }
 
-/// Cuts rows that meet a panel of each weight into pieces of what a tile takes, as even as can be:
-/// `work(panels, (index, pieces), rows)`.
+/// Cuts rows that meet a panel of each weight into pieces of what a tile takes: `work(panels, (index, pieces), rows)`.
 fn tiles<const COUNT: usize>(
     weights: [&PackedWeight; COUNT],
     panel: usize,
     x: &Rows,
     rows: &Range<usize>,
-    mut work: impl FnMut([Panel<'_>; COUNT], (usize, usize), Range<usize>),
+    mut work: impl FnMut(&mut [Panel<'_>; COUNT], (usize, usize), Range<usize>),
 ) {
     debug_assert!(weights.iter().all(|weight| weight.kind() == x.kind()));
-    let (count, pieces) = (rows.len(), rows.len().div_ceil(rows_at_once(x.kind())));
-    PackedWeight::with_panels(weights, panel, count, |panels| {
-        for index in 0..pieces {
-            let cut = |index: usize| rows.start + index * count / pieces;
-            work(panels, (index, pieces), cut(index)..cut(index + 1));
+    PackedWeight::with_panels(weights, panel, rows.len(), |mut panels| {
+        let count = rows.len().div_ceil(rows_at_once(x.kind()));
+        for (index, rows) in pieces(x.kind(), rows.clone()).enumerate() {
+            work(&mut panels, (index, count), rows);
         }
     });
 }

@@ -167,11 +167,11 @@ pub(crate) fn tile(
     if avx512::is_there() {
         return avx512::tile(rows, panel, ahead, out);
     }
-    let _ = ahead;
     #[cfg(target_arch = "x86_64")]
     if avx2::is_there() {
-        return avx2::tile(rows, panel, out);
+        return avx2::tile(rows, panel, ahead, out);
     }
+    let _ = ahead;
     portable(rows, panel, out);
 }
 
@@ -349,7 +349,7 @@ mod tests {
         }
         #[cfg(target_arch = "x86_64")]
         if avx2::is_there() {
-            let out = run(&|out| avx2::tile(rows, panel, out));
+            let out = run(&|out| avx2::tile(rows, panel, Ahead::NOTHING, out));
             assert_eq!(bits(&out), twin, "{count} rows of {inputs}, in vectors of 256 bits");
         }
         ours

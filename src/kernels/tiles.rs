@@ -6,10 +6,12 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::fetch::Span;
 use super::packed::WeightType;
-use pulp::bytemuck::cast_slice;
+use pulp::bytemuck::{cast_slice, cast_slice_mut};
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Outputs of a panel that lie side by side.
@@ -63,6 +65,11 @@ impl<'a> Ahead<'a> {
         self.step
     }
 
+    /// All that is fetched beside so many words of a tile's own.
+    pub(crate) fn beside(self, words: usize) -> Span<'a> {
+        Span::new(self.start, words * self.step * size_of::<u32>())
+    }
+
     /// What is fetched after so many words of the tile's own.
     pub(crate) fn after(self, words: usize) -> Self {
         Ahead { start: self.at(words), ..self }
@@ -99,19 +106,46 @@ macro_rules! by_rows {
 }
 pub(crate) use by_rows;
 
+/// Cuts rows into the fewest pieces that a tile takes at a time.
+pub(crate) fn pieces(kind: WeightType, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    cut(rows, rows_at_once(kind))
+}
+
+fn cut(rows: Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize>> {
+    /// A tile of fewer rows is hardly faster.
+    const FEW: usize = 4;
+    let mut start = rows.start;
+    std::iter::from_fn(move || {
+        let left = rows.end - start;
+        let length = match at_once {
+            ROWS => left / left.div_ceil(ROWS).max(1),
+            _ if left > at_once && left - at_once < FEW => left.div_ceil(2),
+            _ => left.min(at_once),
+        };
+        start += length;
+        (length > 0).then_some(start - length..start)
+    })
+}
+
 /// Calls [`PanelTile::multiply`] with the number of rows, and the number of vectors that goes with it, as constants.
 macro_rules! by_constant {
-    ($part:ident, $simd:ident; $(($($rows:literal)*) $vectors:literal),*) => {
+    ($part:ident, $simd:ident, $wide:ident; $(($($rows:literal)*) $vectors:literal),*) => {
         match $part.out.len() {
-            $($($rows => $part.multiply::<S, $rows, $vectors>($simd),)*)*
+            $($($rows => $part.multiply::<S, $rows, $vectors, KEEP>($simd, $wide),)*)*
             _ => unreachable!("no more rows than registers"),
         }
     };
 }
 
 /// Rows in f32 against a panel in f32.
-pub(crate) fn whole_tile(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]) {
-    pulp::Arch::new().dispatch(PanelTile::<1> { rows, stride, panel, out });
+pub(crate) fn whole_tile(
+    rows: &[u32],
+    stride: usize,
+    panel: &[u32],
+    ahead: Span<'_>,
+    out: &mut [[f32; PANEL]],
+) {
+    pulp::Arch::new().dispatch(PanelTile::<1> { rows, stride, panel, ahead, out });
 }
 
 /// Rows in f32 against a panel whose words hold `INPUTS` inputs: one in f32, or two in bf16.
@@ -121,6 +155,8 @@ pub(crate) struct PanelTile<'a, const INPUTS: usize> {
     pub(crate) stride: usize,
     /// `[word][32]`
     pub(crate) panel: &'a [u32],
+    /// Fetched on the way.
+    pub(crate) ahead: Span<'a>,
     /// `[row][32]`
     pub(crate) out: &'a mut [[f32; PANEL]],
 }
@@ -130,80 +166,209 @@ impl<const INPUTS: usize> WithSimd for PanelTile<'_, INPUTS> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        // 12 rows by two vectors fill the 32 registers of a 512-bit unit, or 9 where panels are widened on the
-        // way, by what the compiler makes of them; 6 fill the 16 of others. Few rows take four vectors of
-        // 256 bits, for a unit has more than four sums under way.
-        let most = match S::F32_LANES {
-            16.. if INPUTS == 1 => VECTOR_ROWS,
-            16.. => 9,
-            _ => VECTOR_ROWS / 2,
-        };
-        let (count, pieces) = (self.out.len(), self.out.len().div_ceil(most));
-        let cut = |piece: usize| piece * count / pieces;
-        for piece in 0..pieces {
-            let rows = &self.rows[cut(piece) * self.stride..];
-            let out = &mut self.out[cut(piece)..cut(piece + 1)];
-            let part = PanelTile::<INPUTS> { rows, stride: self.stride, panel: self.panel, out };
-            match S::F32_LANES {
-                8 => by_constant!(part, simd; (1 2 3) 4, (4 5 6) 2),
-                16 => by_constant!(part, simd; (1 2 3 4 5 6 7 8 9 10 11 12) 2),
-                _ => by_constant!(part, simd; (1 2 3 4 5 6) 2),
+        let (count, mut first, mut tile) = (self.out.len(), 0, self);
+        while first < count {
+            let rows = first..first + piece::<INPUTS, S>(count - first);
+            first = rows.end;
+            tile.part(rows).multiply_any::<S, false>(simd, &mut []);
+        }
+    }
+}
+
+/// A tile in bf16 that leaves its panel behind in f32, for others after it.
+pub(crate) struct WideningTile<'a> {
+    pub(crate) tile: PanelTile<'a, 2>,
+    /// `[input][32]`, to be written.
+    pub(crate) wide: &'a mut [u32],
+}
+
+impl WithSimd for WideningTile<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let WideningTile { mut tile, wide } = self;
+        let count = tile.out.len();
+        debug_assert!(count > 0 && wide.len() == 2 * tile.panel.len());
+        let first = piece::<2, S>(count);
+        tile.part(0..first).multiply_any::<S, true>(simd, wide);
+        let PanelTile { rows, stride, ahead, ref mut out, .. } = tile;
+        let (rows, out) = (&rows[first.min(count - 1) * stride..], &mut out[first..]);
+        let ahead = ahead.part(first..count, count);
+        PanelTile::<1> { rows, stride, panel: wide, ahead, out }.with_simd(simd);
+    }
+}
+
+/// How many of so many rows are best taken first.
+#[inline(always)]
+fn piece<const INPUTS: usize, S: Simd>(count: usize) -> usize {
+    // 12 rows by two vectors fill the 32 registers of a 512-bit unit, 6 the 16 of others. Where panels are widened
+    // on the way the compiler spills more than some 7 rows into memory even with 32. Few rows take four vectors of
+    // 256 bits, for a unit has more than four sums under way: 3 then are as fast a row as 6, and 4 are not.
+    match (S::F32_LANES, count) {
+        (8, 7 | 8) => count - 3,
+        (8, 10) => 5,
+        (8, _) => count.min(6),
+        (16, _) if INPUTS == 1 => even(count, 12),
+        _ => even(count, 6),
+    }
+}
+
+/// The first of the fewest pieces of at most so many, as even as can be.
+#[inline(always)]
+fn even(count: usize, most: usize) -> usize {
+    count.div_ceil(count.div_ceil(most))
+}
+
+impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
+    /// The same for some of the rows.
+    #[inline(always)]
+    fn part(&mut self, rows: Range<usize>) -> PanelTile<'_, INPUTS> {
+        PanelTile {
+            rows: &self.rows[rows.start * self.stride..],
+            stride: self.stride,
+            panel: self.panel,
+            ahead: self.ahead.part(rows.clone(), self.out.len()),
+            out: &mut self.out[rows],
+        }
+    }
+
+    /// 3 rows by four vectors, which are widened on the way, would spill.
+    #[inline(always)]
+    fn multiply_any<S: Simd, const KEEP: bool>(self, simd: S, wide: &mut [u32]) {
+        match S::F32_LANES {
+            8 if INPUTS == 1 => by_constant!(self, simd, wide; (1 2 3) 4, (4 5 6) 2),
+            8 => by_constant!(self, simd, wide; (1 2) 4, (3 4 5 6) 2),
+            16 if INPUTS == 1 => by_constant!(self, simd, wide; (1 2 3 4 5 6 7 8 9 10 11 12) 2),
+            _ => by_constant!(self, simd, wide; (1 2 3 4 5 6) 2),
+        }
+    }
+
+    /// All rows, `VECTORS` vectors of outputs at a time. The panel is left behind in `wide`, if it is to be kept.
+    #[inline(always)]
+    fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize, const KEEP: bool>(
+        self,
+        simd: S,
+        wide: &mut [u32],
+    ) {
+        let inputs = self.panel.len() / PANEL * INPUTS;
+        let rows: [&[f32]; ROWS] =
+            std::array::from_fn(|row| &cast_slice(&self.rows[row * self.stride..])[..inputs]);
+        let pairs: [&[[f32; 2]]; ROWS] = rows.map(|row| row.as_chunks().0);
+        let (panel, _) = S::as_simd_u32s(self.panel);
+        let (wide, _) = S::as_mut_simd_f32s(cast_slice_mut(wide));
+        let vectors = PANEL / S::F32_LANES;
+        let lines = lines(INPUTS, VECTORS, S::F32_LANES);
+        let mut ahead = self.ahead.steps(inputs / 2 * vectors / VECTORS * lines, self.panel);
+        for first in (0..vectors).step_by(VECTORS) {
+            let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+            // Two inputs at a time: one is hardly more work than moving on.
+            let mut steps = panel.chunks_exact(2 * vectors / INPUTS);
+            let both = steps.by_ref().take(inputs / 2).enumerate();
+            let sums = &mut sums;
+            if KEEP {
+                for ((step, words), kept) in both.zip(wide.chunks_exact_mut(2 * vectors)) {
+                    ahead.fetch(lines);
+                    let (words, kept) = (&words[first..], Some(&mut kept[first..]));
+                    multiply_pair::<S, INPUTS, ROWS, VECTORS>(
+                        simd, &pairs, step, words, kept, sums,
+                    );
+                }
+            } else {
+                for (step, words) in both {
+                    ahead.fetch(lines);
+                    let words = &words[first..];
+                    multiply_pair::<S, INPUTS, ROWS, VECTORS>(
+                        simd, &pairs, step, words, None, sums,
+                    );
+                }
+            }
+            if inputs % 2 == 1 {
+                let words = &steps.remainder()[first..];
+                let x = |row: usize| simd.splat_f32s(rows[row][inputs - 1]);
+                multiply_input::<S, INPUTS, ROWS, VECTORS>(simd, x, words, 0, None, sums);
+            }
+            for row in 0..ROWS {
+                let (out, _) = S::as_mut_simd_f32s(&mut self.out[row]);
+                out[first..first + VECTORS].copy_from_slice(&sums[row]);
             }
         }
     }
 }
 
-impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
-    /// All rows, `VECTORS` vectors of outputs at a time.
-    #[inline(always)]
-    fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
-        let depth = self.panel.len() / PANEL;
-        let rows: [&[[f32; INPUTS]]; ROWS] = std::array::from_fn(|row| {
-            let row: &[f32] = cast_slice(&self.rows[row * self.stride..]);
-            &row.as_chunks().0[..depth]
-        });
-        let (panel, _) = S::as_simd_u32s(self.panel);
-        let vectors = PANEL / S::F32_LANES;
-        for first in (0..vectors).step_by(VECTORS) {
-            let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-            for (word, weights) in panel.chunks_exact(vectors).enumerate() {
-                let weights = &weights[first..first + VECTORS];
-                for input in 0..INPUTS {
-                    // Else the compiler widens both inputs of a word at once, and runs out of registers.
-                    if INPUTS > 1 {
-                        compiler_fence(Ordering::SeqCst);
-                    }
-                    // What is used most often stays in registers: the vectors of the panel, or else the rows.
-                    if VECTORS < ROWS {
-                        let mut own = [simd.splat_f32s(0.0); VECTORS];
-                        for vector in 0..VECTORS {
-                            own[vector] = widened::<INPUTS, S>(simd, weights[vector], input);
-                        }
-                        for row in 0..ROWS {
-                            let x = simd.splat_f32s(rows[row][word][input]);
-                            for vector in 0..VECTORS {
-                                let sum = &mut sums[row][vector];
-                                *sum = simd.mul_add_f32s(x, own[vector], *sum);
-                            }
-                        }
-                    } else {
-                        let mut x = [simd.splat_f32s(0.0); ROWS];
-                        for row in 0..ROWS {
-                            x[row] = simd.splat_f32s(rows[row][word][input]);
-                        }
-                        for vector in 0..VECTORS {
-                            let own = widened::<INPUTS, S>(simd, weights[vector], input);
-                            for row in 0..ROWS {
-                                let sum = &mut sums[row][vector];
-                                *sum = simd.mul_add_f32s(x[row], own, *sum);
-                            }
-                        }
-                    }
-                }
+/// Lines of the cache that two inputs of some vectors take, whose words hold `inputs`; one at least.
+const fn lines(inputs: usize, vectors: usize, lanes: usize) -> usize {
+    match 2 / inputs * vectors * lanes * size_of::<u32>() / 64 {
+        0 => 1,
+        lines => lines,
+    }
+}
+
+/// Adds the products of two inputs.
+#[inline(always)]
+fn multiply_pair<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    rows: &[&[[f32; 2]]; ROWS],
+    step: usize,
+    words: &[S::u32s],
+    mut kept: Option<&mut [S::f32s]>,
+    sums: &mut [[S::f32s; VECTORS]; ROWS],
+) {
+    let vectors = PANEL / S::F32_LANES;
+    for input in 0..2 {
+        let words = &words[input * (2 - INPUTS) * vectors..][..VECTORS];
+        let kept = kept.as_deref_mut().map(|kept| &mut kept[input * vectors..][..VECTORS]);
+        multiply_input::<S, INPUTS, ROWS, VECTORS>(
+            simd,
+            |row| simd.splat_f32s(rows[row][step][input]),
+            words,
+            input,
+            kept,
+            sums,
+        );
+    }
+}
+
+/// Adds the products of one input.
+#[inline(always)]
+fn multiply_input<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    x: impl Fn(usize) -> S::f32s,
+    words: &[S::u32s],
+    input: usize,
+    mut kept: Option<&mut [S::f32s]>,
+    sums: &mut [[S::f32s; VECTORS]; ROWS],
+) {
+    // Else the compiler loads or widens both inputs at once, and runs out of registers.
+    compiler_fence(Ordering::SeqCst);
+    let mut keep = |vector: usize, own: S::f32s| {
+        if let Some(kept) = &mut kept {
+            kept[vector] = own;
+        }
+    };
+    // What is used most often stays in registers: the vectors of the panel, or else the rows.
+    if VECTORS < ROWS {
+        let mut own = [simd.splat_f32s(0.0); VECTORS];
+        for vector in 0..VECTORS {
+            own[vector] = widened::<INPUTS, S>(simd, words[vector], input);
+            keep(vector, own[vector]);
+        }
+        for row in 0..ROWS {
+            let x = x(row);
+            for vector in 0..VECTORS {
+                sums[row][vector] = simd.mul_add_f32s(x, own[vector], sums[row][vector]);
             }
+        }
+    } else {
+        let mut own_x = [simd.splat_f32s(0.0); ROWS];
+        for row in 0..ROWS {
+            own_x[row] = x(row);
+        }
+        for vector in 0..VECTORS {
+            let own = widened::<INPUTS, S>(simd, words[vector], input);
+            keep(vector, own);
             for row in 0..ROWS {
-                let (out, _) = S::as_mut_simd_f32s(&mut self.out[row]);
-                out[first..first + VECTORS].copy_from_slice(&sums[row]);
+                sums[row][vector] = simd.mul_add_f32s(own_x[row], own, sums[row][vector]);
             }
         }
     }
@@ -217,4 +382,55 @@ fn widened<const INPUTS: usize, S: Simd>(simd: S, words: S::u32s, input: usize) 
         (_, 0) => simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16)),
         _ => simd.and_u32s(words, simd.splat_u32s(0xffff_0000)),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_cut_into_the_fewest_pieces_of_which_none_is_tiny() {
+        for at_once in [VECTOR_ROWS, ROWS] {
+            for rows in 0..100 {
+                let lengths: Vec<usize> =
+                    cut(7..7 + rows, at_once).map(|rows| rows.len()).collect();
+                assert_eq!(lengths.len(), rows.div_ceil(at_once), "{rows} rows at {at_once}");
+                assert!(lengths.iter().all(|&length| length <= at_once && length >= rows.min(4)));
+                assert!(cut(7..7 + rows, at_once).flatten().eq(7..7 + rows));
+            }
+        }
+        let is = |rows, at_once, expected: &[usize]| {
+            let lengths = cut(0..rows, at_once).map(|rows| rows.len());
+            assert!(lengths.eq(expected.iter().copied()), "{rows} rows at {at_once}");
+        };
+        is(32, VECTOR_ROWS, &[12, 12, 8]);
+        is(25, VECTOR_ROWS, &[12, 7, 6]);
+        is(16, VECTOR_ROWS, &[12, 4]);
+        is(65, ROWS, &[21, 22, 22]);
+    }
+
+    #[test]
+    fn a_tile_is_a_chain_for_each_output_with_any_number_of_inputs() {
+        let number = |index: usize| ((index * 37 + 11) % 101) as f32 / 64.0 - 0.7;
+        for inputs in [1, 2, 3, 64, 129] {
+            for rows in 1..=13 {
+                let stride = inputs + 5;
+                let x: Vec<u32> = (0..rows * stride).map(|i| number(i).to_bits()).collect();
+                let panel: Vec<u32> =
+                    (0..inputs * PANEL).map(|i| number(i + 3).to_bits()).collect();
+                let mut twin = vec![[0.0f32; PANEL]; rows];
+                for (row, twin) in twin.iter_mut().enumerate() {
+                    for input in 0..inputs {
+                        let x = f32::from_bits(x[row * stride + input]);
+                        for (lane, sum) in twin.iter_mut().enumerate() {
+                            *sum = x.mul_add(f32::from_bits(panel[input * PANEL + lane]), *sum);
+                        }
+                    }
+                }
+                let mut ours = vec![[f32::NAN; PANEL]; rows];
+                whole_tile(&x, stride, &panel, Span::NOTHING, &mut ours);
+                assert_eq!(ours, twin, "{rows} rows of {inputs}");
+            }
+        }
+    }
 }

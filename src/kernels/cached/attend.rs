@@ -4,6 +4,7 @@ use super::super::attention::Heads;
 use super::super::fetch::{begin_to_fetch, fetch_all};
 use super::super::layout;
 use super::super::packed::WeightType;
+use super::super::pairs::are_widened;
 use super::super::real::{Real, max, simd, sum};
 use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
 use super::{BLOCK, Block, LayerCache, Layout, Run};
@@ -315,7 +316,8 @@ impl Fold<'_> {
 }
 
 /// What is fetched while a tile is multiplied (docs/engine.md has what was tried): on a matrix unit what is read
-/// `then`, whole, and its part of the `next` block is begun with; elsewhere half of that part.
+/// `then`, whole, and its part of the `next` block is begun with; on vectors that part, or half of it where they
+/// multiply bf16.
 fn ahead<'a>(
     kind: WeightType,
     next: Option<&'a [u32]>,
@@ -324,7 +326,8 @@ fn ahead<'a>(
 ) -> Ahead<'a> {
     let next = next.and_then(|next| next.get(part)).unwrap_or(&[]);
     if rows_at_once(kind) != ROWS {
-        return Ahead::new(next, PANEL / 2);
+        let is_half = kind == WeightType::Bf16 && !are_widened();
+        return Ahead::new(next, if is_half { PANEL / 2 } else { PANEL });
     }
     begin_to_fetch(next);
     Ahead::new(then.and_then(|then| then.get(at..)).unwrap_or(&[]), PANEL)
@@ -333,10 +336,15 @@ fn ahead<'a>(
 /// Puts `value` wherever nothing is seen.
 #[inline(always)]
 fn hide(own: &mut [f32; BLOCK], seen: &Range<usize>, value: f32) {
-    let (from, count) = (seen.start as u32, seen.len() as u32);
+    if *seen == (0..BLOCK) {
+        return;
+    }
+    // Signed, for vectors of 256 bits compare nothing else.
+    let (from, to) = (seen.start as i32, seen.end as i32);
     for lane in 0..BLOCK {
-        let is_seen = (lane as u32).wrapping_sub(from) < count;
-        own[lane] = if is_seen { own[lane] } else { value };
+        let at = lane as i32;
+        own[lane] = if at >= from { own[lane] } else { value };
+        own[lane] = if at < to { own[lane] } else { value };
     }
 }
 

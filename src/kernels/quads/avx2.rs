@@ -1,6 +1,7 @@
 //! The same in vectors of 256 bits, for CPUs that do not multiply and add bytes in one instruction.
 
-use super::{GROUP, PANEL, QuadPanel, QuadRows};
+use super::super::fetch::{Span, Steps};
+use super::{Ahead, GROUP, PANEL, QuadPanel, QuadRows};
 use std::arch::x86_64::{
     __m256i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_cvtepi32_ps, _mm256_fmadd_ps,
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
@@ -20,8 +21,14 @@ pub(super) fn is_there() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")
 }
 
-pub(super) fn tile(rows: QuadRows<'_>, panel: QuadPanel<'_>, out: &mut [[f32; PANEL]]) {
+pub(super) fn tile(
+    rows: QuadRows<'_>,
+    panel: QuadPanel<'_>,
+    ahead: Ahead<'_>,
+    out: &mut [[f32; PANEL]],
+) {
     assert!(is_there());
+    let (ahead, count) = (ahead.beside(panel.words.len() / PANEL), out.len());
     for (index, out) in out.chunks_mut(ROWS).enumerate() {
         let first = index * ROWS;
         let rows = QuadRows {
@@ -29,13 +36,14 @@ pub(super) fn tile(rows: QuadRows<'_>, panel: QuadPanel<'_>, out: &mut [[f32; PA
             groups: &rows.groups[first * rows.group_stride..],
             ..rows
         };
+        let ahead = ahead.part(first..first + out.len(), count);
         // SAFETY: the CPU has the instructions, as asserted above.
         unsafe {
             match out.len() {
-                1 => rows_tile::<1>(rows, panel, out),
-                2 => rows_tile::<2>(rows, panel, out),
-                3 => rows_tile::<3>(rows, panel, out),
-                _ => rows_tile::<ROWS>(rows, panel, out),
+                1 => rows_tile::<1>(rows, panel, ahead, out),
+                2 => rows_tile::<2>(rows, panel, ahead, out),
+                3 => rows_tile::<3>(rows, panel, ahead, out),
+                _ => rows_tile::<ROWS>(rows, panel, ahead, out),
             }
         }
     }
@@ -45,6 +53,7 @@ pub(super) fn tile(rows: QuadRows<'_>, panel: QuadPanel<'_>, out: &mut [[f32; PA
 fn rows_tile<const ROWS: usize>(
     rows: QuadRows<'_>,
     panel: QuadPanel<'_>,
+    ahead: Span<'_>,
     out: &mut [[f32; PANEL]],
 ) {
     let (panels, rest) = panel.words.as_chunks::<PANEL>();
@@ -53,13 +62,14 @@ fn rows_tile<const ROWS: usize>(
     let starts: [&[u32]; ROWS] =
         std::array::from_fn(|row| &rows.words[row * rows.stride..][..panels.len()]);
     out[..ROWS].fill([0.0; PANEL]);
+    let mut ahead = ahead.steps(panels.len() * PANEL / (2 * LANES), panels);
     let groups = panels.chunks(GROUP).zip(panel.scales.as_chunks::<PANEL>().0);
     for (index, (panels, scales)) in groups.enumerate() {
         let words = starts.map(|words| &words[index * GROUP..][..panels.len()]);
         let own: [f32; ROWS] =
             std::array::from_fn(|row| rows.groups[row * rows.group_stride + index].scale);
         for first in (0..PANEL).step_by(2 * LANES) {
-            let sums = sums_of_group(words, panels, first);
+            let sums = sums_of_group(words, panels, first, &mut ahead);
             for row in 0..ROWS {
                 let out = out[row][first..].as_chunks_mut::<LANES>().0.iter_mut();
                 let scales = scales[first..].as_chunks::<LANES>().0;
@@ -78,10 +88,12 @@ fn sums_of_group<const ROWS: usize>(
     words: [&[u32]; ROWS],
     panels: &[[u32; PANEL]],
     first: usize,
+    ahead: &mut Steps,
 ) -> [[__m256i; 2]; ROWS] {
     let mut sums = [[_mm256_setzero_si256(); 2]; ROWS];
     let (offset, ones) = (_mm256_set1_epi8(-128), _mm256_set1_epi16(1));
     for (word, panel) in panels.iter().enumerate() {
+        ahead.fetch(1);
         for half in 0..2 {
             let own: &[u32; LANES] = panel[first + half * LANES..].first_chunk().expect("eight");
             // SAFETY: an array of eight words is a vector.
