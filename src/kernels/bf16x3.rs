@@ -27,7 +27,7 @@ use super::amx;
 use super::fetch::Span;
 use super::real::simd;
 use super::rounding;
-use super::tiles::{PANEL, whole_tile};
+use super::tiles::{PANEL, PanelTile, whole_tile};
 use pulp::bytemuck::cast_slice;
 use std::cell::RefCell;
 
@@ -163,7 +163,14 @@ fn portable(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]
                 }
             },
         );
-        whole_tile(cast_slice(x), steps * INPUTS, cast_slice(whole), Span::NOTHING, out);
+        whole_tile(PanelTile {
+            rows: cast_slice(x),
+            stride: steps * INPUTS,
+            panel: cast_slice(whole),
+            ahead: Span::NOTHING,
+            goes_on: false,
+            out,
+        });
     });
 }
 

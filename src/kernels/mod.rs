@@ -27,6 +27,7 @@ pub(crate) mod linear;
 pub(crate) mod matmul;
 pub mod packed;
 mod pairs;
+mod panel;
 pub mod peak;
 pub(crate) mod product;
 mod quads;

@@ -12,11 +12,11 @@
 
 use super::layout::Words;
 use super::matmul::View;
-use super::quads::{self, QuadPanel, QuadRows};
+use super::quads;
 use super::real::simd;
 use super::rows::{Rows, grow};
 use super::storage::{elements, tensor};
-use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
+use super::tiles::{Ahead, PANEL, PanelTile, whole_tile};
 use super::{ROWS_PER_TASK, bf16x3, columns, layout, pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
@@ -98,65 +98,12 @@ impl WeightType {
     ) {
         match self {
             WeightType::F32 => {
-                whole_tile(rows, stride, panel, ahead.beside(panel.len() / PANEL), out);
+                let ahead = ahead.beside(panel.len() / PANEL);
+                whole_tile(PanelTile { rows, stride, panel, ahead, goes_on: false, out });
             }
             WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
             WeightType::Bf16x3 => bf16x3::tile(rows, stride, panel, out),
             WeightType::Int8 => unreachable!("8 bits have scales"),
-        }
-    }
-}
-
-/// A panel about to meet rows.
-pub(crate) struct Panel<'a> {
-    kind: WeightType,
-    words: &'a [u32],
-    /// `[group][32]`, for 8 bits.
-    scales: &'a [f32],
-    /// The same in f32, if it is to be widened once.
-    wide: Option<Wide<'a>>,
-}
-
-/// A panel of bf16 in f32: its first tile leaves it behind.
-struct Wide<'a> {
-    words: &'a mut [u32],
-    is_there: bool,
-}
-
-impl Panel<'_> {
-    /// Its outputs for the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
-    pub(crate) fn tile(
-        &mut self,
-        rows: &Rows,
-        first: usize,
-        ahead: Ahead<'_>,
-        out: &mut [[f32; PANEL]],
-    ) {
-        debug_assert!(out.len() <= ROWS);
-        let (words, stride) = (rows.words_from(first), rows.stride());
-        if let Some(wide) = &mut self.wide {
-            let (rows, ahead) = (words, ahead.beside(self.words.len() / PANEL));
-            if wide.is_there {
-                return whole_tile(rows, stride, wide.words, ahead, out);
-            }
-            wide.is_there = true;
-            let tile = PanelTile { rows, stride, panel: self.words, ahead, out };
-            return pairs::widening_tile(tile, wide.words);
-        }
-        match self.kind {
-            WeightType::F32 | WeightType::Bf16 | WeightType::Bf16x3 => {
-                self.kind.tile(words, stride, self.words, ahead, out);
-            }
-            WeightType::Int8 => {
-                let rows = QuadRows {
-                    words,
-                    stride,
-                    groups: rows.groups_from(first),
-                    group_stride: rows.group_stride(),
-                };
-                let panel = QuadPanel { words: self.words, scales: self.scales };
-                quads::tile(rows, panel, ahead, out);
-            }
         }
     }
 }
@@ -322,64 +269,29 @@ impl PackedWeight {
         (self.outputs - panel * PANEL).min(PANEL)
     }
 
-    /// The words of a panel; of none beyond the last.
-    fn panel(&self, panel: usize) -> &[u32] {
-        if panel >= self.panels() {
-            return &[];
-        }
-        let length = self.kind.words(self.inputs) * PANEL;
+    /// Words of a panel for one output.
+    pub(crate) fn depth(&self) -> usize {
+        self.kind.words(self.inputs)
+    }
+
+    /// The words of a panel.
+    pub(crate) fn panel(&self, panel: usize) -> &[u32] {
+        let length = self.depth() * PANEL;
         &self.words[panel * length..][..length]
     }
 
-    /// Calls `work` with panel `panel` of each weight, all of one kind, that are to meet `count` rows.
-    pub(crate) fn with_panels<const COUNT: usize>(
-        weights: [&Self; COUNT],
-        panel: usize,
-        count: usize,
-        work: impl FnOnce([Panel<'_>; COUNT]),
-    ) {
-        let panels = weights.map(|weight| weight.as_it_is(panel));
-        let are_pairs = weights.iter().all(|weight| weight.kind == WeightType::Bf16);
-        if !are_pairs || !pairs::pays_to_widen(count) {
-            return work(panels);
-        }
-        pairs::with_room(panels.each_ref().map(|panel| panel.words), |room| {
-            let mut room = room.into_iter();
-            work(panels.map(|panel| {
-                let wide = room.next().map(|words| Wide { words, is_there: false });
-                Panel { wide, ..panel }
-            }));
-        });
+    /// The words of all panels.
+    pub(crate) fn all_panels(&self) -> &[u32] {
+        &self.words[..self.panels() * self.depth() * PANEL]
     }
 
-    fn as_it_is(&self, panel: usize) -> Panel<'_> {
+    /// The scales of a panel, for 8 bits.
+    pub(crate) fn scales(&self, panel: usize) -> &[f32] {
         let length = match self.kind {
-            WeightType::Int8 => self.kind.words(self.inputs).div_ceil(quads::GROUP) * PANEL,
+            WeightType::Int8 => self.depth().div_ceil(quads::GROUP) * PANEL,
             _ => 0,
         };
-        let scales = &self.scales[panel * length..][..length];
-        Panel { kind: self.kind, words: self.panel(panel), scales, wide: None }
-    }
-
-    /// What the tile at `tile` of `tiles` of a panel, with so many rows, fetches: a share of the next panel. A single tile
-    /// on a matrix unit is faster than memory, and fetches what it is about to read itself; in two squares it does so
-    /// anyway, and begins what comes after that.
-    pub(crate) fn ahead(
-        &self,
-        panel: usize,
-        (tile, tiles): (usize, usize),
-        rows: usize,
-    ) -> Ahead<'_> {
-        const STEP: usize = 16 * PANEL; // words
-        if tiles == 1 && rows_at_once(self.kind) == ROWS {
-            let length = self.kind.words(self.inputs) * PANEL;
-            let steps = if rows > ROWS / 2 { 6 } else { 2 };
-            let words = self.words.get(panel * length + steps * STEP..).unwrap_or(&[]);
-            return Ahead::new(words, PANEL);
-        }
-        let next = self.panel(panel + 1);
-        let part = next.len().div_ceil(tiles);
-        Ahead::new(next.get(tile * part..).unwrap_or(&[]), PANEL.div_ceil(tiles))
+        &self.scales[panel * length..][..length]
     }
 }
 

@@ -57,9 +57,9 @@ pub(crate) fn tile(
         return avx512::tile(rows, stride, panel, ahead, out);
     }
     let ahead = ahead.beside(panel.len() / PANEL);
-    let tile = PanelTile { rows, stride, panel, ahead, out };
+    let tile = PanelTile { rows, stride, panel, ahead, goes_on: false, out };
     match pays_to_widen(tile.out.len()) {
-        true => with_room([panel], |[wide]| widening_tile(tile, wide)),
+        true => with_room([panel.len()], |[wide]| widening_tile(tile, wide)),
         false => in_registers(tile),
     }
 }
@@ -79,9 +79,9 @@ pub(crate) fn pays_to_widen(rows: usize) -> bool {
     rows >= MANY_ROWS && are_widened()
 }
 
-/// Calls `work` with room for each of some panels in f32.
+/// Calls `work` with room in f32 for each of some panels of so many words.
 pub(crate) fn with_room<R, const COUNT: usize>(
-    panels: [&[u32]; COUNT],
+    panels: [usize; COUNT],
     work: impl FnOnce([&mut [u32]; COUNT]) -> R,
 ) -> R {
     thread_local! {
@@ -90,10 +90,10 @@ pub(crate) fn with_room<R, const COUNT: usize>(
     const { assert!(COUNT <= 2, "a buffer for each") };
     WIDE.with_borrow_mut(|wide| {
         let mut wide = wide.iter_mut();
-        work(panels.map(|panel| {
+        work(panels.map(|words| {
             let wide = wide.next().expect("a buffer for each");
-            grow(wide, 2 * panel.len());
-            &mut wide[..2 * panel.len()]
+            grow(wide, 2 * words);
+            &mut wide[..2 * words]
         }))
     })
 }
@@ -232,37 +232,60 @@ mod tests {
             assert_eq!(ours, twin, "a tile");
         }
         let (packed, stride) = pack(layout::Words::Rounded);
-        fn tile_of<'a>(
-            (rows, stride, panel): (&'a [u32], usize, &'a [u32]),
-            out: &'a mut [[f32; PANEL]],
-        ) -> PanelTile<'a, 2> {
-            // Fetching ends far behind the panel, which is allowed.
-            let ahead = Span::new(panel.as_ptr(), 1 << 20);
-            PanelTile { rows, stride, panel, ahead, out }
-        }
         for count in [1, rows] {
-            let (packed, ours) = (&packed[..count * stride], &mut ours[..count]);
-            let both = (packed, stride, &panel[..]);
-            ours.fill([f32::NAN; PANEL]);
-            in_registers(tile_of(both, ours));
-            assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened in registers");
-            let mut wide = vec![0; 2 * panel.len()];
-            ours.fill([f32::NAN; PANEL]);
-            widening_tile(tile_of(both, ours), &mut wide);
-            assert_eq!(ours, &twin[..count], "{rows} rows of {inputs}, widened on the way");
-            ours.fill([f32::NAN; PANEL]);
-            whole_tile(packed, stride, &wide, Span::NOTHING, ours);
-            assert_eq!(
-                ours,
-                &twin[..count],
-                "{rows} rows of {inputs}, of a panel that was widened"
-            );
+            check_widened((&packed, stride), &panel, inputs, &twin[..count]);
         }
         #[cfg(target_arch = "x86_64")]
         if avx512::is_there() {
             let (packed, stride) = pack(layout::Words::Pairs);
             avx512::tile(&packed, stride, &panel, Ahead::NOTHING, &mut ours);
             close(&tensor(&ours), &tensor(&twin), "a tile of vectors");
+        }
+    }
+
+    /// Rows in f32 against a panel that is widened in registers, on the way, in two parts, or before.
+    fn check_widened(
+        (packed, stride): (&[u32], usize),
+        panel: &[u32],
+        inputs: usize,
+        twin: &[[f32; PANEL]],
+    ) {
+        fn tile_of<'a>(
+            rows: &'a [u32],
+            stride: usize,
+            panel: &'a [u32],
+            out: &'a mut [[f32; PANEL]],
+        ) -> PanelTile<'a, 2> {
+            // Fetching ends far behind the panel, which is allowed.
+            let ahead = Span::new(panel.as_ptr(), 1 << 20);
+            PanelTile { rows, stride, panel, ahead, goes_on: false, out }
+        }
+        let what = format!("{} rows of {inputs} inputs", twin.len());
+        let found = |work: &mut dyn FnMut(&mut [[f32; PANEL]])| {
+            let mut out = vec![[f32::NAN; PANEL]; twin.len()];
+            work(&mut out);
+            out
+        };
+        let in_registers = found(&mut |out| in_registers(tile_of(packed, stride, panel, out)));
+        assert_eq!(in_registers, twin, "{what}, widened in registers");
+        let mut wide = vec![0; 2 * panel.len()];
+        let widened =
+            found(&mut |out| widening_tile(tile_of(packed, stride, panel, out), &mut wide));
+        assert_eq!(widened, twin, "{what}, widened on the way");
+        let after = found(&mut |out| {
+            let (rows, ahead, goes_on) = (packed, Span::NOTHING, false);
+            whole_tile(PanelTile { rows, stride, panel: &wide, ahead, goes_on, out });
+        });
+        assert_eq!(after, twin, "{what}, of a panel that was widened");
+        if inputs.is_multiple_of(4) {
+            let (first, rest) = panel.split_at(panel.len() / 2);
+            let parts = found(&mut |out| {
+                let (wide, other) = wide.split_at_mut(2 * first.len());
+                widening_tile(tile_of(packed, stride, first, out), wide);
+                let tile = tile_of(&packed[inputs / 2..], stride, rest, out);
+                widening_tile(PanelTile { goes_on: true, ..tile }, other);
+            });
+            assert_eq!(parts, twin, "{what}, in two parts");
         }
     }
 

@@ -1,23 +1,25 @@
 //! Products of rows with packed weights: how they are cut into tiles, and where the results go.
 //!
 //! ```text
-//! few rows:    threads share the panels; a weight is read once, and fetched one panel ahead
+//! few rows:    threads share the panels; a weight is read once, and what comes next is fetched on the way
 //! many rows:   blocks of rows that stay in the cache, and all panels for each of them
+//! long rows:   a part of their inputs after another (`panel`), where sums may go on
 //! ```
 
 // Reason: threads write different columns of the same rows, which slices cannot express.
 #![expect(unsafe_code, reason = "tiles of one output are written by several threads")]
 
 use super::layout::{self, SQUARE};
-use super::packed::{PackedWeight, Panel, WeightType};
-use super::pairs::are_widened;
+use super::packed::PackedWeight;
+use super::panel::{self, part_of_row, with_panels};
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
 use super::tiles::{PANEL, ROWS, pieces, room, rows_at_once};
+use std::cell::RefCell;
 use std::ops::Range;
 
-/// Bytes of a block of rows at most: half of a second-level cache, on CPUs with a matrix unit of a larger one
+/// Bytes of a block of rows at most, of a part of their inputs where these are cut: half of a second-level cache, on CPUs with a matrix unit of a larger one
 /// (256 rows of 4 KiB and what stands between them).
 const BLOCK_BYTES: [usize; 2] = [512 << 10, 1088 << 10];
 /// Tasks that the panels of a block are cut into.
@@ -73,19 +75,18 @@ fn run_turned(
 ) {
     let target = Target::new(out, x.count(), weight.outputs());
     share(weight.panels(), x, |panels, rows| {
-        let mut own = [[0.0; PANEL]; ROWS];
         for panel in panels {
-            tiles([weight], panel, x, &rows, |[words], tile, rows| {
+            let near = |rows: Range<usize>| {
                 for lane in 0..weight.width(panel) {
                     target.fetch(panel * PANEL + lane, rows.start, rows.len());
                 }
-                let ahead = weight.ahead(panel, tile, rows.len());
-                words.tile(x, rows.start, ahead, &mut own[..room(x.kind(), rows.len())]);
+            };
+            tiles([weight], panel, x, &rows, near, |rows, [sums]| {
                 simd(
                     #[inline(always)]
                     || {
                         for (lane, values) in
-                            turned(&own).iter().take(weight.width(panel)).enumerate()
+                            turned(sums).iter().take(weight.width(panel)).enumerate()
                         {
                             let row = panel * PANEL + lane;
                             // SAFETY: `share` hands out each row and panel once.
@@ -123,18 +124,13 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
     assert_eq!(gate.outputs(), up.outputs(), "a gate for each");
     let target = Target::new(out, gate.outputs(), x.count());
     share(gate.panels(), x, |panels, rows| {
-        let (mut gates, mut ups) = ([[0.0; PANEL]; ROWS], [[0.0; PANEL]; ROWS]);
         for panel in panels {
-            tiles([gate, up], panel, x, &rows, |words, tile, rows| {
-                let parts = [gate, up].into_iter().zip(words).zip([&mut gates, &mut ups]);
-                for ((weight, words), out) in parts {
-                    let ahead = weight.ahead(panel, tile, rows.len());
-                    words.tile(x, rows.start, ahead, &mut out[..room(x.kind(), rows.len())]);
-                }
+            let near = |_| ();
+            tiles([gate, up], panel, x, &rows, near, |rows, [gates, ups]| {
                 simd(
                     #[inline(always)]
                     || {
-                        for (gates, ups) in gates.iter_mut().zip(&ups).take(rows.len()) {
+                        for (gates, ups) in gates.iter_mut().zip(ups).take(rows.len()) {
                             for lane in 0..PANEL {
                                 let open = 1.0 / (1.0 + Real::exp(-gates[lane]));
                                 gates[lane] = gates[lane] * open * ups[lane];
@@ -142,7 +138,7 @@ pub(crate) fn gated(gate: &PackedWeight, up: &PackedWeight, x: &Rows, out: &mut 
                         }
                     },
                 );
-                for (row, values) in rows.zip(&gates) {
+                for (row, values) in rows.zip(gates) {
                     // SAFETY: `share` hands out each row and panel once.
                     let out = unsafe { target.columns(row, panel * PANEL, gate.width(panel)) };
                     put_row(out, values, |out, value| *out = value);
@@ -160,7 +156,7 @@ fn run<const COUNT: usize>(
     let parts = parts.map(|(weight, out)| (weight, Target::new(out, weight.outputs(), x.count())));
     let panels = parts.iter().map(|(weight, _)| weight.panels()).sum();
     share(panels, x, |panels, rows| {
-        let (mut first, mut out) = (0, [[0.0; PANEL]; ROWS]);
+        let mut first = 0;
         for (weight, target) in &parts {
             let own = first..first + weight.panels();
             first = own.end;
@@ -168,16 +164,14 @@ fn run<const COUNT: usize>(
                 ..panels.end.min(own.end).max(own.start) - own.start;
             for panel in own {
                 let width = weight.width(panel);
-                tiles([weight], panel, x, &rows, |[words], tile, rows| {
-                    for row in rows.clone() {
-                        target.fetch(row, panel * PANEL, width);
-                    }
-                    let ahead = weight.ahead(panel, tile, rows.len());
-                    words.tile(x, rows.start, ahead, &mut out[..room(x.kind(), rows.len())]);
+                let near = |rows: Range<usize>| {
+                    rows.for_each(|row| target.fetch(row, panel * PANEL, width));
+                };
+                tiles([weight], panel, x, &rows, near, |rows, [sums]| {
                     simd(
                         #[inline(always)]
                         || {
-                            for (row, values) in rows.zip(&out) {
+                            for (row, values) in rows.zip(sums) {
                                 // SAFETY: `share` hands out each row and panel once.
                                 let out = unsafe { target.columns(row, panel * PANEL, width) };
                                 put_row(out, values, &put);
@@ -209,12 +203,8 @@ fn put_row(out: &mut [f32], values: &[f32; PANEL], put: impl Fn(&mut f32, f32)) 
 fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Send + Sync) {
     let at_once = rows_at_once(x.kind());
     let has_matrix_unit = usize::from(at_once == ROWS);
-    // A widened panel wants rows that it was widened for, however long they are.
-    let least = match x.kind() {
-        WeightType::Bf16 if are_widened() => 2 * at_once,
-        _ => at_once,
-    };
-    let most = (BLOCK_BYTES[has_matrix_unit] / (4 * x.stride())).max(least);
+    let bytes = BLOCK_BYTES[has_matrix_unit];
+    let most = (bytes / (4 * part_of_row(x.kind(), x.stride()))).max(at_once);
     let blocks = x.count().div_ceil(most).max(1);
     let block = x.count().div_ceil(blocks).max(1).next_multiple_of(at_once);
     let step = panels.div_ceil(TASKS).max(1);
@@ -225,19 +215,133 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
     }
 }
 
-/// Cuts rows that meet a panel of each weight into pieces of what a tile takes: `work(panels, (index, pieces), rows)`.
+/// Sums of some rows, in whole tiles.
+type Sums = [[f32; PANEL]; ROWS];
+
+/// Has rows meet a panel of each weight, in pieces of what a tile takes: `done(rows, sums)` for each of them, and `near(rows)`
+/// shortly before. `done` may write to the sums of its rows; those behind them may be of rows that wait.
 fn tiles<const COUNT: usize>(
     weights: [&PackedWeight; COUNT],
     panel: usize,
     x: &Rows,
     rows: &Range<usize>,
-    mut work: impl FnMut(&mut [Panel<'_>; COUNT], (usize, usize), Range<usize>),
+    near: impl Fn(Range<usize>),
+    mut done: impl FnMut(Range<usize>, [&mut Sums; COUNT]),
 ) {
     debug_assert!(weights.iter().all(|weight| weight.kind() == x.kind()));
-    PackedWeight::with_panels(weights, panel, rows.len(), |mut panels| {
-        let count = rows.len().div_ceil(rows_at_once(x.kind()));
-        for (index, rows) in pieces(x.kind(), rows.clone()).enumerate() {
-            work(&mut panels, (index, count), rows);
-        }
+    let parts = panel::parts(weights[0], rows.len());
+    let pieces = pieces(x.kind(), rows.clone());
+    let count = pieces.clone().count();
+    // Where inputs are cut, the sums of all rows wait for the next part; else those of a piece are used up at once.
+    let waiting = if parts.clone().count() > 1 { rows.len() } else { 0 };
+    with_sums(waiting + ROWS, |mut sums: [&mut [[f32; PANEL]]; COUNT]| {
+        let first = parts.clone().next().expect("one part at least");
+        with_panels(weights, panel, rows.len(), first, |mut panels| {
+            for part in parts {
+                for (index, piece) in pieces.clone().enumerate() {
+                    if part.is_last() {
+                        near(piece.clone());
+                    }
+                    let at = (piece.start - rows.start).min(waiting);
+                    for ((weight, panel_of), sums) in weights.iter().zip(&mut panels).zip(&mut sums)
+                    {
+                        let ahead = weight.ahead((panel, part), (index, count), piece.len());
+                        let out = &mut sums[at..at + room(x.kind(), piece.len())];
+                        panel_of.tile(x, piece.start, part, ahead, out);
+                    }
+                    if part.is_last() {
+                        let whole = "room for a whole tile behind each";
+                        let sums = sums.each_mut();
+                        done(piece, sums.map(|sums| sums[at..].first_chunk_mut().expect(whole)));
+                    }
+                }
+            }
+        });
     });
+}
+
+/// Calls `work` with room for so many rows of sums of each of some weights.
+fn with_sums<const COUNT: usize>(rows: usize, work: impl FnOnce([&mut [[f32; PANEL]]; COUNT])) {
+    thread_local! {
+        static SUMS: RefCell<[Vec<[f32; PANEL]>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    }
+    const { assert!(COUNT <= 2, "a buffer for each") };
+    SUMS.with_borrow_mut(|sums| {
+        let mut sums = sums.iter_mut();
+        work(std::array::from_fn(|_| {
+            let sums = sums.next().expect("a buffer for each");
+            if sums.len() < rows {
+                sums.resize(rows, [0.0; PANEL]);
+            }
+            &mut sums[..rows]
+        }));
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rounding::rounded;
+    use super::super::twin::random;
+    use super::super::{packed::WeightType, pairs::are_widened};
+    use super::*;
+    use candle_core::{DType, Tensor};
+
+    /// Several parts, the last one odd.
+    const INPUTS: usize = 2125;
+    const OUTPUTS: usize = 40;
+
+    fn flat(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// Each output of each row, one multiply-add after another.
+    fn chains(x: &[f32], weight: &[f32], round: fn(f32) -> f32) -> Vec<f32> {
+        let chain = |x: &[f32], weight: &[f32]| {
+            let pairs = x.iter().zip(weight);
+            pairs.fold(0.0f32, |sum, (&x, &weight)| round(x).mul_add(round(weight), sum))
+        };
+        let rows = x.chunks(INPUTS);
+        rows.flat_map(|x| weight.chunks(INPUTS).map(move |weight| chain(x, weight))).collect()
+    }
+
+    fn turned(rows: &[f32]) -> Vec<f32> {
+        let column = |output| rows.iter().skip(output).step_by(OUTPUTS).copied();
+        (0..OUTPUTS).flat_map(column).collect()
+    }
+
+    fn check(kind: WeightType, round: fn(f32) -> f32) {
+        let weights = [0, 1].map(|_| random(&[OUTPUTS, INPUTS], DType::F32));
+        let packed = weights.each_ref().map(|t| PackedWeight::of_type(t, kind).unwrap());
+        let x = flat(&random(&[150, INPUTS], DType::F32));
+        let [one, other] = weights.map(|weight| chains(&x, &flat(&weight), round));
+        for count in [1, 8, 13, 25, 150] {
+            let mut rows = Rows::default();
+            rows.set(kind, &x[..count * INPUTS], count, INPUTS);
+            let (one, other) = (&one[..count * OUTPUTS], &other[..count * OUTPUTS]);
+            let found = |work: &dyn Fn(&mut [f32])| {
+                let mut out = vec![1.0; one.len()];
+                work(&mut out);
+                out
+            };
+            let what = format!("{kind:?}, {count} rows");
+            assert_eq!(found(&|out| set([(&packed[0], out)], &rows)), one, "{what}");
+            let more: Vec<f32> = one.iter().map(|sum| 1.0 + sum).collect();
+            assert_eq!(found(&|out| add(&packed[0], &rows, out)), more, "{what}, added");
+            assert_eq!(found(&|out| set_turned(&packed[0], &rows, out)), turned(one), "{what}");
+            assert_eq!(found(&|out| add_turned(&packed[0], &rows, out)), turned(&more), "{what}");
+            let silu = |x: f32| x * (1.0 / (1.0 + Real::exp(-x)));
+            let gates: Vec<f32> = one.iter().zip(other).map(|(&x, up)| silu(x) * up).collect();
+            let found = found(&|out| gated(&packed[0], &packed[1], &rows, out));
+            assert_eq!(found, gates, "{what}, gated");
+        }
+    }
+
+    #[test]
+    fn an_output_is_one_chain_over_all_inputs_wherever_they_are_cut() {
+        check(WeightType::F32, |x| x);
+        if are_widened() {
+            // A unit for bf16 sums in its own order, and takes all inputs at once.
+            check(WeightType::Bf16, |x| f32::from_bits(rounded(x)));
+        }
+    }
 }

@@ -107,11 +107,14 @@ macro_rules! by_rows {
 pub(crate) use by_rows;
 
 /// Cuts rows into the fewest pieces that a tile takes at a time.
-pub(crate) fn pieces(kind: WeightType, rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn pieces(
+    kind: WeightType,
+    rows: Range<usize>,
+) -> impl Iterator<Item = Range<usize>> + Clone {
     cut(rows, rows_at_once(kind))
 }
 
-fn cut(rows: Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize>> {
+fn cut(rows: Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     /// A tile of fewer rows is hardly faster.
     const FEW: usize = 4;
     let mut start = rows.start;
@@ -138,14 +141,8 @@ macro_rules! by_constant {
 }
 
 /// Rows in f32 against a panel in f32.
-pub(crate) fn whole_tile(
-    rows: &[u32],
-    stride: usize,
-    panel: &[u32],
-    ahead: Span<'_>,
-    out: &mut [[f32; PANEL]],
-) {
-    pulp::Arch::new().dispatch(PanelTile::<1> { rows, stride, panel, ahead, out });
+pub(crate) fn whole_tile(tile: PanelTile<'_, 1>) {
+    pulp::Arch::new().dispatch(tile);
 }
 
 /// Rows in f32 against a panel whose words hold `INPUTS` inputs: one in f32, or two in bf16.
@@ -157,6 +154,8 @@ pub(crate) struct PanelTile<'a, const INPUTS: usize> {
     pub(crate) panel: &'a [u32],
     /// Fetched on the way.
     pub(crate) ahead: Span<'a>,
+    /// Whether `out` holds the sums of earlier inputs, which go on.
+    pub(crate) goes_on: bool,
     /// `[row][32]`
     pub(crate) out: &'a mut [[f32; PANEL]],
 }
@@ -192,10 +191,10 @@ impl WithSimd for WideningTile<'_> {
         debug_assert!(count > 0 && wide.len() == 2 * tile.panel.len());
         let first = piece::<2, S>(count);
         tile.part(0..first).multiply_any::<S, true>(simd, wide);
-        let PanelTile { rows, stride, ahead, ref mut out, .. } = tile;
+        let PanelTile { rows, stride, ahead, goes_on, ref mut out, .. } = tile;
         let (rows, out) = (&rows[first.min(count - 1) * stride..], &mut out[first..]);
         let ahead = ahead.part(first..count, count);
-        PanelTile::<1> { rows, stride, panel: wide, ahead, out }.with_simd(simd);
+        PanelTile::<1> { rows, stride, panel: wide, ahead, goes_on, out }.with_simd(simd);
     }
 }
 
@@ -229,16 +228,15 @@ impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
             stride: self.stride,
             panel: self.panel,
             ahead: self.ahead.part(rows.clone(), self.out.len()),
+            goes_on: self.goes_on,
             out: &mut self.out[rows],
         }
     }
 
-    /// 3 rows by four vectors, which are widened on the way, would spill.
     #[inline(always)]
     fn multiply_any<S: Simd, const KEEP: bool>(self, simd: S, wide: &mut [u32]) {
         match S::F32_LANES {
-            8 if INPUTS == 1 => by_constant!(self, simd, wide; (1 2 3) 4, (4 5 6) 2),
-            8 => by_constant!(self, simd, wide; (1 2) 4, (3 4 5 6) 2),
+            8 => by_constant!(self, simd, wide; (1 2 3) 4, (4 5 6) 2),
             16 if INPUTS == 1 => by_constant!(self, simd, wide; (1 2 3 4 5 6 7 8 9 10 11 12) 2),
             _ => by_constant!(self, simd, wide; (1 2 3 4 5 6) 2),
         }
@@ -262,6 +260,12 @@ impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
         let mut ahead = self.ahead.steps(inputs / 2 * vectors / VECTORS * lines, self.panel);
         for first in (0..vectors).step_by(VECTORS) {
             let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+            if self.goes_on {
+                for row in 0..ROWS {
+                    let (out, _) = S::as_simd_f32s(&self.out[row]);
+                    sums[row].copy_from_slice(&out[first..first + VECTORS]);
+                }
+            }
             // Two inputs at a time: one is hardly more work than moving on.
             let mut steps = panel.chunks_exact(2 * vectors / INPUTS);
             let both = steps.by_ref().take(inputs / 2).enumerate();
@@ -336,41 +340,75 @@ fn multiply_input<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS
     x: impl Fn(usize) -> S::f32s,
     words: &[S::u32s],
     input: usize,
-    mut kept: Option<&mut [S::f32s]>,
+    kept: Option<&mut [S::f32s]>,
     sums: &mut [[S::f32s; VECTORS]; ROWS],
 ) {
     // Else the compiler loads or widens both inputs at once, and runs out of registers.
     compiler_fence(Ordering::SeqCst);
-    let mut keep = |vector: usize, own: S::f32s| {
-        if let Some(kept) = &mut kept {
+    let mut own = Widening { words, input, kept };
+    // What is used most often stays in registers: the vectors of the panel, or else the rows.
+    match (ROWS, VECTORS) {
+        // 12 sums, the rows and what a vector is widened with are one more than there are registers.
+        (3, 4) if INPUTS == 2 => {
+            multiply_vectors::<S, INPUTS, ROWS, VECTORS>(simd, &x, &mut own, 0..2, sums);
+            compiler_fence(Ordering::SeqCst);
+            multiply_vectors::<S, INPUTS, ROWS, VECTORS>(simd, &x, &mut own, 2..4, sums);
+        }
+        (rows, vectors) if vectors < rows => {
+            multiply_vectors::<S, INPUTS, ROWS, VECTORS>(simd, &x, &mut own, 0..VECTORS, sums);
+        }
+        _ => {
+            let mut own_x = [simd.splat_f32s(0.0); ROWS];
+            for row in 0..ROWS {
+                own_x[row] = x(row);
+            }
+            for vector in 0..VECTORS {
+                let own = own.vector::<INPUTS>(simd, vector);
+                for row in 0..ROWS {
+                    sums[row][vector] = simd.mul_add_f32s(own_x[row], own, sums[row][vector]);
+                }
+            }
+        }
+    }
+}
+
+/// The same for some vectors, which stay in registers.
+#[inline(always)]
+fn multiply_vectors<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS: usize>(
+    simd: S,
+    x: &impl Fn(usize) -> S::f32s,
+    words: &mut Widening<'_, S>,
+    vectors: Range<usize>,
+    sums: &mut [[S::f32s; VECTORS]; ROWS],
+) {
+    let mut own = [simd.splat_f32s(0.0); VECTORS];
+    for vector in vectors.clone() {
+        own[vector] = words.vector::<INPUTS>(simd, vector);
+    }
+    for row in 0..ROWS {
+        let x = x(row);
+        for vector in vectors.clone() {
+            sums[row][vector] = simd.mul_add_f32s(x, own[vector], sums[row][vector]);
+        }
+    }
+}
+
+/// Vectors of a panel on their way into f32.
+struct Widening<'a, S: Simd> {
+    words: &'a [S::u32s],
+    input: usize,
+    kept: Option<&'a mut [S::f32s]>,
+}
+
+impl<S: Simd> Widening<'_, S> {
+    /// One vector, which is left behind where it is to be kept.
+    #[inline(always)]
+    fn vector<const INPUTS: usize>(&mut self, simd: S, vector: usize) -> S::f32s {
+        let own = widened::<INPUTS, S>(simd, self.words[vector], self.input);
+        if let Some(kept) = &mut self.kept {
             kept[vector] = own;
         }
-    };
-    // What is used most often stays in registers: the vectors of the panel, or else the rows.
-    if VECTORS < ROWS {
-        let mut own = [simd.splat_f32s(0.0); VECTORS];
-        for vector in 0..VECTORS {
-            own[vector] = widened::<INPUTS, S>(simd, words[vector], input);
-            keep(vector, own[vector]);
-        }
-        for row in 0..ROWS {
-            let x = x(row);
-            for vector in 0..VECTORS {
-                sums[row][vector] = simd.mul_add_f32s(x, own[vector], sums[row][vector]);
-            }
-        }
-    } else {
-        let mut own_x = [simd.splat_f32s(0.0); ROWS];
-        for row in 0..ROWS {
-            own_x[row] = x(row);
-        }
-        for vector in 0..VECTORS {
-            let own = widened::<INPUTS, S>(simd, words[vector], input);
-            keep(vector, own);
-            for row in 0..ROWS {
-                sums[row][vector] = simd.mul_add_f32s(own_x[row], own, sums[row][vector]);
-            }
-        }
+        own
     }
 }
 
@@ -428,8 +466,26 @@ mod tests {
                     }
                 }
                 let mut ours = vec![[f32::NAN; PANEL]; rows];
-                whole_tile(&x, stride, &panel, Span::NOTHING, &mut ours);
-                assert_eq!(ours, twin, "{rows} rows of {inputs}");
+                let mut check = |cuts: &[usize]| {
+                    let mut start = 0;
+                    ours.fill([f32::NAN; PANEL]);
+                    for &end in cuts.iter().chain([&inputs]) {
+                        whole_tile(PanelTile {
+                            rows: &x[start..],
+                            stride,
+                            panel: &panel[start * PANEL..end * PANEL],
+                            ahead: Span::NOTHING,
+                            goes_on: start > 0,
+                            out: &mut ours,
+                        });
+                        start = end;
+                    }
+                    assert_eq!(ours, twin, "{rows} rows of {inputs}, cut at {cuts:?}");
+                };
+                check(&[]);
+                if inputs > 3 {
+                    check(&[1, inputs / 2]);
+                }
             }
         }
     }

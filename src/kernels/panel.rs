@@ -1,0 +1,210 @@
+//! Panels of a weight about to meet rows, a part of their inputs at a time.
+//!
+//! ```text
+//! panel   [word][32 outputs]     part 0 │ part 1 │ …       of equal lengths, the last may be shorter
+//! ```
+//!
+//! All rows of a block meet a part before the next one begins, so a part of a panel stays near until it has met them, however long
+//! the rows are; of these, each part is read once for a panel. A sum goes on where the part before left it: it is the same chain
+//! of multiply-adds, cut or not.
+
+use super::packed::{PackedWeight, WeightType};
+use super::pairs::{self, are_widened, pays_to_widen};
+use super::quads::{self, QuadPanel, QuadRows};
+use super::rows::Rows;
+use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
+
+/// Inputs of a part at most: 128 KiB of a panel in f32 and as much of 32 rows (docs/engine.md has what was tried).
+const PART_INPUTS: usize = 1024;
+
+/// One of the parts that inputs are cut into.
+#[derive(Clone, Copy)]
+pub(crate) struct Part {
+    index: usize,
+    /// Words of a panel in each part but the last, for one output.
+    words: usize,
+    is_last: bool,
+}
+
+impl Part {
+    /// Whether no other follows.
+    pub(crate) fn is_last(self) -> bool {
+        self.is_last
+    }
+
+    /// Whether sums begin with it.
+    fn is_first(self) -> bool {
+        self.index == 0
+    }
+}
+
+/// The parts of a weight that so many rows meet, one after the other. Only vectors in f32 take several: their panels are wide,
+/// and a sum may go on.
+pub(crate) fn parts(weight: &PackedWeight, rows: usize) -> impl Iterator<Item = Part> + Clone {
+    let (kind, depth) = (weight.kind(), weight.depth());
+    let pays = match kind {
+        WeightType::F32 => rows > rows_at_once(kind),
+        WeightType::Bf16 => pays_to_widen(rows),
+        WeightType::Bf16x3 | WeightType::Int8 => false,
+    };
+    let count = if pays { weight.inputs().div_ceil(PART_INPUTS).max(1) } else { 1 };
+    // Two inputs are multiplied at a time.
+    let words = depth.div_ceil(count).next_multiple_of(2).max(1);
+    let count = depth.div_ceil(words).max(1);
+    (0..count).map(move |index| Part { index, words, is_last: index + 1 == count })
+}
+
+/// Words of a row, of so many, that a panel's part meets.
+pub(crate) fn part_of_row(kind: WeightType, words: usize) -> usize {
+    match kind {
+        WeightType::F32 => words.min(PART_INPUTS),
+        WeightType::Bf16 if are_widened() => words.min(PART_INPUTS),
+        _ => words,
+    }
+}
+
+/// A panel about to meet rows.
+pub(crate) struct Panel<'a> {
+    kind: WeightType,
+    words: &'a [u32],
+    /// `[group][32]`, for 8 bits.
+    scales: &'a [f32],
+    /// A part in f32, if it is to be widened once.
+    wide: Option<Wide<'a>>,
+}
+
+/// A part of a panel of bf16 in f32: its first tile leaves it behind.
+struct Wide<'a> {
+    words: &'a mut [u32],
+    /// The part that is there.
+    part: Option<usize>,
+}
+
+/// Calls `work` with panel `panel` of each weight, all of one kind and length, that are to meet `count` rows in these parts.
+pub(crate) fn with_panels<const COUNT: usize>(
+    weights: [&PackedWeight; COUNT],
+    panel: usize,
+    count: usize,
+    part: Part,
+    work: impl FnOnce([Panel<'_>; COUNT]),
+) {
+    let panels = weights.map(|weight| Panel {
+        kind: weight.kind(),
+        words: weight.panel(panel),
+        scales: weight.scales(panel),
+        wide: None,
+    });
+    let are_pairs = weights.iter().all(|weight| weight.kind() == WeightType::Bf16);
+    if !are_pairs || !pays_to_widen(count) {
+        return work(panels);
+    }
+    let words = panels.each_ref().map(|panel| panel.words.len().min(part.words * PANEL));
+    pairs::with_room(words, |room| {
+        let mut room = room.into_iter();
+        work(panels.map(|panel| {
+            let wide = room.next().map(|words| Wide { words, part: None });
+            Panel { wide, ..panel }
+        }));
+    });
+}
+
+impl Panel<'_> {
+    /// Multiplies the inputs of a part with the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
+    pub(crate) fn tile(
+        &mut self,
+        rows: &Rows,
+        first: usize,
+        part: Part,
+        ahead: Ahead<'_>,
+        out: &mut [[f32; PANEL]],
+    ) {
+        debug_assert!(out.len() <= ROWS);
+        let (words, stride) = (rows.words_from(first), rows.stride());
+        let whole = self.words.len() / PANEL;
+        let own = part.index * part.words..((part.index + 1) * part.words).min(whole);
+        let panel = &self.words[own.start * PANEL..own.end * PANEL];
+        let goes_on = !part.is_first();
+        if let Some(wide) = &mut self.wide {
+            let (rows, ahead) = (&words[2 * own.start..], ahead.beside(own.len()));
+            let widened = &mut wide.words[..2 * panel.len()];
+            if wide.part == Some(part.index) {
+                let panel = &*widened;
+                return whole_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
+            }
+            wide.part = Some(part.index);
+            let tile = PanelTile { rows, stride, panel, ahead, goes_on, out };
+            return pairs::widening_tile(tile, widened);
+        }
+        match self.kind {
+            WeightType::F32 => {
+                let (rows, ahead) = (&words[own.start..], ahead.beside(own.len()));
+                whole_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
+            }
+            WeightType::Bf16 | WeightType::Bf16x3 => {
+                debug_assert!(part.is_first() && part.is_last());
+                self.kind.tile(words, stride, panel, ahead, out);
+            }
+            WeightType::Int8 => {
+                debug_assert!(part.is_first() && part.is_last());
+                let rows = QuadRows {
+                    words,
+                    stride,
+                    groups: rows.groups_from(first),
+                    group_stride: rows.group_stride(),
+                };
+                quads::tile(rows, QuadPanel { words: panel, scales: self.scales }, ahead, out);
+            }
+        }
+    }
+}
+
+impl PackedWeight {
+    /// What the tile at `tile` of `tiles` of a part of a panel, with so many rows, fetches: a share of what the tiles after
+    /// this part multiply. A single tile on a matrix unit is faster than memory, and fetches what it is about to read itself;
+    /// in two squares it does so anyway, and begins what comes after that.
+    pub(crate) fn ahead(
+        &self,
+        (panel, part): (usize, Part),
+        (tile, tiles): (usize, usize),
+        rows: usize,
+    ) -> Ahead<'_> {
+        const STEP: usize = 16 * PANEL; // words
+        let all = self.all_panels();
+        let start = panel * self.depth() * PANEL;
+        if tiles == 1 && rows_at_once(self.kind()) == ROWS {
+            let steps = if rows > ROWS / 2 { 6 } else { 2 };
+            return Ahead::new(all.get(start + steps * STEP..).unwrap_or(&[]), PANEL);
+        }
+        let own = self.depth().min((part.index + 1) * part.words) - part.index * part.words;
+        let next = start + (part.index * part.words + own) * PANEL;
+        let share = (own * PANEL).div_ceil(tiles);
+        Ahead::new(all.get(next + tile * share..).unwrap_or(&[]), PANEL.div_ceil(tiles))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::twin::random;
+    use super::*;
+    use candle_core::DType;
+
+    const INPUTS: usize = 2 * PART_INPUTS + 77;
+
+    #[test]
+    fn inputs_are_cut_where_rows_share_a_wide_panel_and_nowhere_else() {
+        let weight = random(&[40, INPUTS], DType::F32);
+        let count = |kind, rows| {
+            let weight = PackedWeight::of_type(&weight, kind).unwrap();
+            let parts: Vec<Part> = parts(&weight, rows).collect();
+            let words = parts[0].words * parts.len();
+            assert!((weight.depth()..weight.depth() + 2 * parts.len()).contains(&words));
+            assert!(parts.iter().rev().skip(1).all(|part| !part.is_last));
+            assert!(parts[parts.len() - 1].is_last && parts[0].is_first());
+            parts.len()
+        };
+        assert_eq!((count(WeightType::F32, 4), count(WeightType::F32, 40)), (1, 3));
+        let widened = if are_widened() { 3 } else { 1 };
+        assert_eq!((count(WeightType::Bf16, 4), count(WeightType::Bf16, 40)), (1, widened));
+        assert_eq!((count(WeightType::Int8, 40), count(WeightType::Bf16x3, 40)), (1, 1));
+    }
+}
