@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! prompts   operations / matrix rate
+//!           the last block: all of it for the last token, keys and values alone for the others
 //! a step    the longer of: operations / matrix rate, bytes / bandwidth
 //!           bytes = weights once, keys and values of each sequence once
 //! ```
@@ -76,8 +77,12 @@ pub(super) struct Cost {
     blocks: f64,
     /// Operations of the head.
     head: f64,
+    /// Of `blocks`, what the last block computes only of a row whose next token is wanted: all but keys and values.
+    last: f64,
     /// Operations of attention for each visible position.
     position: f64,
+    /// Of `position`, those of the last block.
+    last_position: f64,
     /// Bytes of all weights that a step reads.
     weights: f64,
     /// Bytes of the keys and values of one position.
@@ -91,13 +96,15 @@ impl Cost {
         let heads = (config.num_attention_heads * config.head_dim) as f64;
         let narrow = (config.num_key_value_heads * config.head_dim) as f64;
         let layers = config.num_hidden_layers as f64;
-        let products =
-            layers * hidden * (2.0 * heads + 2.0 * narrow + 3.0 * config.intermediate_size as f64);
+        let last = hidden * (2.0 * heads + 3.0 * config.intermediate_size as f64);
+        let products = layers * (last + hidden * 2.0 * narrow);
         let head = hidden * config.vocab_size as f64;
         Cost {
             blocks: 2.0 * products,
             head: 2.0 * head,
+            last: 2.0 * last,
             position: 4.0 * layers * heads,
+            last_position: 4.0 * heads,
             weights: (products + head) * weight_bytes,
             cached: 2.0 * layers * narrow * cache_bytes,
         }
@@ -106,7 +113,9 @@ impl Cost {
     /// Operations of a prompt of `length` tokens of which the last is sampled.
     pub(super) fn prompt(&self, length: usize) -> f64 {
         let length = length as f64;
-        length * self.blocks + self.head + self.position * length * (length + 1.0) / 2.0
+        let (others, others_positions) = (length - 1.0, length * (length - 1.0) / 2.0);
+        let all = length * self.blocks + self.head + self.position * length * (length + 1.0) / 2.0;
+        all - others * self.last - others_positions * self.last_position
     }
 
     /// Seconds that a step of `batch` sequences of `length` positions takes at best.
@@ -132,6 +141,12 @@ mod tests {
         assert_eq!(cost.blocks + cost.head, 2.0 * products);
         let rates = Ceiling { operations_per_s: 1.0, bytes_per_s: f64::INFINITY };
         assert_eq!(cost.prompt(1), cost.step(1.0, 1.0, &rates));
+        // Of a row before the last one, the last block computes keys and values.
+        let narrow = (config.num_key_value_heads * config.head_dim * config.hidden_size) as f64;
+        let layers = config.num_hidden_layers as f64;
+        let of_first = cost.blocks * (layers - 1.0) / layers + 4.0 * narrow;
+        let seen = cost.position * (layers - 1.0) / layers;
+        assert_eq!(cost.prompt(2), cost.step(1.0, 2.0, &rates) + of_first + seen);
         let slow = Ceiling { operations_per_s: f64::INFINITY, bytes_per_s: 1.0 };
         assert_eq!(cost.step(1.0, 0.0, &slow), 2.0 * products);
     }

@@ -119,12 +119,12 @@ fn kernel<T: Real>(x: &Tensor, table: &RopeTable, positions: &[u32], turn: Turn)
     tensor(out, x.shape())
 }
 
-/// Turns rows of queries and of keys, in place.
+/// Turns rows of queries, of keys, or of both, in place.
 ///
 /// # Panics
 /// If a position lies beyond the table.
-pub(crate) fn turn_rows(
-    parts: [&mut [f32]; 2],
+pub(crate) fn turn_rows<const PARTS: usize>(
+    parts: [&mut [f32]; PARTS],
     table: &RopeTable,
     positions: &[u32],
     turn: Turn,

@@ -38,22 +38,13 @@ impl Cache {
     /// # Errors
     /// If `qkv` are not rows in host memory, or the cache is not.
     pub fn step(&mut self, layer: usize, qkv: &[Tensor; 3], runs: &[Run]) -> Result<Tensor> {
-        match &mut self.store {
-            Store::Host(layers) => layers[layer].step(qkv, runs),
-            Store::Gpu(_) => bail!("a cache on a GPU takes whole steps"),
-        }
+        self.layer(layer)?.step(qkv, runs)
     }
 
-    /// The same with `[queries, keys, values]` and results in rows.
-    pub(super) fn step_rows(
-        &mut self,
-        layer: usize,
-        qkv: [&[f32]; 3],
-        runs: &[Run],
-        out: &mut [f32],
-    ) -> Result<()> {
+    /// One layer of a cache in host memory.
+    pub(super) fn layer(&mut self, layer: usize) -> Result<&mut LayerCache> {
         match &mut self.store {
-            Store::Host(layers) => layers[layer].step_rows(qkv, runs, out),
+            Store::Host(layers) => Ok(&mut layers[layer]),
             Store::Gpu(_) => bail!("a cache on a GPU takes whole steps"),
         }
     }

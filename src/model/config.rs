@@ -334,6 +334,9 @@ impl Raw {
         if self.attention_bias || self.mlp_bias {
             return Err("biases in projections are not supported".into());
         }
+        if self.num_hidden_layers == 0 {
+            return Err("a model has one layer at least".into());
+        }
         let key_value = self.num_key_value_heads.unwrap_or(self.num_attention_heads);
         if key_value == 0 || !self.num_attention_heads.is_multiple_of(key_value) {
             return Err(format!(
@@ -459,6 +462,8 @@ mod tests {
             |json| json["model_type"] = json!("gpt2"),
             Err("model_type \"gpt2\" is not of the Llama and Mistral family"),
         );
+        check(|c| c["num_hidden_layers"] = json!(0), Err("a model has one layer at least"));
+        check(|json| json["num_hidden_layers"] = json!(0), Err("a model has one layer at least"));
         check(
             |json| json["hidden_act"] = json!("gelu"),
             Err("hidden_act \"gelu\" is not supported, only \"silu\""),

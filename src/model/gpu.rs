@@ -52,7 +52,7 @@ pub(crate) struct GpuCache {
 /// What a step left on a GPU.
 #[derive(Debug)]
 pub(crate) struct GpuStepped {
-    /// The stream behind the last block: `(rows, hidden)`.
+    /// The stream behind the last block: `(rows, hidden)`; of the wanted rows alone, where there are others.
     x: Matrix,
     step: DeviceStep,
 }
@@ -139,32 +139,85 @@ impl GpuModel {
         Ok(GpuCache { layers: layers.collect::<Result<_>>()?, blocks })
     }
 
-    /// Computes the rows of a step, and stores their keys and values.
+    /// Computes the rows of a step, and stores their keys and values. Where the next token of few is wanted, the last block
+    /// takes the keys and values of all, and runs whole for these.
     pub(crate) fn step(&self, cache: &mut GpuCache, rows: &StepRows<'_>) -> Result<GpuStepped> {
         let limits = Limits {
-            vocabulary: self.embed_tokens.rows,
+            ids: self.embed_tokens.rows,
             positions: self.angles.cosines.rows,
             blocks: cache.blocks,
         };
-        let (kernels, epsilon) = (&self.kernels, self.epsilon);
+        let kernels = &self.kernels;
         let step = kernels.begin(rows, limits)?;
+        let narrow = self.narrow(rows, limits)?;
         let mut x = kernels.embed(&self.embed_tokens, &step)?;
-        for (block, pages) in self.blocks.iter().zip(&mut cache.layers) {
-            let element = kernels.element();
-            let normed = kernels.rms_norm(&x, &block.input_layernorm, epsilon)?;
-            let mut qkv = kernels.project(&normed, &block.qkv_proj, element)?;
-            kernels.rope_store(&mut qkv, &self.angles, &step, pages)?;
-            let attended = kernels.attend(&qkv, &step, pages)?;
-            kernels.project_onto(&attended, &block.o_proj, &mut x)?;
-            let normed = kernels.rms_norm(&x, &block.post_attention_layernorm, epsilon)?;
-            let gate_up = kernels.project(&normed, &block.gate_up_proj, element)?;
-            let middle = kernels.swiglu(&gate_up)?;
-            kernels.project_onto(&middle, &block.down_proj, &mut x)?;
+        let mut layers = self.blocks.iter().zip(&mut cache.layers).collect::<Vec<_>>();
+        let last = narrow.and_then(|narrow| Some((layers.pop()?, narrow)));
+        for layer in layers {
+            self.run(layer, &mut x, &step)?;
         }
+        let stepped = match last {
+            None => GpuStepped { x, step },
+            Some(((block, pages), narrow)) => {
+                self.qkv((block, pages), &x, &step)?;
+                let mut x = kernels.take(&x, &narrow)?;
+                self.run((block, pages), &mut x, &narrow)?;
+                GpuStepped { x, step: narrow }
+            }
+        };
         if rows.samples.is_empty() {
             kernels.wait()?; // nothing else will: steps are timed
         }
-        Ok(GpuStepped { x, step })
+        Ok(stepped)
+    }
+
+    /// The rows of a step whose next token is wanted as a step of their own, whose ids name rows of the stream. None where they
+    /// are so many that computing their queries, keys and values twice, and launching the kernels for it, saves nothing.
+    fn narrow(&self, rows: &StepRows<'_>, limits: Limits) -> Result<Option<DeviceStep>> {
+        let wanted = rows.wanted()?;
+        let count = rows.ids.len();
+        if 2 * wanted.rows.len() > count || wanted.rows.is_empty() {
+            return Ok(None);
+        }
+        let positions = wanted.rows.iter().map(|&row| rows.positions[row as usize]);
+        let step = StepRows {
+            ids: &wanted.rows,
+            positions: &positions.collect::<Vec<_>>(),
+            runs: &wanted.runs,
+            samples: &wanted.samples,
+        };
+        self.kernels.begin(&step, Limits { ids: count, ..limits }).map(Some)
+    }
+
+    /// Queries, keys and values of a block, turned; the cache has taken keys and values in.
+    fn qkv(
+        &self,
+        (block, pages): (&GpuBlock, &mut Pages),
+        x: &Matrix,
+        step: &DeviceStep,
+    ) -> Result<Matrix> {
+        let kernels = &self.kernels;
+        let normed = kernels.rms_norm(x, &block.input_layernorm, self.epsilon)?;
+        let mut qkv = kernels.project(&normed, &block.qkv_proj, kernels.element())?;
+        kernels.rope_store(&mut qkv, &self.angles, step, pages)?;
+        Ok(qkv)
+    }
+
+    /// A whole block.
+    fn run(
+        &self,
+        (block, pages): (&GpuBlock, &mut Pages),
+        x: &mut Matrix,
+        step: &DeviceStep,
+    ) -> Result<()> {
+        let kernels = &self.kernels;
+        let qkv = self.qkv((block, pages), x, step)?;
+        let attended = kernels.attend(&qkv, step, pages)?;
+        kernels.project_onto(&attended, &block.o_proj, x)?;
+        let normed = kernels.rms_norm(x, &block.post_attention_layernorm, self.epsilon)?;
+        let gate_up = kernels.project(&normed, &block.gate_up_proj, kernels.element())?;
+        let middle = kernels.swiglu(&gate_up)?;
+        kernels.project_onto(&middle, &block.down_proj, x)
     }
 
     /// Logits of the rows whose next token is wanted, some at a time.

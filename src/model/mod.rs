@@ -15,6 +15,8 @@ pub mod layers;
 mod load;
 mod packed;
 pub mod precision;
+#[cfg(test)]
+mod sampled;
 pub mod shape;
 pub mod weights;
 
@@ -227,10 +229,7 @@ impl Llama {
                 SteppedRows::Gpu(Box::new(model.step(cache, rows)?))
             }
             (Layers::Packed(inputs, layers), _) => {
-                let x = run_packed(inputs, layers, rows.ids, rows.positions, |layer, qkv, out| {
-                    cache.step_rows(layer, qkv, rows.runs, out)
-                })?;
-                SteppedRows::Host(x.index_select(&Tensor::new(rows.samples, x.device())?, 0)?)
+                SteppedRows::Host(step_packed(inputs, layers, cache, rows)?)
             }
             _ => {
                 let attend = |layer, qkv: &[Tensor; 3]| cache.step(layer, qkv, rows.runs);
@@ -265,7 +264,7 @@ impl Llama {
                     let shape = (ids.len(), rows.len() / ids.len());
                     Tensor::from_slice(rows, shape, &Device::Cpu)
                 };
-                run_packed(inputs, layers, ids, positions, |layer, [q, k, v], out| {
+                run_packed(inputs, layers, (ids, positions), None, |layer, [q, k, v], out| {
                     let attended = attend(layer, &[tensor(q)?, tensor(k)?, tensor(v)?])?;
                     out.copy_from_slice(&attended.flatten_all()?.to_vec1()?);
                     Ok(())
@@ -328,19 +327,37 @@ impl Stepped<'_> {
     }
 }
 
-/// Runs all packed blocks over rows of tokens: `(rows, hidden)`.
+/// Computes a step of packed blocks: the rows whose next token is wanted.
+fn step_packed(
+    inputs: &Inputs,
+    layers: &PackedLayers,
+    cache: &mut Cache,
+    rows: &StepRows<'_>,
+) -> Result<Tensor> {
+    let wanted = rows.wanted()?;
+    let last = layers.blocks.len() - 1;
+    let step = (rows.ids, rows.positions);
+    let x = run_packed(inputs, layers, step, Some(&wanted.rows), |layer, [q, k, v], out| {
+        let cache = cache.layer(layer)?;
+        cache.store([k, v], rows.runs)?;
+        cache.attend(q, if layer < last { rows.runs } else { &wanted.runs }, out)
+    })?;
+    x.index_select(&Tensor::new(wanted.samples, x.device())?, 0)
+}
+
+/// Runs all packed blocks over rows of tokens, the last one over those of them that are `wanted`: `(rows, hidden)`.
 fn run_packed(
     inputs: &Inputs,
     layers: &PackedLayers,
-    ids: &[u32],
-    positions: &[u32],
+    (ids, positions): (&[u32], &[u32]),
+    wanted: Option<&[u32]>,
     attend: impl FnMut(usize, [&[f32]; 3], &mut [f32]) -> Result<()> + Send,
 ) -> Result<Tensor> {
     let x = embed(&inputs.embed_tokens, ids)?;
-    let shape = x.shape().clone();
+    let hidden = x.dim(D::Minus1)?;
     let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    layers.forward(&mut x, &inputs.table, positions, attend)?;
-    Tensor::from_vec(x, shape, &Device::Cpu)
+    layers.forward(&mut x, &inputs.table, positions, wanted, attend)?;
+    Tensor::from_vec(x, ((), hidden), &Device::Cpu)
 }
 
 /// Looks parameters up by their names.

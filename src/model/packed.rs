@@ -64,20 +64,27 @@ fn with_scratch<R: Send>(work: impl FnOnce(&mut Scratch) -> R + Send) -> R {
 }
 
 impl PackedLayers {
-    /// Runs all blocks over `x (rows, hidden)`, in place.
+    /// Runs all blocks over `x (rows, hidden)`, in place. Where only some rows are `wanted` (each once, in their order), the
+    /// last block computes no more of the others than their keys and values, and `x` has these rows alone behind it.
     ///
-    /// `attend(layer, [queries, keys, values], out)` writes rows of attention output.
+    /// `attend(layer, [queries, keys, values], out)` takes rows of keys and values in, and writes rows of attention output,
+    /// one for each query.
     pub(crate) fn forward(
         &self,
-        x: &mut [f32],
+        x: &mut Vec<f32>,
         table: &RopeTable,
         positions: &[u32],
+        wanted: Option<&[u32]>,
         mut attend: impl FnMut(usize, [&[f32]; 3], &mut [f32]) -> Result<()> + Send,
     ) -> Result<()> {
+        let wanted = wanted.filter(|wanted| wanted.len() < positions.len());
         with_scratch(|scratch| {
             for (layer, block) in self.blocks.iter().enumerate() {
                 let attend = |qkv: [&[f32]; 3], out: &mut [f32]| attend(layer, qkv, out);
-                block.forward(x, scratch, table, positions, attend)?;
+                match wanted.filter(|_| layer + 1 == self.blocks.len()) {
+                    None => block.forward(x, scratch, table, positions, attend)?,
+                    Some(rows) => block.narrow(x, scratch, table, (positions, rows), attend)?,
+                }
             }
             Ok(())
         })
@@ -118,24 +125,69 @@ impl PackedLayers {
 }
 
 impl PackedBlock {
+    /// All of the block for all rows.
     fn forward(
         &self,
         x: &mut [f32],
-        Scratch { rows, qkv, attended, middle, .. }: &mut Scratch,
+        scratch: &mut Scratch,
         table: &RopeTable,
         positions: &[u32],
         attend: impl FnOnce([&[f32]; 3], &mut [f32]) -> Result<()>,
     ) -> Result<()> {
-        let (kind, count) = (self.o_proj.kind(), positions.len());
-        normalise_rows(x, &self.input_layernorm, self.epsilon, kind, rows);
+        let Scratch { rows, qkv, .. } = scratch;
+        normalise_rows(x, &self.input_layernorm, self.epsilon, self.o_proj.kind(), rows);
         let weights = [&self.q_proj, &self.k_proj, &self.v_proj];
         for (out, weight) in qkv.iter_mut().zip(weights) {
-            out.resize(count * weight.outputs(), 0.0);
+            out.resize(positions.len() * weight.outputs(), 0.0);
         }
         let [q, k, v] = qkv;
         let [q_proj, k_proj, v_proj] = weights;
         product::set([(q_proj, &mut **q), (k_proj, &mut **k), (v_proj, &mut **v)], rows);
         turn_rows([q, k], table, positions, Turn::Forward)?;
+        self.finish(x, scratch, attend)
+    }
+
+    /// Keys and values of all rows, and all else for the `wanted` ones, which `x` is left with.
+    fn narrow(
+        &self,
+        x: &mut Vec<f32>,
+        scratch: &mut Scratch,
+        table: &RopeTable,
+        (positions, wanted): (&[u32], &[u32]),
+        attend: impl FnOnce([&[f32]; 3], &mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        let (kind, hidden) = (self.o_proj.kind(), self.input_layernorm.len());
+        let Scratch { rows, qkv: [q, k, v], .. } = scratch;
+        normalise_rows(x, &self.input_layernorm, self.epsilon, kind, rows);
+        for (out, weight) in [(&mut *k, &self.k_proj), (&mut *v, &self.v_proj)] {
+            out.resize(positions.len() * weight.outputs(), 0.0);
+        }
+        product::set([(&self.k_proj, &mut **k), (&self.v_proj, &mut **v)], rows);
+        turn_rows([k], table, positions, Turn::Forward)?;
+        for (row, &from) in wanted.iter().enumerate() {
+            let from = from as usize * hidden;
+            x.copy_within(from..from + hidden, row * hidden);
+        }
+        x.truncate(wanted.len() * hidden);
+        q.resize(wanted.len() * self.q_proj.outputs(), 0.0);
+        if wanted.is_empty() {
+            return attend([q, k, v], &mut []);
+        }
+        normalise_rows(x, &self.input_layernorm, self.epsilon, kind, rows);
+        product::set([(&self.q_proj, &mut **q)], rows);
+        let positions: Vec<u32> = wanted.iter().map(|&row| positions[row as usize]).collect();
+        turn_rows([q], table, &positions, Turn::Forward)?;
+        self.finish(x, scratch, attend)
+    }
+
+    /// What follows queries, keys and values.
+    fn finish(
+        &self,
+        x: &mut [f32],
+        Scratch { rows, qkv: [q, k, v], attended, middle, .. }: &mut Scratch,
+        attend: impl FnOnce([&[f32]; 3], &mut [f32]) -> Result<()>,
+    ) -> Result<()> {
+        let (kind, count) = (self.o_proj.kind(), x.len() / self.input_layernorm.len());
         attended.resize(q.len(), 0.0);
         attend([q, k, v], attended)?;
         rows.set(kind, attended, count, self.o_proj.inputs());
@@ -152,7 +204,7 @@ impl PackedBlock {
 #[cfg(test)]
 mod tests {
     use super::super::config::ModelConfig;
-    use super::super::{Form, Llama};
+    use super::super::{Form, Llama, sampled};
     use super::*;
     use crate::kernels::cached::{Run, StepRows};
     use crate::model::shape::Shape;
@@ -160,8 +212,13 @@ mod tests {
     use candle_core::{Device, Tensor};
 
     fn model(form: Form) -> Llama {
+        model_with(form, None)
+    }
+
+    fn model_with(form: Form, sliding_window: Option<usize>) -> Llama {
         let shape = Shape::named("2m").unwrap();
-        let config = ModelConfig { vocab_size: 200, num_hidden_layers: 2, ..shape.config() };
+        let config =
+            ModelConfig { vocab_size: 200, num_hidden_layers: 2, sliding_window, ..shape.config() };
         Llama::build(&config, form, &Device::Cpu, |name, shape| {
             let mut stream = seed::stream(5, name, "packed test");
             let values: Vec<f32> =
@@ -205,6 +262,26 @@ mod tests {
             for (logits, token) in logits.iter().zip(stepped.most_likely().unwrap()) {
                 let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 assert_eq!(logits.iter().position(|&x| x == top), Some(token as usize));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_that_nobody_asks_for_change_no_bit_of_those_asked_for_nor_of_later_steps() {
+        for (kind, window) in [
+            (WeightType::F32, None),
+            (WeightType::Bf16, Some(40)),
+            (WeightType::Bf16x3, None),
+            (WeightType::Int8, None),
+        ] {
+            let model = model_with(Form::PackedAs(kind), window);
+            let [all, after] = sampled::all_logits(&model);
+            for samples in sampled::CASES {
+                let [some, later] = sampled::logits(&model, samples);
+                let expected: Vec<_> =
+                    samples.iter().map(|&row| all[row as usize].clone()).collect();
+                assert_eq!(some, expected, "{kind:?} {samples:?}");
+                assert_eq!(later, after, "{kind:?} {samples:?}");
             }
         }
     }

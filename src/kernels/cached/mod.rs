@@ -17,6 +17,7 @@
 #![expect(unsafe_code, reason = "rows of one output are written by several threads")]
 
 mod attend;
+mod wanted;
 
 use super::attention::Heads;
 use super::packed::WeightType;
@@ -137,31 +138,18 @@ impl LayerCache {
     pub fn step(&mut self, [q, k, v]: &[Tensor; 3], runs: &[Run]) -> Result<Tensor> {
         let shape = q.dims2()?;
         let mut out = vec![0.0; shape.0 * shape.1];
-        self.step_rows([&elements(q)?, &elements(k)?, &elements(v)?], runs, &mut out)?;
+        self.store([&elements(k)?, &elements(v)?], runs)?;
+        self.attend(&elements(q)?, runs, &mut out)?;
         tensor(out, shape)
     }
 
-    /// The same with `[queries, keys, values]` and results in rows.
-    pub(crate) fn step_rows(
-        &mut self,
-        [q, k, v]: [&[f32]; 3],
-        runs: &[Run],
-        out: &mut [f32],
-    ) -> Result<()> {
+    /// Stores rows of keys and values.
+    ///
+    /// # Errors
+    /// If runs overlap or reach beyond the rows.
+    pub(crate) fn store(&mut self, [k, v]: [&[f32]; 2], runs: &[Run]) -> Result<()> {
         let layout = self.layout;
-        let width = layout.heads.query * layout.heads.width;
-        let rows = q.len() / width;
-        let (mut end, mut covered) = (0, 0);
-        for run in runs {
-            if run.first_row < end || run.first_row + run.rows > rows {
-                bail!("runs overlap or reach beyond the {rows} rows of the step")
-            }
-            end = run.first_row + run.rows;
-            covered += run.rows;
-        }
-        if covered < rows {
-            out.fill(0.0);
-        }
+        covered(runs, k.len() / (layout.heads.key_value * layout.heads.width))?;
         each(self.pages.iter_mut().enumerate(), |(head, pages)| {
             for run in runs {
                 for row in 0..run.rows {
@@ -173,11 +161,24 @@ impl LayerCache {
                 }
             }
         });
-        self.attend(q, Target::new(out, width, rows), runs);
         Ok(())
     }
 
-    fn attend(&self, q: &[f32], out: Target<'_>, runs: &[Run]) {
+    /// Attends to what is stored, that of the rows themselves included; rows of no run become zeros.
+    ///
+    /// # Errors
+    /// If runs overlap or reach beyond the rows.
+    pub(crate) fn attend(&self, q: &[f32], runs: &[Run], out: &mut [f32]) -> Result<()> {
+        let width = self.layout.heads.query * self.layout.heads.width;
+        let rows = q.len() / width;
+        if covered(runs, rows)? < rows {
+            out.fill(0.0);
+        }
+        self.attend_into(q, Target::new(out, width, rows), runs);
+        Ok(())
+    }
+
+    fn attend_into(&self, q: &[f32], out: Target<'_>, runs: &[Run]) {
         let Heads { key_value, width, .. } = self.layout.heads;
         let columns = self.layout.heads.group() * width;
         let tasks = runs.iter().flat_map(|run| {
@@ -205,6 +206,18 @@ impl LayerCache {
         let (key, value) = (self.layout.key_page(), self.layout.value_page());
         Some(Block { keys: &keys[at * key..][..key], values: &values[at * value..][..value] })
     }
+}
+
+/// How many of so many rows belong to runs.
+fn covered(runs: &[Run], rows: usize) -> Result<usize> {
+    let mut end = 0;
+    for run in runs {
+        if run.first_row < end || run.first_row + run.rows > rows {
+            bail!("runs overlap or reach beyond the {rows} rows of the step")
+        }
+        end = run.first_row + run.rows;
+    }
+    Ok(runs.iter().map(|run| run.rows).sum())
 }
 
 impl Pages {
@@ -300,7 +313,9 @@ mod tests {
         let mut out = vec![7.0; 3 * widths[0]];
         let mut cache = LayerCache::new(1, HEADS, DType::F32);
         let run = Run { first_row: 1, rows: 1, position: 0, table: vec![0] };
-        cache.step_rows(qkv.each_ref().map(|rows| &rows[..]), &[run], &mut out).unwrap();
+        let ([q, k, v], runs) = (&qkv, [run]);
+        cache.store([k, v], &runs).unwrap();
+        cache.attend(q, &runs, &mut out).unwrap();
         let (first, rest) = out.split_at(widths[0]);
         let (second, third) = rest.split_at(widths[0]);
         assert!(first.iter().chain(third).all(|&x| x == 0.0));

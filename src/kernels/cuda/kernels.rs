@@ -28,6 +28,7 @@ pub(crate) struct Kernels {
     pub(super) heads: Heads,
     pub(super) attention: Attention,
     embed: Function,
+    take: Function,
     rms_norm: Function,
     rope_store: Function,
     swiglu: Function,
@@ -92,6 +93,7 @@ impl Kernels {
         Ok(Kernels {
             attention: Attention::new(&*machine, element, &heads)?,
             embed: typed("embed")?,
+            take: machine.function("embed", "embed_f32", 0)?,
             rms_norm: typed("rms_norm")?,
             rope_store: typed("rope_store")?,
             swiglu: typed("swiglu")?,
@@ -177,7 +179,17 @@ impl Kernels {
     /// The rows of `table (vocabulary, width)` for the ids of a step, as a new stream: `(rows, width)`, f32.
     pub(crate) fn embed(&self, table: &Matrix, step: &DeviceStep) -> Result<Matrix> {
         self.expect(table, self.element);
-        assert!(step.limits.vocabulary <= table.rows, "ids were checked against another table");
+        self.rows_of(&self.embed, table, step)
+    }
+
+    /// The rows of a stream that the ids of a step name, as a new stream.
+    pub(crate) fn take(&self, stream: &Matrix, step: &DeviceStep) -> Result<Matrix> {
+        self.expect(stream, Element::F32);
+        self.rows_of(&self.take, stream, step)
+    }
+
+    fn rows_of(&self, function: &Function, table: &Matrix, step: &DeviceStep) -> Result<Matrix> {
+        assert!(step.limits.ids <= table.rows, "ids were checked against another table");
         assert!(table.columns.is_multiple_of(VECTOR), "{} columns", table.columns);
         let out = Matrix::new(&*self.machine, (step.rows, table.columns), Element::F32)?;
         let arguments = [
@@ -187,7 +199,7 @@ impl Kernels {
             Argument::Word(table.columns as u32),
         ];
         // SAFETY: each id is a row of the table, and `out` has a row for each.
-        unsafe { self.launch(&self.embed, [step.rows, 1, 1], ROW_THREADS, &arguments) }?;
+        unsafe { self.launch(function, [step.rows, 1, 1], ROW_THREADS, &arguments) }?;
         Ok(out)
     }
 

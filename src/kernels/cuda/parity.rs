@@ -91,7 +91,7 @@ fn one_sequence(kernels: &Kernels, ids: &[u32], samples: &[u32]) -> DeviceStep {
     let blocks = ids.len().div_ceil(BLOCK);
     let table = (0..blocks as u32).collect();
     let runs = [Run { first_row: 0, rows: ids.len(), position: 0, table }];
-    let limits = Limits { vocabulary: 50, positions: POSITIONS, blocks };
+    let limits = Limits { ids: 50, positions: POSITIONS, blocks };
     let rows = StepRows { ids, positions: &positions, runs: &runs, samples };
     kernels.begin(&rows, limits).unwrap()
 }
@@ -234,7 +234,7 @@ impl Sequences {
             rounded(&spread, element)
         });
         let qkv = qkv.collect();
-        let limits = Limits { vocabulary: 1, positions: POSITIONS, blocks };
+        let limits = Limits { ids: 1, positions: POSITIONS, blocks };
         Sequences { bench, heads, angles, table, limits, all, qkv }
     }
 

@@ -4,8 +4,8 @@
 //! words   ids │ positions │ slots │ samples │ run of each row │ runs │ tables │ split │ whole │ merges
 //! ```
 //!
-//! They are uploaded once a step. Runs, tiles and merges are four words each and start at multiples of four.
-//! `attention_tiles.cu` says what tiles are; here they are cut. Which tile a row is in, and whether it is split,
+//! They are uploaded once a step, and once more for the last block where it runs for fewer rows. Runs, tiles and merges are
+//! four words each and start at multiples of four. `attention_tiles.cu` says what tiles are; here they are cut. Which tile a row is in, and whether it is split,
 //! depends on the other rows of its run, but nothing of what is computed for the row does.
 
 use crate::kernels::attention::Heads;
@@ -40,8 +40,8 @@ pub(crate) enum Way {
 /// What a step is to stay within.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// Rows of the embedding table.
-    pub(crate) vocabulary: usize,
+    /// Rows that ids may name: of the embedding table, or of a stream.
+    pub(crate) ids: usize,
     /// Positions of the rotary table.
     pub(crate) positions: usize,
     /// Blocks of the cache.
@@ -179,8 +179,8 @@ impl Plan {
 
 fn check(rows: &StepRows<'_>, limits: Limits) -> Result<()> {
     let count = rows.ids.len();
-    if let Some(id) = rows.ids.iter().find(|&&id| id as usize >= limits.vocabulary) {
-        bail!("token {id} is beyond the vocabulary of {}", limits.vocabulary)
+    if let Some(id) = rows.ids.iter().find(|&&id| id as usize >= limits.ids) {
+        bail!("token {id} is beyond the vocabulary of {}", limits.ids)
     }
     if let Some(row) = rows.samples.iter().find(|&&row| row as usize >= count) {
         bail!("row {row} is wanted of a step of {count}")

@@ -1,7 +1,7 @@
 //! A whole small model: on the CPU, and on every machine with kernels of its own that is there.
 
 use super::super::backward::{Batch, Gradients, Keep, Learning};
-use super::super::{Form, Llama};
+use super::super::{Form, Llama, sampled};
 use super::*;
 use crate::kernels::cached::Run;
 use crate::kernels::cross_entropy::Objective;
@@ -85,6 +85,35 @@ fn logits_are_those_of_the_cpu() {
         assert!(found < 3.0 * on_cpu, "bf16 on {}: {found}, on the CPU {on_cpu}", tested.name);
         let found = noise(&logits(&on(&tested, DType::F16)), &exact);
         assert!(found < on_cpu / 4.0, "f16 on {}: {found}, bf16 on the CPU {on_cpu}", tested.name);
+    }
+}
+
+#[test]
+fn rows_that_nobody_asks_for_change_neither_those_asked_for_nor_later_steps() {
+    let off = |found: &[Vec<f32>], exact: &[Vec<f32>]| {
+        let [found, exact] = [found, exact].map(|t| Tensor::new(t.concat(), &Device::Cpu).unwrap());
+        noise(&found, &exact)
+    };
+    let exact = sampled::all_logits(&twin(Form::Plain, DType::F32));
+    let rounded = sampled::all_logits(&twin(Form::PackedAs(WeightType::Bf16), DType::F32));
+    let on_cpu = off(&rounded[0], &exact[0]);
+    for tested in machines() {
+        for (dtype, bound) in [(DType::F32, 1e-10), (DType::BF16, 3.0 * on_cpu)] {
+            let model = on(&tested, dtype);
+            for samples in sampled::CASES {
+                let [found, later] = sampled::logits(&model, samples);
+                let what = format!("{dtype:?} on {}, rows {samples:?}", tested.name);
+                let noise = off(&later, &exact[1]);
+                assert!(noise < bound, "{what}: {noise} of the signal in the next step");
+                let wanted: Vec<_> =
+                    samples.iter().map(|&row| exact[0][row as usize].clone()).collect();
+                assert_eq!(found.len(), wanted.len(), "{what}");
+                if !samples.is_empty() {
+                    let noise = off(&found, &wanted);
+                    assert!(noise < bound, "{what}: noise is {noise} of the signal");
+                }
+            }
+        }
     }
 }
 

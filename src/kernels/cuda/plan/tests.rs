@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 
 const HEADS: Heads = Heads { query: 6, key_value: 2, width: 4, window: None };
-const LIMITS: Limits = Limits { vocabulary: 10, positions: 5000, blocks: 400 };
+const LIMITS: Limits = Limits { ids: 10, positions: 5000, blocks: 400 };
 
 /// Runs of sequences at positions, with tables that share no block.
 fn runs(shapes: &[(usize, usize)]) -> Vec<Run> {
