@@ -247,6 +247,19 @@ const CPU_CACHE_BYTES: usize = 2 << 30;
 /// Of what is free on a GPU; the rest is for what a step computes.
 const GPU_CACHE_SHARE: f64 = 0.85;
 
+impl Default for StepArgs {
+    /// As on the command line.
+    fn default() -> Self {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            steps: StepArgs,
+        }
+        let line = <Line as clap::Parser>::try_parse_from(["headwater"]);
+        line.expect("no flag has to be there").steps
+    }
+}
+
 impl StepArgs {
     /// How an engine uses a CPU, or a GPU, with `cache_bytes` for keys and values.
     ///

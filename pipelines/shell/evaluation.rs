@@ -1,11 +1,11 @@
 //! Puts an exam to a model.
 
+use super::args::StepArgs;
 use super::stop;
 use anyhow::{Context, Result, anyhow};
 use candle_core::Device;
 use crossbeam_channel::unbounded;
 use headwater::engine::metrics::EngineCounters;
-use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
 use headwater::eval::{Exam, Scores};
 use headwater::model::Llama;
@@ -17,14 +17,6 @@ use headwater::tokenizer::Tokenizer;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-
-const SETTINGS: EngineSettings = EngineSettings {
-    sequences_max: 32,
-    step_tokens_max: 512,
-    cache_bytes: 2 << 30,
-    queue_max: 64,
-    means: Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Auto },
-};
 
 /// Tokens of a question with its answer at most: the context of the published synthesizer (recipe (b)).
 pub const CONTEXT_MAX: usize = 4096;
@@ -41,10 +33,15 @@ pub fn evaluate(exam: &Exam, directory: &Path, device: &Device) -> Result<Option
     let model = Llama::load(&config, &Weights::open(directory)?, precision, device)?;
     let (failed, failure) = unbounded();
     let ends = tokenizer.eos().into_iter().collect();
-    let (queue, _) =
-        engine::start(model, ends, SETTINGS, Arc::new(EngineCounters::default()), move |error| {
-            let _ = failed.send(error);
-        })?;
+    let steps = StepArgs::default();
+    let settings = steps.settings(device.is_cpu(), 0)?;
+    let reserved = model.step_bytes(settings.step_tokens_max) as u64;
+    let cache_bytes = steps.cache_bytes(model.free_bytes()?, reserved, 1);
+    let settings = EngineSettings { cache_bytes, ..settings };
+    let counters = Arc::new(EngineCounters::default());
+    let (queue, thread) = engine::start(model, ends, settings, counters, move |error| {
+        let _ = failed.send(error);
+    })?;
     let (woken, wakes) = unbounded();
     let mut handle = queue.open(Arc::new(move || {
         let _ = woken.send(()); // nobody listens when all is answered
@@ -67,6 +64,9 @@ pub fn evaluate(exam: &Exam, directory: &Path, device: &Device) -> Result<Option
         let _ = wakes.recv_timeout(Duration::from_millis(100));
         answers.extend(std::iter::from_fn(|| handle.poll()));
     }
+    drop((handle, queue));
+    // What the engine holds is free again before anything else asks for memory.
+    thread.join().map_err(|_| anyhow!("the engine's thread failed"))?;
     answers.sort_by_key(|answer| answer.key); // sums of floats are in one order
     Ok(Some(exam.mark(&answers, &tokenizer)))
 }
