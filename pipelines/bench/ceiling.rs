@@ -58,7 +58,8 @@ pub(super) fn products(device: &Device, dtype: DType) -> Result<f64> {
     matrix_rate(device, dtype, SIDE)
 }
 
-/// Operations a second in large products of a CPU in `kind`. In f32 that is the faster of whole numbers and three parts.
+/// Operations a second in large products of a CPU in `kind`. In f32 that is the faster of whole numbers and
+/// three parts.
 ///
 /// # Errors
 /// If there is not enough memory.

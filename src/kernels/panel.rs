@@ -4,9 +4,9 @@
 //! panel   [word][32 outputs]     part 0 │ part 1 │ …       of equal lengths, the last may be shorter
 //! ```
 //!
-//! All rows of a block meet a part before the next one begins, so a part of a panel stays near until it has met them, however long
-//! the rows are; of these, each part is read once for a panel. A sum goes on where the part before left it: it is the same chain
-//! of multiply-adds, cut or not.
+//! All rows of a block meet a part before the next one begins, so a part of a panel stays near until it has
+//! met them, however long the rows are; of these, each part is read once for a panel. A sum goes on where the
+//! part before left it: it is the same chain of multiply-adds, cut or not.
 
 use super::packed::{PackedWeight, WeightType};
 use super::pairs::{self, are_widened, pays_to_widen};
@@ -38,8 +38,8 @@ impl Part {
     }
 }
 
-/// The parts of a weight that so many rows meet, one after the other. Only vectors in f32 take several: their panels are wide,
-/// and a sum may go on.
+/// The parts of a weight that so many rows meet, one after the other. Only vectors in f32 take several: their
+/// panels are wide, and a sum may go on.
 pub(crate) fn parts(weight: &PackedWeight, rows: usize) -> impl Iterator<Item = Part> + Clone {
     let (kind, depth) = (weight.kind(), weight.depth());
     let pays = match kind {
@@ -80,7 +80,8 @@ struct Wide<'a> {
     part: Option<usize>,
 }
 
-/// Calls `work` with panel `panel` of each weight, all of one kind and length, that are to meet `count` rows in these parts.
+/// Calls `work` with panel `panel` of each weight, all of one kind and length, that are to meet `count` rows
+/// in these parts.
 pub(crate) fn with_panels<const COUNT: usize>(
     weights: [&PackedWeight; COUNT],
     panel: usize,
@@ -159,9 +160,9 @@ impl Panel<'_> {
 }
 
 impl PackedWeight {
-    /// What the tile at `tile` of `tiles` of a part of a panel, with so many rows, fetches: a share of what the tiles after
-    /// this part multiply. A single tile on a matrix unit is faster than memory, and fetches what it is about to read itself;
-    /// in two squares it does so anyway, and begins what comes after that.
+    /// What the tile at `tile` of `tiles` of a part of a panel, with so many rows, fetches: a share of what
+    /// the tiles after this part multiply. A single tile on a matrix unit is faster than memory, and fetches
+    /// what it is about to read itself; in two squares it does so anyway, and begins what comes after that.
     pub(crate) fn ahead(
         &self,
         (panel, part): (usize, Part),

@@ -19,8 +19,8 @@ use super::tiles::{PANEL, ROWS, pieces, room, rows_at_once};
 use std::cell::RefCell;
 use std::ops::Range;
 
-/// Bytes of a block of rows at most, of a part of their inputs where these are cut: half of a second-level cache, on CPUs with a matrix unit of a larger one
-/// (256 rows of 4 KiB and what stands between them).
+/// Bytes of a block of rows at most, of a part of their inputs where these are cut: half of a second-level cache, on
+/// CPUs with a matrix unit of a larger one (256 rows of 4 KiB and what stands between them).
 const BLOCK_BYTES: [usize; 2] = [512 << 10, 1088 << 10];
 /// Tasks that the panels of a block are cut into.
 const TASKS: usize = 24;
@@ -218,8 +218,9 @@ fn share(panels: usize, x: &Rows, work: impl Fn(Range<usize>, Range<usize>) + Se
 /// Sums of some rows, in whole tiles.
 type Sums = [[f32; PANEL]; ROWS];
 
-/// Has rows meet a panel of each weight, in pieces of what a tile takes: `done(rows, sums)` for each of them, and `near(rows)`
-/// shortly before. `done` may write to the sums of its rows; those behind them may be of rows that wait.
+/// Has rows meet a panel of each weight, in pieces of what a tile takes: `done(rows, sums)` for each of them,
+/// and `near(rows)` shortly before. `done` may write to the sums of its rows; those behind them may be of
+/// rows that wait.
 fn tiles<const COUNT: usize>(
     weights: [&PackedWeight; COUNT],
     panel: usize,

@@ -139,8 +139,8 @@ impl GpuModel {
         Ok(GpuCache { layers: layers.collect::<Result<_>>()?, blocks })
     }
 
-    /// Computes the rows of a step, and stores their keys and values. Where the next token of few is wanted, the last block
-    /// takes the keys and values of all, and runs whole for these.
+    /// Computes the rows of a step, and stores their keys and values. Where the next token of few is wanted,
+    /// the last block takes the keys and values of all, and runs whole for these.
     pub(crate) fn step(&self, cache: &mut GpuCache, rows: &StepRows<'_>) -> Result<GpuStepped> {
         let limits = Limits {
             ids: self.embed_tokens.rows,
@@ -171,8 +171,9 @@ impl GpuModel {
         Ok(stepped)
     }
 
-    /// The rows of a step whose next token is wanted as a step of their own, whose ids name rows of the stream. None where they
-    /// are so many that computing their queries, keys and values twice, and launching the kernels for it, saves nothing.
+    /// The rows of a step whose next token is wanted as a step of their own, whose ids name rows of the
+    /// stream. None where they are so many that computing their queries, keys and values twice, and launching
+    /// the kernels for it, saves nothing.
     fn narrow(&self, rows: &StepRows<'_>, limits: Limits) -> Result<Option<DeviceStep>> {
         let wanted = rows.wanted()?;
         let count = rows.ids.len();

@@ -64,11 +64,12 @@ fn with_scratch<R: Send>(work: impl FnOnce(&mut Scratch) -> R + Send) -> R {
 }
 
 impl PackedLayers {
-    /// Runs all blocks over `x (rows, hidden)`, in place. Where only some rows are `wanted` (each once, in their order), the
-    /// last block computes no more of the others than their keys and values, and `x` has these rows alone behind it.
+    /// Runs all blocks over `x (rows, hidden)`, in place. Where only some rows are `wanted` (each once, in
+    /// their order), the last block computes no more of the others than their keys and values, and `x` has
+    /// these rows alone behind it.
     ///
-    /// `attend(layer, [queries, keys, values], out)` takes rows of keys and values in, and writes rows of attention output,
-    /// one for each query.
+    /// `attend(layer, [queries, keys, values], out)` takes rows of keys and values in, and writes rows of
+    /// attention output, one for each query.
     pub(crate) fn forward(
         &self,
         x: &mut Vec<f32>,

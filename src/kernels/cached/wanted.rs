@@ -1,7 +1,7 @@
 //! Rows that go on when all others have left their keys and values.
 //!
-//! Behind the last block only the rows are read whose next token is wanted. Of all others it has to compute keys and values,
-//! which later rows attend to, and nothing else: of a prompt, all but its last row.
+//! Behind the last block only the rows are read whose next token is wanted. Of all others it has to compute
+//! keys and values, which later rows attend to, and nothing else: of a prompt, all but its last row.
 
 use super::{Run, StepRows};
 use candle_core::{Result, bail};
