@@ -6,6 +6,9 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
+
 /// Has the CPU bring the memory at an address near, to be written, if there is any.
 #[inline(always)]
 pub(crate) fn fetch_to_write<T>(address: *const T) {
@@ -42,7 +45,13 @@ fn fetch_one<T>(element: &T) {
 /// Has the CPU bring elements near.
 #[inline(always)]
 pub(crate) fn fetch_all<T>(elements: &[T]) {
-    elements.iter().step_by(64 / size_of::<T>()).for_each(fetch_one);
+    elements.iter().step_by(LINE / size_of::<T>()).for_each(fetch_one);
+}
+
+/// Has the CPU bring elements into its second cache.
+#[inline(always)]
+pub(crate) fn fetch_lines<T>(elements: &[T]) {
+    Steps { next: elements.as_ptr().cast(), step: LINE }.fetch(size_of_val(elements) / LINE);
 }
 
 /// Memory that a loop fetches on its way into the second cache.
@@ -62,6 +71,12 @@ impl Span<'_> {
         Span { start: start.cast(), bytes, memory: PhantomData }
     }
 
+    /// All of some elements.
+    #[inline(always)]
+    pub(crate) fn of<T>(elements: &[T]) -> Span<'_> {
+        Span::new(elements.as_ptr(), size_of_val(elements))
+    }
+
     /// The share of some of `count` rows.
     #[inline(always)]
     pub(crate) fn part(self, rows: Range<usize>, count: usize) -> Self {
@@ -75,7 +90,9 @@ impl Span<'_> {
     #[inline(always)]
     pub(crate) fn steps<T>(self, steps: usize, near: &[T]) -> Steps {
         let next = if self.bytes == 0 { near.as_ptr().cast() } else { self.start };
-        Steps { next, step: self.bytes.div_ceil(steps.max(1)) }
+        // A division takes as long as a dozen inputs of a tile.
+        let is_lines = self.bytes == steps * LINE;
+        Steps { next, step: if is_lines { LINE } else { self.bytes.div_ceil(steps.max(1)) } }
     }
 }
 
@@ -112,7 +129,7 @@ pub(crate) fn begin_to_fetch<T>(elements: &[T]) {
         // SAFETY: every CPU of this kind has the instruction, which has no effect that can be seen at any address.
         unsafe {
             _mm_prefetch::<_MM_HINT_T1>(start);
-            _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(64));
+            _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(LINE));
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -6,10 +6,24 @@
 //! number of threads, or on what else is in the batch.
 
 use candle_core::WithDType;
+use pulp::Simd;
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
 /// Accumulators of a reduction. Four 512-bit registers of f32.
 pub(crate) const LANES: usize = 64;
+
+/// What an exponent is clamped to.
+const EXP_RANGE: (f32, f32) = (-87.0, 88.0);
+
+/// 1.5 * 2^23: a number that it is added to is rounded to an integer, which stands in the low bits.
+const EXP_SHIFT: f32 = 12_582_912.0;
+
+/// The logarithm of 2 in two parts, of which the first has few bits.
+const LN_2: (f32, f32) = (0.693_359_4, -2.121_944_4e-4);
+
+/// Of Cephes' `expf`, for `(exp(r) - 1 - r) / r^2`.
+const EXP_POLYNOMIAL: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_66, 0.5];
 
 /// Runs `work` compiled for the widest vector unit of this CPU.
 ///
@@ -60,20 +74,17 @@ impl Real for f32 {
     /// the low bits. A conversion with `as` would keep the loop from being vectorised.
     #[inline(always)]
     fn exp(self) -> Self {
-        const SHIFT: f32 = 12_582_912.0;
-        let x = self.clamp(-87.0, 88.0);
-        let shifted = x.mul_add(std::f32::consts::LOG2_E, SHIFT);
-        let n = shifted - SHIFT;
-        let r = n.mul_add(-0.693_359_4, x);
-        let r = n.mul_add(2.121_944_4e-4, r);
-        let mut p = 1.987_569_1e-4f32;
-        p = p.mul_add(r, 1.398_199_9e-3);
-        p = p.mul_add(r, 8.333_452e-3);
-        p = p.mul_add(r, 4.166_579_6e-2);
-        p = p.mul_add(r, 0.166_666_66);
-        p = p.mul_add(r, 0.5);
+        let x = self.clamp(EXP_RANGE.0, EXP_RANGE.1);
+        let shifted = x.mul_add(std::f32::consts::LOG2_E, EXP_SHIFT);
+        let n = shifted - EXP_SHIFT;
+        let r = n.mul_add(-LN_2.0, x);
+        let r = n.mul_add(-LN_2.1, r);
+        let mut p = EXP_POLYNOMIAL[0];
+        for factor in &EXP_POLYNOMIAL[1..] {
+            p = p.mul_add(r, *factor);
+        }
         let p = p.mul_add(r * r, r) + 1.0;
-        let exponent = shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127);
+        let exponent = shifted.to_bits().wrapping_sub(EXP_SHIFT.to_bits()).wrapping_add(127);
         p * f32::from_bits(exponent << 23)
     }
 
@@ -122,6 +133,47 @@ impl Real for f64 {
     fn mul_add(self, factor: Self, term: Self) -> Self {
         f64::mul_add(self, factor, term)
     }
+}
+
+/// [`Real::exp`] of each lane of vectors, side by side: one alone is a chain of twenty operations that wait for each
+/// other.
+#[inline(always)]
+pub(crate) fn exp_vectors<S: Simd, const COUNT: usize>(
+    simd: S,
+    mut x: [S::f32s; COUNT],
+) -> [S::f32s; COUNT] {
+    let [lowest, highest] = [EXP_RANGE.0, EXP_RANGE.1];
+    let (lowest, highest) = (simd.splat_f32s(lowest), simd.splat_f32s(highest));
+    let (log2_e, shift) = (simd.splat_f32s(std::f32::consts::LOG2_E), simd.splat_f32s(EXP_SHIFT));
+    let (mut shifted, mut p) = (x, [simd.splat_f32s(EXP_POLYNOMIAL[0]); COUNT]);
+    for at in 0..COUNT {
+        // What is no number stays none: the second operand, if one of them is.
+        x[at] = simd.min_f32s(highest, simd.max_f32s(lowest, x[at]));
+        shifted[at] = simd.mul_add_f32s(x[at], log2_e, shift);
+    }
+    let (high, low) = (simd.splat_f32s(-LN_2.0), simd.splat_f32s(-LN_2.1));
+    for at in 0..COUNT {
+        let n = simd.sub_f32s(shifted[at], shift);
+        x[at] = simd.mul_add_f32s(n, high, x[at]);
+        x[at] = simd.mul_add_f32s(n, low, x[at]);
+    }
+    for factor in &EXP_POLYNOMIAL[1..] {
+        let factor = simd.splat_f32s(*factor);
+        for at in 0..COUNT {
+            p[at] = simd.mul_add_f32s(p[at], x[at], factor);
+        }
+    }
+    let one = simd.splat_f32s(1.0);
+    let (bias, place) =
+        (simd.splat_u32s(127u32.wrapping_sub(EXP_SHIFT.to_bits())), simd.splat_u32s(23));
+    for at in 0..COUNT {
+        let r = x[at];
+        let p = simd.add_f32s(simd.mul_add_f32s(p[at], simd.mul_f32s(r, r), r), one);
+        let exponent = simd.add_u32s(simd.transmute_u32s_f32s(shifted[at]), bias);
+        let exponent = simd.wrapping_dyn_shl_u32s(exponent, place);
+        x[at] = simd.mul_f32s(p, simd.transmute_f32s_u32s(exponent));
+    }
+    x
 }
 
 /// The sum of products, in [`LANES`] interleaved partial sums that are then added pairwise.
@@ -211,6 +263,28 @@ mod tests {
             assert!((f64::from(ours) / exact - 1.0).abs() < 3e-7, "exp({x}) = {ours}, not {exact}");
         }
         assert_eq!(Real::exp(f32::NEG_INFINITY), Real::exp(-87.0f32));
+    }
+
+    #[test]
+    fn a_vector_of_exponents_is_that_of_each_lane() {
+        struct Vectors<'a>(&'a mut [f32]);
+        impl pulp::WithSimd for Vectors<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, simd: S) {
+                let (vectors, rest) = S::as_mut_simd_f32s(self.0);
+                assert!(rest.is_empty());
+                for x in vectors.as_chunks_mut::<2>().0 {
+                    *x = exp_vectors(simd, *x);
+                }
+            }
+        }
+        let special = [f32::NEG_INFINITY, f32::INFINITY, f32::NAN, 0.0, -0.0, -1e-40];
+        let x = (-6_400..6_400).map(|step| step as f32 / 64.0);
+        let mut x: Vec<f32> = special.into_iter().chain(x).chain([1.0; 26]).collect();
+        let exact: Vec<u32> = x.iter().map(|&x| Real::exp(x).to_bits()).collect();
+        pulp::Arch::new().dispatch(Vectors(&mut x));
+        assert!(x.iter().map(|x| x.to_bits()).eq(exact));
     }
 
     #[test]

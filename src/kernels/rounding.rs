@@ -8,6 +8,7 @@
 #![expect(unsafe_code, reason = "vector loads take raw pointers, of arrays of the right size")]
 
 use super::tiles::PANEL;
+use pulp::Simd;
 
 /// Whether this CPU rounds whole vectors.
 #[cfg(target_arch = "x86_64")]
@@ -35,6 +36,17 @@ pub(crate) fn round(x: f32) -> u32 {
 #[inline(always)]
 pub(crate) fn rounded(x: f32) -> u32 {
     round(x) << 16
+}
+
+/// [`rounded`] of each lane, all of which are numbers.
+#[inline(always)]
+pub(crate) fn rounded_vector<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let bits = simd.transmute_u32s_f32s(x);
+    let odd =
+        simd.and_u32s(simd.wrapping_dyn_shr_u32s(bits, simd.splat_u32s(16)), simd.splat_u32s(1));
+    let up = simd.add_u32s(simd.splat_u32s(0x7fff), odd);
+    let nearest = simd.and_u32s(simd.add_u32s(bits, up), simd.splat_u32s(0xffff_0000));
+    simd.transmute_f32s_u32s(nearest)
 }
 
 /// Rounds a row into words.

@@ -244,7 +244,7 @@ impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
 
     /// All rows, `VECTORS` vectors of outputs at a time. The panel is left behind in `wide`, if it is to be kept.
     #[inline(always)]
-    fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize, const KEEP: bool>(
+    pub(crate) fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize, const KEEP: bool>(
         self,
         simd: S,
         wide: &mut [u32],

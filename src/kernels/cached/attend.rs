@@ -7,7 +7,9 @@ use super::super::packed::WeightType;
 use super::super::pairs::are_widened;
 use super::super::real::{Real, max, simd, sum};
 use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
+use super::few::{self, Few, are_few};
 use super::{BLOCK, Block, LayerCache, Layout, Run};
+use pulp::Arch;
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -22,17 +24,18 @@ pub(super) struct Task<'a> {
 }
 
 /// One query on its way through the blocks.
-struct Query {
+pub(super) struct Query {
     position: usize,
     first_visible: usize,
-    top: f32,
+    pub(super) top: f32,
     /// Sum of the weights so far, in lanes that are added at the end.
-    total: [f32; BLOCK],
+    pub(super) total: [f32; BLOCK],
 }
 
 impl Query {
     /// What of the block from `start` it sees.
-    fn seen(&self, start: usize) -> Range<usize> {
+    #[inline(always)]
+    pub(super) fn seen(&self, start: usize) -> Range<usize> {
         let from = self.first_visible.max(start) - start;
         let to = (self.position + 1).min(start + BLOCK).saturating_sub(start);
         if from < to { from..to } else { 0..0 }
@@ -41,8 +44,42 @@ impl Query {
 
 impl Task<'_> {
     /// The first block that any of its queries sees.
-    fn first_block(&self, heads: Heads) -> usize {
+    pub(super) fn first_block(&self, heads: Heads) -> usize {
         heads.first_visible(self.run.position + self.first) / BLOCK
+    }
+
+    /// The position behind the last that any of its queries sees.
+    pub(super) fn end(&self) -> usize {
+        self.run.position + self.first + self.count
+    }
+
+    /// Row of the step, and query of the group, of its query `index`.
+    #[inline(always)]
+    pub(super) fn place(&self, layout: Layout, index: usize) -> (usize, usize) {
+        let group = layout.heads.group();
+        (self.run.first_row + self.first + index / group, index % group)
+    }
+
+    /// Its query `index`, which has seen nothing yet.
+    #[inline(always)]
+    pub(super) fn query(&self, layout: Layout, index: usize) -> Query {
+        let position = self.run.position + self.first + index / layout.heads.group();
+        let first_visible = layout.heads.first_visible(position);
+        Query { position, first_visible, top: f32::NEG_INFINITY, total: [0.0; BLOCK] }
+    }
+
+    /// The words of its queries, for the product with keys.
+    #[inline(always)]
+    pub(super) fn words(&self, layout: Layout, q: &[f32], words: &mut Vec<u32>) {
+        let Heads { query, width, .. } = layout.heads;
+        let (group, stride) = (layout.heads.group(), layout.query_words());
+        let count = self.count * group;
+        words.resize(room(layout.kind, count) * stride, 0);
+        for (index, words) in words.chunks_exact_mut(stride).take(count).enumerate() {
+            let (row, member) = self.place(layout, index);
+            let at = row * query + self.head * group + member;
+            layout::row(layout.kind.in_rows(), &q[at * width..][..width], words);
+        }
     }
 
     /// Calls `put(row, query of the group, values)` for each result; what `next` begins with is fetched.
@@ -53,11 +90,22 @@ impl Task<'_> {
         next: Option<&Task<'_>>,
         put: impl Fn(usize, usize, &[f32]),
     ) {
+        let (layout, block) = (cache.layout, |next: &Task| {
+            cache.block(next.run, next.head, next.first_block(cache.layout.heads))
+        });
+        if are_few(layout, self.count * layout.heads.group()) {
+            let next = next.and_then(block);
+            return FEW.with_borrow_mut(|buffers| {
+                Arch::new().dispatch(Few { task: self, cache, q, next, buffers, put });
+            });
+        }
         BUFFERS.with_borrow_mut(|Buffers { queries, words, sums, scratch }| {
             let layout = cache.layout;
             let (heads, stride, padded) = (layout.heads, layout.query_words(), layout.padded());
             let count = self.count * heads.group();
-            self.prepare(layout, q, queries, words);
+            queries.clear();
+            queries.extend((0..count).map(|index| self.query(layout, index)));
+            self.words(layout, q, words);
             sums.clear();
             sums.resize(count * padded, 0.0);
             // The scores of a fold are computed before the weights of the one before it, which they can hide
@@ -75,7 +123,6 @@ impl Task<'_> {
             if let Some(last) = folds.last() {
                 last.add(queries, sums, last.next.map(|next| next.keys), scratch);
             }
-            let (width, group) = (heads.width, heads.group());
             let results = queries.iter().zip(sums.chunks_exact_mut(padded));
             for (index, (query, sums)) in results.enumerate() {
                 simd(
@@ -85,8 +132,8 @@ impl Task<'_> {
                         sums.iter_mut().for_each(|sum| *sum *= inverse);
                     },
                 );
-                let row = self.run.first_row + self.first + index / group;
-                put(row, index % group, &sums[..width]);
+                let (row, member) = self.place(layout, index);
+                put(row, member, &sums[..heads.width]);
             }
         });
     }
@@ -99,7 +146,7 @@ impl Task<'_> {
         queries: &[Query],
     ) -> Vec<Fold<'a>> {
         let (layout, heads) = (cache.layout, cache.layout.heads);
-        let last = (self.run.position + self.first + self.count - 1) / BLOCK;
+        let last = (self.end() - 1) / BLOCK;
         let mut folds = Vec::with_capacity(last + 1);
         for block in self.first_block(heads)..=last {
             let mut following = match next {
@@ -121,25 +168,6 @@ impl Task<'_> {
             }
         }
         folds
-    }
-
-    /// The queries of the task, and their words for the first product.
-    fn prepare(&self, layout: Layout, q: &[f32], queries: &mut Vec<Query>, words: &mut Vec<u32>) {
-        let (heads, stride) = (layout.heads, layout.query_words());
-        let (width, group) = (heads.width, heads.group());
-        let count = self.count * group;
-        queries.clear();
-        words.resize(room(layout.kind, count) * stride, 0);
-        for (index, words) in words.chunks_exact_mut(stride).take(count).enumerate() {
-            let (row, member) = (self.first + index / group, index % group);
-            let at = (self.run.first_row + row) * heads.query + self.head * group + member;
-            let columns = &q[at * width..][..width];
-            layout::row(layout.kind.in_rows(), columns, words);
-            let position = self.run.position + row;
-            let first_visible = heads.first_visible(position);
-            let total = [0.0; BLOCK];
-            queries.push(Query { position, first_visible, top: f32::NEG_INFINITY, total });
-        }
     }
 }
 
@@ -164,6 +192,7 @@ struct Scratch {
 }
 
 thread_local! {
+    static FEW: RefCell<few::Buffers> = RefCell::default();
     static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers {
         queries: Vec::new(),
         words: Vec::new(),

@@ -17,6 +17,7 @@
 #![expect(unsafe_code, reason = "rows of one output are written by several threads")]
 
 mod attend;
+mod few;
 mod wanted;
 
 use super::attention::Heads;

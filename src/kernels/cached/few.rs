@@ -1,0 +1,358 @@
+//! Attention of a few queries, those of a token or two, to the blocks of their sequence.
+//!
+//! One loop in vectors walks through all blocks, where [`super::attend`] calls a tile for every part of one: with
+//! few queries a block takes little more time than the calls. Chains and roundings are the same, so results are
+//! bit for bit those of any number of queries. Only where vectors multiply in f32.
+
+use super::super::fetch::{Span, fetch_lines};
+use super::super::packed::WeightType;
+use super::super::pairs::are_widened;
+use super::super::real::{exp_vectors, sum};
+use super::super::rounding::rounded_vector;
+use super::super::tiles::{PANEL, PanelTile};
+use super::attend::{Query, Task};
+use super::{BLOCK, Block, LayerCache, Layout};
+use pulp::bytemuck::cast_slice;
+use pulp::{Simd, WithSimd};
+use std::ops::Range;
+
+/// Queries at most: whose sums stay in the registers of a 256-bit unit.
+const QUERIES: usize = 6;
+
+/// Vectors of weights that are computed side by side.
+const AT_ONCE: usize = 4;
+
+/// Whether so many queries are few.
+pub(super) fn are_few(layout: Layout, queries: usize) -> bool {
+    let in_f32 = match layout.kind {
+        WeightType::F32 => true,
+        WeightType::Bf16 => are_widened(),
+        WeightType::Bf16x3 | WeightType::Int8 => false,
+    };
+    in_f32 && queries <= QUERIES
+}
+
+/// A task of few queries.
+pub(super) struct Few<'a, Put> {
+    pub(super) task: &'a Task<'a>,
+    pub(super) cache: &'a LayerCache,
+    /// Rows of queries of the step.
+    pub(super) q: &'a [f32],
+    /// What the next task begins with, to be fetched.
+    pub(super) next: Option<Block<'a>>,
+    /// Memory of its own.
+    pub(super) buffers: &'a mut Buffers,
+    /// `put(row, query of the group, values)`
+    pub(super) put: Put,
+}
+
+/// Memory of a task, used again by the next one of the thread.
+#[derive(Default)]
+pub(super) struct Buffers {
+    /// `[query][word of columns]`
+    words: Vec<u32>,
+    /// `[query][column]`
+    sums: Vec<f32>,
+}
+
+/// Calls the walk with the number of queries, and of vectors of a tile that goes with it, as constants.
+macro_rules! by_queries {
+    ($few:ident, $simd:ident, $count:expr; $(($($queries:literal)*) $vectors:literal),*) => {
+        match $count {
+            $($($queries => $few.walk::<S, INPUTS, $queries, $vectors>($simd),)*)*
+            _ => unreachable!("at most 6 queries"),
+        }
+    };
+}
+
+impl<Put: Fn(usize, usize, &[f32])> WithSimd for Few<'_, Put> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.cache.layout.kind {
+            WeightType::F32 => self.walk_any::<S, 1>(simd),
+            _ => self.walk_any::<S, 2>(simd),
+        }
+    }
+}
+
+impl<Put: Fn(usize, usize, &[f32])> Few<'_, Put> {
+    #[inline(always)]
+    fn walk_any<S: Simd, const INPUTS: usize>(self, simd: S) {
+        let count = self.task.count * self.cache.layout.heads.group();
+        match S::F32_LANES {
+            8 => by_queries!(self, simd, count; (1 2 3) 4, (4 5 6) 2),
+            _ => by_queries!(self, simd, count; (1 2 3 4 5 6) 2),
+        }
+    }
+
+    /// All blocks in their order. A word of the cache holds `INPUTS` inputs.
+    #[inline(always)]
+    fn walk<S: Simd, const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>(
+        self,
+        simd: S,
+    ) {
+        let Few { task, cache, q, next, buffers: Buffers { words, sums }, put } = self;
+        let layout = cache.layout;
+        let mut queries: [Query; QUERIES] = std::array::from_fn(|at| task.query(layout, at));
+        task.words(layout, q, words);
+        sums.clear();
+        sums.resize(QUERIES * layout.padded(), 0.0);
+        let mut scratch = Scratch::<QUERIES>::new();
+        let (first, last) = (task.first_block(layout.heads), (task.end() - 1) / BLOCK);
+        let block = |index| cache.block(task.run, task.head, index);
+        let mut own = block(first).expect("a table of all blocks");
+        for index in first..=last {
+            let then = if index < last { block(index + 1) } else { next };
+            let fold = Fold::<INPUTS, QUERIES, VECTORS> {
+                layout,
+                start: index * BLOCK,
+                end: (task.end() - index * BLOCK).min(BLOCK),
+                block: own,
+                next: then.unwrap_or(own),
+            };
+            fold.score(simd, words, &mut scratch);
+            let keep = fold.weigh(simd, &mut queries, &mut scratch);
+            fold.add(simd, &keep, sums, &mut scratch);
+            own = fold.next;
+        }
+        for (at, (query, sums)) in
+            queries.iter().zip(sums.chunks_exact_mut(layout.padded())).enumerate()
+        {
+            let inverse = 1.0 / sum(&query.total);
+            sums.iter_mut().for_each(|sum| *sum *= inverse);
+            let (row, member) = task.place(layout, at);
+            put(row, member, &sums[..layout.heads.width]);
+        }
+    }
+}
+
+/// What folding a block needs on the way.
+struct Scratch<const QUERIES: usize> {
+    /// `[half][query][position]`
+    scores: [[[f32; PANEL]; QUERIES]; BLOCK / PANEL],
+    /// `[query][position]`, rounded as values are.
+    weights: [[f32; BLOCK]; QUERIES],
+    /// `[query][column of a stripe]`
+    out: [[f32; PANEL]; QUERIES],
+}
+
+impl<const QUERIES: usize> Scratch<QUERIES> {
+    #[inline(always)]
+    fn new() -> Self {
+        Scratch {
+            scores: [[[0.0; PANEL]; QUERIES]; BLOCK / PANEL],
+            weights: [[0.0; BLOCK]; QUERIES],
+            out: [[0.0; PANEL]; QUERIES],
+        }
+    }
+}
+
+impl<const QUERIES: usize> Scratch<QUERIES> {
+    /// A vector of the scores of a query.
+    #[inline(always)]
+    fn score<S: Simd>(&self, query: usize, vector: usize) -> S::f32s {
+        let vectors = PANEL / S::F32_LANES;
+        let (scores, _) = S::as_simd_f32s(&self.scores[vector / vectors][query]);
+        scores[vector % vectors]
+    }
+}
+
+/// What of a block a query sees; `ALL` if it is known to be all of it.
+struct Seen<S: Simd, const ALL: bool> {
+    from: S::f32s,
+    to: S::f32s,
+    any: bool,
+}
+
+impl<S: Simd, const ALL: bool> Seen<S, ALL> {
+    #[inline(always)]
+    fn new(simd: S, seen: &Range<usize>) -> Self {
+        let (from, to) = (simd.splat_f32s(seen.start as f32), simd.splat_f32s(seen.end as f32));
+        Seen { from, to, any: ALL || !seen.is_empty() }
+    }
+
+    /// A vector of the block, with `value` wherever nothing is seen.
+    #[inline(always)]
+    fn or(&self, simd: S, vector: usize, x: S::f32s, value: f32) -> S::f32s {
+        if ALL {
+            return x;
+        }
+        let (lanes, _) = S::as_simd_f32s(&LANES);
+        let value = simd.splat_f32s(value);
+        let x = simd.select_f32s(simd.less_than_f32s(lanes[vector], self.to), x, value);
+        simd.select_f32s(simd.less_than_f32s(lanes[vector], self.from), value, x)
+    }
+}
+
+/// One block about to be folded into the queries.
+struct Fold<'a, const INPUTS: usize, const QUERIES: usize, const VECTORS: usize> {
+    layout: Layout,
+    /// Position of the block in the sequence.
+    start: usize,
+    /// Positions of the block that any query sees.
+    end: usize,
+    block: Block<'a>,
+    /// To be fetched on the way.
+    next: Block<'a>,
+}
+
+impl<const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>
+    Fold<'_, INPUTS, QUERIES, VECTORS>
+{
+    /// Multiplies queries and keys.
+    #[inline(always)]
+    fn score<S: Simd>(&self, simd: S, words: &[u32], scratch: &mut Scratch<QUERIES>) {
+        let half = self.layout.key_words() * PANEL;
+        let halves = self.block.keys.chunks_exact(half).zip(self.next.keys.chunks_exact(half));
+        let seen = self.end.div_ceil(PANEL);
+        for (index, ((keys, next), out)) in halves.zip(&mut scratch.scores).enumerate() {
+            if index >= seen {
+                fetch_lines(next);
+                continue;
+            }
+            let tile = PanelTile::<INPUTS> {
+                rows: words,
+                stride: self.layout.query_words(),
+                panel: keys,
+                ahead: Span::of(next),
+                goes_on: false,
+                out,
+            };
+            tile.multiply::<S, QUERIES, VECTORS, false>(simd, &mut []);
+        }
+    }
+
+    /// What of the next values is fetched between the products, which else are too fast for memory.
+    #[inline(always)]
+    fn fetched_early(&self) -> &[u32] {
+        &self.next.values[..self.next.values.len() / 4]
+    }
+
+    /// What of them is fetched in the product with a stripe.
+    #[inline(always)]
+    fn fetched_beside(&self, stripe: usize, stripes: usize) -> Span<'_> {
+        let late = &self.next.values[self.fetched_early().len()..];
+        let share = late.len() / stripes;
+        let share = &late[stripe * share..][..share];
+        if self.end < BLOCK {
+            // A short product has no time for all of it.
+            fetch_lines(share);
+            return Span::NOTHING;
+        }
+        Span::of(share)
+    }
+
+    /// Turns scores into weights, and those that a query does not see into zeros; returns what the earlier
+    /// blocks of each query are to be multiplied with.
+    #[inline(always)]
+    fn weigh<S: Simd>(
+        &self,
+        simd: S,
+        queries: &mut [Query; QUERIES],
+        scratch: &mut Scratch<QUERIES>,
+    ) -> [S::f32s; QUERIES] {
+        let whole = 0..BLOCK;
+        match queries.iter().all(|query| query.seen(self.start) == whole) {
+            true => self.weigh_seen::<S, true>(simd, queries, scratch),
+            false => self.weigh_seen::<S, false>(simd, queries, scratch),
+        }
+    }
+
+    /// The same where queries see all of the block, or some of it.
+    #[inline(always)]
+    fn weigh_seen<S: Simd, const ALL: bool>(
+        &self,
+        simd: S,
+        queries: &mut [Query; QUERIES],
+        scratch: &mut Scratch<QUERIES>,
+    ) -> [S::f32s; QUERIES] {
+        let scale = simd.splat_f32s(self.layout.heads.scale() as f32);
+        let vectors = PANEL / S::F32_LANES;
+        let mut keep = [simd.splat_f32s(1.0); QUERIES];
+        let groups = QUERIES * 2 * vectors / AT_ONCE;
+        let mut fetched = self.fetched_early().chunks(self.fetched_early().len().div_ceil(groups));
+        for (row, query) in queries.iter_mut().enumerate() {
+            let seen = Seen::<S, ALL>::new(simd, &query.seen(self.start));
+            let mut top = simd.splat_f32s(query.top);
+            for vector in 0..2 * vectors {
+                let score = scratch.score::<S>(row, vector);
+                let score = simd.mul_f32s(score, scale);
+                top = simd.max_f32s(seen.or(simd, vector, score, f32::NEG_INFINITY), top);
+            }
+            let before = simd.splat_f32s(query.top);
+            query.top = simd.reduce_max_f32s(top);
+            let top = simd.splat_f32s(query.top);
+            if seen.any {
+                [keep[row]] = exp_vectors(simd, [simd.sub_f32s(before, top)]);
+            }
+            let (totals, _) = S::as_mut_simd_f32s(&mut query.total);
+            for first in (0..2 * vectors).step_by(AT_ONCE) {
+                let mut own = [top; AT_ONCE];
+                for at in 0..AT_ONCE {
+                    let score = simd.mul_f32s(scratch.score::<S>(row, first + at), scale);
+                    own[at] = simd.sub_f32s(score, top);
+                }
+                own = exp_vectors(simd, own);
+                fetch_lines(fetched.next().unwrap_or(&[]));
+                let (weights, _) = S::as_mut_simd_f32s(&mut scratch.weights[row]);
+                for at in 0..AT_ONCE {
+                    let own = seen.or(simd, first + at, own[at], 0.0);
+                    let total = &mut totals[first + at];
+                    *total = simd.mul_add_f32s(*total, keep[row], own);
+                    weights[first + at] = match INPUTS {
+                        1 => own,
+                        _ => rounded_vector(simd, own),
+                    };
+                }
+            }
+        }
+        keep
+    }
+
+    /// Adds the weighted values.
+    #[inline(always)]
+    fn add<S: Simd>(
+        &self,
+        simd: S,
+        keep: &[S::f32s; QUERIES],
+        sums: &mut [f32],
+        scratch: &mut Scratch<QUERIES>,
+    ) {
+        let (kind, padded) = (self.layout.kind, self.layout.padded());
+        // Behind the last visible position weights are zero, and values those of nobody.
+        let stripe = kind.words(BLOCK) * PANEL;
+        let seen = kind.words(self.end) * PANEL;
+        for (index, values) in self.block.values.chunks_exact(stripe).enumerate() {
+            let tile = PanelTile::<INPUTS> {
+                rows: cast_slice(scratch.weights.as_flattened()),
+                stride: BLOCK,
+                panel: &values[..seen],
+                ahead: self.fetched_beside(index, padded / PANEL),
+                goes_on: false,
+                out: &mut scratch.out,
+            };
+            tile.multiply::<S, QUERIES, VECTORS, false>(simd, &mut []);
+            for row in 0..QUERIES {
+                let sums = &mut sums[row * padded + index * PANEL..][..PANEL];
+                let (sums, _) = S::as_mut_simd_f32s(sums);
+                let (out, _) = S::as_simd_f32s(&scratch.out[row]);
+                for (sum, &out) in sums.iter_mut().zip(out) {
+                    *sum = simd.mul_add_f32s(*sum, keep[row], out);
+                }
+            }
+        }
+    }
+}
+
+/// Positions of a block.
+static LANES: [f32; BLOCK] = {
+    let mut lanes = [0.0; BLOCK];
+    let mut lane = 0;
+    while lane < BLOCK {
+        lanes[lane] = lane as f32;
+        lane += 1;
+    }
+    lanes
+};
