@@ -5,11 +5,12 @@ use super::super::fetch::{begin_to_fetch, fetch_all};
 use super::super::layout;
 use super::super::packed::WeightType;
 use super::super::pairs::are_widened;
-use super::super::real::{Real, max, simd, sum};
+use super::super::real::{simd, sum};
 use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
 use super::few::{self, Few, are_few};
+use super::weigh::{AT_ONCE, Query, Scores};
 use super::{BLOCK, Block, LayerCache, Layout, Run};
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -21,25 +22,6 @@ pub(super) struct Task<'a> {
     pub(super) first: usize,
     pub(super) count: usize,
     pub(super) head: usize,
-}
-
-/// One query on its way through the blocks.
-pub(super) struct Query {
-    position: usize,
-    first_visible: usize,
-    pub(super) top: f32,
-    /// Sum of the weights so far, in lanes that are added at the end.
-    pub(super) total: [f32; BLOCK],
-}
-
-impl Query {
-    /// What of the block from `start` it sees.
-    #[inline(always)]
-    pub(super) fn seen(&self, start: usize) -> Range<usize> {
-        let from = self.first_visible.max(start) - start;
-        let to = (self.position + 1).min(start + BLOCK).saturating_sub(start);
-        if from < to { from..to } else { 0..0 }
-    }
 }
 
 impl Task<'_> {
@@ -64,8 +46,7 @@ impl Task<'_> {
     #[inline(always)]
     pub(super) fn query(&self, layout: Layout, index: usize) -> Query {
         let position = self.run.position + self.first + index / layout.heads.group();
-        let first_visible = layout.heads.first_visible(position);
-        Query { position, first_visible, top: f32::NEG_INFINITY, total: [0.0; BLOCK] }
+        Query::new(layout.heads, position)
     }
 
     /// The words of its queries, for the product with keys.
@@ -155,7 +136,7 @@ impl Task<'_> {
                 None => None,
             };
             let own = cache.block(self.run, self.head, block).expect("a table of all blocks");
-            let at_once = rows_at_once(layout.kind);
+            let at_once = if are_widened() { ROWS } else { rows_at_once(layout.kind) };
             for first in (0..queries.len()).step_by(at_once) {
                 let rows = first..(first + at_once).min(queries.len());
                 let start = block * BLOCK;
@@ -256,10 +237,15 @@ impl Fold<'_> {
         };
         let depth = kind.words(self.end.next_multiple_of(whole));
         let half = then.len() / 2;
-        let keep = simd(
-            #[inline(always)]
-            || self.weigh(queries, &mut scores[self.side], weights, &then[..half]),
-        );
+        let mut keep = [1.0; ROWS];
+        Arch::new().dispatch(Weigh {
+            fold: self,
+            queries,
+            scores: &scores[self.side],
+            weights,
+            keep: &mut keep,
+            then: &then[..half],
+        });
         // Behind the last visible position weights are zero, and values those of nobody.
         let stripe = kind.words(BLOCK) * PANEL;
         let next = self.next.map(|next| next.values);
@@ -286,61 +272,46 @@ impl Fold<'_> {
             );
         }
     }
+}
 
-    /// Turns scores into weights, and those that a query does not see into zeros; returns what the earlier
-    /// blocks of each query are to be multiplied with.
+/// Turns the scores of a fold into weights, and those that a query does not see into zeros.
+struct Weigh<'a> {
+    fold: &'a Fold<'a>,
+    queries: &'a mut [Query],
+    /// `[half][query][position]`
+    scores: &'a [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
+    /// `[query][word of positions]`
+    weights: &'a mut [u32; ROWS * BLOCK],
+    /// What the earlier blocks of each query are to be multiplied with.
+    keep: &'a mut [f32; ROWS],
+    /// To be fetched on the way.
+    then: &'a [u32],
+}
+
+impl WithSimd for Weigh<'_> {
+    type Output = ();
+
     #[inline(always)]
-    fn weigh(
-        &self,
-        queries: &mut [Query],
-        scores: &mut [[[f32; PANEL]; ROWS]; BLOCK / PANEL],
-        weights: &mut [u32; ROWS * BLOCK],
-        then: &[u32],
-    ) -> [f32; ROWS] {
-        let (kind, start) = (self.layout.kind, self.start);
-        let scale = self.layout.heads.scale() as f32;
-        let (mut before, mut after) = ([0.0; ROWS], [0.0; ROWS]);
-        let mut keep = [1.0; ROWS];
-        let [left, right] = scores;
-        let mut then = then.chunks(then.len().div_ceil(2 * queries.len()).max(1));
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Weigh { fold, queries, scores: [left, right], weights, keep, then } = self;
+        let (kind, scale) = (fold.layout.kind, fold.layout.heads.scale() as f32);
+        let mut then = then.chunks(then.len().div_ceil(queries.len()).max(1));
         for (row, query) in queries.iter_mut().enumerate() {
             fetch_all(then.next().unwrap_or(&[]));
-            let seen = query.seen(start);
+            let scores = Scores { halves: [&left[row], &right[row]], scale };
             let mut own = [0.0; BLOCK];
-            for lane in 0..PANEL {
-                own[lane] = left[row][lane] * scale;
-                own[lane + PANEL] = right[row][lane] * scale;
-            }
-            hide(&mut own, &seen, f32::NEG_INFINITY);
-            (left[row], right[row]) = halves(&own);
-            before[row] = query.top;
-            query.top = max(&own[..]).max(query.top);
-            after[row] = query.top;
-        }
-        for row in 0..ROWS {
-            keep[row] = Real::exp(before[row] - after[row]);
-        }
-        for (row, query) in queries.iter_mut().enumerate() {
-            let seen = query.seen(start);
-            if seen.is_empty() {
-                keep[row] = 1.0; // nothing may have been seen before either, which is not a number here
-            }
-            fetch_all(then.next().unwrap_or(&[]));
-            let mut own = [0.0; BLOCK];
-            for lane in 0..PANEL {
-                own[lane] = Real::exp(left[row][lane] - after[row]);
-                own[lane + PANEL] = Real::exp(right[row][lane] - after[row]);
-            }
-            hide(&mut own, &seen, 0.0);
-            let (mut total, keep) = (query.total, keep[row]);
-            for lane in 0..BLOCK {
-                total[lane] = total[lane].mul_add(keep, own[lane]);
-            }
-            query.total = total;
+            let (vectors, _) = S::as_mut_simd_f32s(&mut own);
+            let earlier = query.weigh(
+                simd,
+                fold.start,
+                scores,
+                #[inline(always)]
+                |first, weights| vectors[first..first + AT_ONCE].copy_from_slice(&weights),
+            );
+            keep[row] = simd.reduce_max_f32s(earlier);
             let weights = &mut weights[row * BLOCK..][..kind.row_words(BLOCK)];
             layout::row(kind.in_rows(), &own, weights);
         }
-        keep
     }
 }
 
@@ -360,24 +331,4 @@ fn ahead<'a>(
     }
     begin_to_fetch(next);
     Ahead::new(then.and_then(|then| then.get(at..)).unwrap_or(&[]), PANEL)
-}
-
-/// Puts `value` wherever nothing is seen.
-#[inline(always)]
-fn hide(own: &mut [f32; BLOCK], seen: &Range<usize>, value: f32) {
-    if *seen == (0..BLOCK) {
-        return;
-    }
-    // Signed, for vectors of 256 bits compare nothing else.
-    let (from, to) = (seen.start as i32, seen.end as i32);
-    for lane in 0..BLOCK {
-        let at = lane as i32;
-        own[lane] = if at >= from { own[lane] } else { value };
-        own[lane] = if at < to { own[lane] } else { value };
-    }
-}
-
-#[inline(always)]
-fn halves(own: &[f32; BLOCK]) -> ([f32; PANEL], [f32; PANEL]) {
-    (std::array::from_fn(|lane| own[lane]), std::array::from_fn(|lane| own[lane + PANEL]))
 }

@@ -7,20 +7,17 @@
 use super::super::fetch::{Span, fetch_lines};
 use super::super::packed::WeightType;
 use super::super::pairs::are_widened;
-use super::super::real::{exp_vectors, sum};
+use super::super::real::sum;
 use super::super::rounding::rounded_vector;
 use super::super::tiles::{PANEL, PanelTile};
-use super::attend::{Query, Task};
+use super::attend::Task;
+use super::weigh::{AT_ONCE, Query, Scores};
 use super::{BLOCK, Block, LayerCache, Layout};
 use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
-use std::ops::Range;
 
 /// Queries at most: whose sums stay in the registers of a 256-bit unit.
 const QUERIES: usize = 6;
-
-/// Vectors of weights that are computed side by side.
-const AT_ONCE: usize = 4;
 
 /// Whether so many queries are few.
 pub(super) fn are_few(layout: Layout, queries: usize) -> bool {
@@ -149,43 +146,6 @@ impl<const QUERIES: usize> Scratch<QUERIES> {
     }
 }
 
-impl<const QUERIES: usize> Scratch<QUERIES> {
-    /// A vector of the scores of a query.
-    #[inline(always)]
-    fn score<S: Simd>(&self, query: usize, vector: usize) -> S::f32s {
-        let vectors = PANEL / S::F32_LANES;
-        let (scores, _) = S::as_simd_f32s(&self.scores[vector / vectors][query]);
-        scores[vector % vectors]
-    }
-}
-
-/// What of a block a query sees; `ALL` if it is known to be all of it.
-struct Seen<S: Simd, const ALL: bool> {
-    from: S::f32s,
-    to: S::f32s,
-    any: bool,
-}
-
-impl<S: Simd, const ALL: bool> Seen<S, ALL> {
-    #[inline(always)]
-    fn new(simd: S, seen: &Range<usize>) -> Self {
-        let (from, to) = (simd.splat_f32s(seen.start as f32), simd.splat_f32s(seen.end as f32));
-        Seen { from, to, any: ALL || !seen.is_empty() }
-    }
-
-    /// A vector of the block, with `value` wherever nothing is seen.
-    #[inline(always)]
-    fn or(&self, simd: S, vector: usize, x: S::f32s, value: f32) -> S::f32s {
-        if ALL {
-            return x;
-        }
-        let (lanes, _) = S::as_simd_f32s(&LANES);
-        let value = simd.splat_f32s(value);
-        let x = simd.select_f32s(simd.less_than_f32s(lanes[vector], self.to), x, value);
-        simd.select_f32s(simd.less_than_f32s(lanes[vector], self.from), value, x)
-    }
-}
-
 /// One block about to be folded into the queries.
 struct Fold<'a, const INPUTS: usize, const QUERIES: usize, const VECTORS: usize> {
     layout: Layout,
@@ -253,60 +213,30 @@ impl<const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>
         queries: &mut [Query; QUERIES],
         scratch: &mut Scratch<QUERIES>,
     ) -> [S::f32s; QUERIES] {
-        let whole = 0..BLOCK;
-        match queries.iter().all(|query| query.seen(self.start) == whole) {
-            true => self.weigh_seen::<S, true>(simd, queries, scratch),
-            false => self.weigh_seen::<S, false>(simd, queries, scratch),
-        }
-    }
-
-    /// The same where queries see all of the block, or some of it.
-    #[inline(always)]
-    fn weigh_seen<S: Simd, const ALL: bool>(
-        &self,
-        simd: S,
-        queries: &mut [Query; QUERIES],
-        scratch: &mut Scratch<QUERIES>,
-    ) -> [S::f32s; QUERIES] {
-        let scale = simd.splat_f32s(self.layout.heads.scale() as f32);
-        let vectors = PANEL / S::F32_LANES;
         let mut keep = [simd.splat_f32s(1.0); QUERIES];
-        let groups = QUERIES * 2 * vectors / AT_ONCE;
-        let mut fetched = self.fetched_early().chunks(self.fetched_early().len().div_ceil(groups));
+        let early = self.fetched_early();
+        let mut early =
+            early.chunks(early.len().div_ceil(QUERIES * BLOCK / S::F32_LANES / AT_ONCE));
+        let scale = self.layout.heads.scale() as f32;
+        let Scratch { scores: [left, right], weights, .. } = scratch;
         for (row, query) in queries.iter_mut().enumerate() {
-            let seen = Seen::<S, ALL>::new(simd, &query.seen(self.start));
-            let mut top = simd.splat_f32s(query.top);
-            for vector in 0..2 * vectors {
-                let score = scratch.score::<S>(row, vector);
-                let score = simd.mul_f32s(score, scale);
-                top = simd.max_f32s(seen.or(simd, vector, score, f32::NEG_INFINITY), top);
-            }
-            let before = simd.splat_f32s(query.top);
-            query.top = simd.reduce_max_f32s(top);
-            let top = simd.splat_f32s(query.top);
-            if seen.any {
-                [keep[row]] = exp_vectors(simd, [simd.sub_f32s(before, top)]);
-            }
-            let (totals, _) = S::as_mut_simd_f32s(&mut query.total);
-            for first in (0..2 * vectors).step_by(AT_ONCE) {
-                let mut own = [top; AT_ONCE];
-                for at in 0..AT_ONCE {
-                    let score = simd.mul_f32s(scratch.score::<S>(row, first + at), scale);
-                    own[at] = simd.sub_f32s(score, top);
-                }
-                own = exp_vectors(simd, own);
-                fetch_lines(fetched.next().unwrap_or(&[]));
-                let (weights, _) = S::as_mut_simd_f32s(&mut scratch.weights[row]);
-                for at in 0..AT_ONCE {
-                    let own = seen.or(simd, first + at, own[at], 0.0);
-                    let total = &mut totals[first + at];
-                    *total = simd.mul_add_f32s(*total, keep[row], own);
-                    weights[first + at] = match INPUTS {
-                        1 => own,
-                        _ => rounded_vector(simd, own),
-                    };
-                }
-            }
+            let scores = Scores { halves: [&left[row], &right[row]], scale };
+            let (weights, _) = S::as_mut_simd_f32s(&mut weights[row]);
+            keep[row] = query.weigh(
+                simd,
+                self.start,
+                scores,
+                #[inline(always)]
+                |first, own| {
+                    fetch_lines(early.next().unwrap_or(&[]));
+                    for at in 0..AT_ONCE {
+                        weights[first + at] = match INPUTS {
+                            1 => own[at],
+                            _ => rounded_vector(simd, own[at]),
+                        };
+                    }
+                },
+            );
         }
         keep
     }
@@ -345,14 +275,3 @@ impl<const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>
         }
     }
 }
-
-/// Positions of a block.
-static LANES: [f32; BLOCK] = {
-    let mut lanes = [0.0; BLOCK];
-    let mut lane = 0;
-    while lane < BLOCK {
-        lanes[lane] = lane as f32;
-        lane += 1;
-    }
-    lanes
-};

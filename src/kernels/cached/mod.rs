@@ -19,6 +19,7 @@
 mod attend;
 mod few;
 mod wanted;
+mod weigh;
 
 use super::attention::Heads;
 use super::packed::WeightType;
