@@ -79,10 +79,11 @@ impl Real for f32 {
         let n = shifted - EXP_SHIFT;
         let r = n.mul_add(-LN_2.0, x);
         let r = n.mul_add(-LN_2.1, r);
-        let mut p = EXP_POLYNOMIAL[0];
-        for factor in &EXP_POLYNOMIAL[1..] {
-            p = p.mul_add(r, *factor);
-        }
+        let p = EXP_POLYNOMIAL[0].mul_add(r, EXP_POLYNOMIAL[1]);
+        let p = p.mul_add(r, EXP_POLYNOMIAL[2]);
+        let p = p.mul_add(r, EXP_POLYNOMIAL[3]);
+        let p = p.mul_add(r, EXP_POLYNOMIAL[4]);
+        let p = p.mul_add(r, EXP_POLYNOMIAL[5]);
         let p = p.mul_add(r * r, r) + 1.0;
         let exponent = shifted.to_bits().wrapping_sub(EXP_SHIFT.to_bits()).wrapping_add(127);
         p * f32::from_bits(exponent << 23)

@@ -71,17 +71,15 @@ impl Task<'_> {
         next: Option<&Task<'_>>,
         put: impl Fn(usize, usize, &[f32]),
     ) {
-        let (layout, block) = (cache.layout, |next: &Task| {
-            cache.block(next.run, next.head, next.first_block(cache.layout.heads))
-        });
+        let layout = cache.layout;
         if are_few(layout, self.count * layout.heads.group()) {
-            let next = next.and_then(block);
+            let next = next
+                .and_then(|next| cache.block(next.run, next.head, next.first_block(layout.heads)));
             return FEW.with_borrow_mut(|buffers| {
                 Arch::new().dispatch(Few { task: self, cache, q, next, buffers, put });
             });
         }
         BUFFERS.with_borrow_mut(|Buffers { queries, words, sums, scratch }| {
-            let layout = cache.layout;
             let (heads, stride, padded) = (layout.heads, layout.query_words(), layout.padded());
             let count = self.count * heads.group();
             queries.clear();
@@ -136,7 +134,7 @@ impl Task<'_> {
                 None => None,
             };
             let own = cache.block(self.run, self.head, block).expect("a table of all blocks");
-            let at_once = if are_widened() { ROWS } else { rows_at_once(layout.kind) };
+            let at_once = queries_at_once(layout.kind);
             for first in (0..queries.len()).step_by(at_once) {
                 let rows = first..(first + at_once).min(queries.len());
                 let start = block * BLOCK;
@@ -313,6 +311,12 @@ impl WithSimd for Weigh<'_> {
             layout::row(kind.in_rows(), &own, weights);
         }
     }
+}
+
+/// Queries of a fold at most: what a tile takes at a time, or all that there is room for where each call widens its
+/// panel.
+fn queries_at_once(kind: WeightType) -> usize {
+    if are_widened() { ROWS } else { rows_at_once(kind) }
 }
 
 /// What is fetched while a tile is multiplied (docs/engine.md has what was tried): on a matrix unit what is read

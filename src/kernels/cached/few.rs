@@ -1,8 +1,9 @@
-//! Attention of a few queries, those of a token or two, to the blocks of their sequence.
+//! Attention of a few queries, those of a token or two, to the blocks of their sequence, where vectors multiply in
+//! f32.
 //!
-//! One loop in vectors walks through all blocks, where [`super::attend`] calls a tile for every part of one: with
-//! few queries a block takes little more time than the calls. Chains and roundings are the same, so results are
-//! bit for bit those of any number of queries. Only where vectors multiply in f32.
+//! One loop walks through all blocks, where [`super::attend`] calls a tile for every part of one: with few queries
+//! the calls take as long as the products. Chains and roundings are the same, so results are bit for bit those of
+//! any number of queries.
 
 use super::super::fetch::{Span, fetch_lines};
 use super::super::packed::WeightType;
@@ -99,8 +100,8 @@ impl<Put: Fn(usize, usize, &[f32])> Few<'_, Put> {
         let mut scratch = Scratch::<QUERIES>::new();
         let (first, last) = (task.first_block(layout.heads), (task.end() - 1) / BLOCK);
         let block = |index| cache.block(task.run, task.head, index);
-        let mut own = block(first).expect("a table of all blocks");
         for index in first..=last {
+            let own = block(index).expect("a table of all blocks");
             let then = if index < last { block(index + 1) } else { next };
             let fold = Fold::<INPUTS, QUERIES, VECTORS> {
                 layout,
@@ -112,11 +113,9 @@ impl<Put: Fn(usize, usize, &[f32])> Few<'_, Put> {
             fold.score(simd, words, &mut scratch);
             let keep = fold.weigh(simd, &mut queries, &mut scratch);
             fold.add(simd, &keep, sums, &mut scratch);
-            own = fold.next;
         }
-        for (at, (query, sums)) in
-            queries.iter().zip(sums.chunks_exact_mut(layout.padded())).enumerate()
-        {
+        let results = queries.iter().zip(sums.chunks_exact_mut(layout.padded()));
+        for (at, (query, sums)) in results.enumerate() {
             let inverse = 1.0 / sum(&query.total);
             sums.iter_mut().for_each(|sum| *sum *= inverse);
             let (row, member) = task.place(layout, at);

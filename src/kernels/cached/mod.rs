@@ -305,6 +305,9 @@ mod tests {
         for dtype in [DType::F32, DType::BF16] {
             check_chunks(Heads { window: Some(90), ..HEADS }, dtype);
             check_chunks(Heads { query: 2, width: 70, ..HEADS }, dtype);
+            // Four and five queries at a time.
+            check_chunks(Heads { query: 8, width: 32, ..HEADS }, dtype);
+            check_chunks(Heads { query: 10, window: Some(70), ..HEADS }, dtype);
         }
     }
 
