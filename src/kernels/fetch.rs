@@ -51,7 +51,8 @@ pub(crate) fn fetch_all<T>(elements: &[T]) {
 /// Has the CPU bring elements into its second cache.
 #[inline(always)]
 pub(crate) fn fetch_lines<T>(elements: &[T]) {
-    Steps { next: elements.as_ptr().cast(), step: LINE }.fetch(size_of_val(elements) / LINE);
+    Steps { next: elements.as_ptr().cast(), step: LINE }
+        .fetch(size_of_val(elements).div_ceil(LINE));
 }
 
 /// Memory that a loop fetches on its way into the second cache.

@@ -38,7 +38,7 @@ pub(crate) fn rounded(x: f32) -> u32 {
     round(x) << 16
 }
 
-/// [`rounded`] of each lane, all of which are numbers.
+/// [`rounded`] of each lane. Of what is no number the result is of no meaning.
 #[inline(always)]
 pub(crate) fn rounded_vector<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let bits = simd.transmute_u32s_f32s(x);
@@ -194,6 +194,26 @@ mod tests {
         for pair in words.chunks(2) {
             assert_eq!(pair, [0x3f82_3f80, 0x3f81_bf80]);
         }
+    }
+
+    #[test]
+    fn a_vector_is_rounded_as_its_lanes() {
+        struct Vectors<'a>(&'a mut [f32]);
+        impl pulp::WithSimd for Vectors<'_> {
+            type Output = ();
+            #[inline(always)]
+            fn with_simd<S: Simd>(self, simd: S) {
+                let (vectors, _) = S::as_mut_simd_f32s(self.0);
+                vectors.iter_mut().for_each(|x| *x = rounded_vector(simd, *x));
+            }
+        }
+        let ties = [0x3f80_8000, 0x3f81_8000, 0xbf80_8000, 0x3f80_8001, 0x0000_8001];
+        let others = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, 1e-30, 1.0 / 3.0];
+        let mut x: Vec<f32> = ties.map(f32::from_bits).into_iter().chain(others).collect();
+        x.resize(2 * PANEL, 0.1);
+        let expected: Vec<u32> = x.iter().map(|&x| rounded(x)).collect();
+        pulp::Arch::new().dispatch(Vectors(&mut x));
+        assert!(x.iter().map(|x| x.to_bits()).eq(expected));
     }
 
     #[test]

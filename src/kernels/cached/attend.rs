@@ -316,7 +316,10 @@ impl WithSimd for Weigh<'_> {
 /// Queries of a fold at most: what a tile takes at a time, or all that there is room for where each call widens its
 /// panel.
 fn queries_at_once(kind: WeightType) -> usize {
-    if are_widened() { ROWS } else { rows_at_once(kind) }
+    match kind {
+        WeightType::Bf16 if are_widened() => ROWS,
+        kind => rows_at_once(kind),
+    }
 }
 
 /// What is fetched while a tile is multiplied (docs/engine.md has what was tried): on a matrix unit what is read

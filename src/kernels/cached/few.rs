@@ -18,7 +18,7 @@ use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
 
 /// Queries at most: whose sums stay in the registers of a 256-bit unit.
-const QUERIES: usize = 6;
+const QUERIES_MAX: usize = 6;
 
 /// Whether so many queries are few.
 pub(super) fn are_few(layout: Layout, queries: usize) -> bool {
@@ -27,7 +27,7 @@ pub(super) fn are_few(layout: Layout, queries: usize) -> bool {
         WeightType::Bf16 => are_widened(),
         WeightType::Bf16x3 | WeightType::Int8 => false,
     };
-    in_f32 && queries <= QUERIES
+    in_f32 && queries <= QUERIES_MAX
 }
 
 /// A task of few queries.
@@ -270,6 +270,60 @@ impl<const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>
                 for (sum, &out) in sums.iter_mut().zip(out) {
                     *sum = simd.mul_add_f32s(*sum, keep[row], out);
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::attention::Heads;
+    use super::super::Run;
+    use super::*;
+    use candle_core::DType;
+    use std::cell::RefCell;
+
+    type Put<'a> = &'a dyn Fn(usize, usize, &[f32]);
+
+    fn check(heads: Heads, dtype: DType, count: usize) {
+        let random = |rows: usize, heads: usize| {
+            let number = |index: usize| ((index * 7919 + 13) % 1009) as f32 / 300.0 - 1.7;
+            (0..rows * heads * HEADS.width).map(number).collect::<Vec<f32>>()
+        };
+        let mut cache = LayerCache::new(3, heads, dtype);
+        let (rows, table) = (150, vec![2, 0, 1]);
+        let keys = random(rows, heads.key_value);
+        let values: Vec<f32> = keys.iter().rev().copied().collect();
+        let all = Run { first_row: 0, rows, position: 0, table: table.clone() };
+        cache.store([&keys, &values], &[all]).unwrap();
+        let run = Run { first_row: 0, rows: count, position: rows - count, table };
+        let task = Task { run: &run, first: 0, count, head: 1 };
+        let q = random(count, heads.query);
+        let found = |work: &dyn Fn(Few<'_, Put<'_>>)| {
+            let out = RefCell::new(Vec::new());
+            let put = |_: usize, _: usize, values: &[f32]| {
+                out.borrow_mut().extend(values.iter().map(|value| value.to_bits()));
+            };
+            let (next, buffers) = (None, &mut Buffers::default());
+            work(Few { task: &task, cache: &cache, q: &q, next, buffers, put: &put });
+            out.into_inner()
+        };
+        let widest = found(&|few| pulp::Arch::new().dispatch(few));
+        assert_eq!(widest.len(), count * heads.group() * heads.width);
+        assert_eq!(found(&|few| few.with_simd(pulp::Scalar)), widest, "one lane");
+        assert_eq!(found(&|few| few.with_simd(pulp::Scalar256b)), widest, "8 lanes");
+        assert_eq!(found(&|few| few.with_simd(pulp::Scalar512b)), widest, "16 lanes");
+    }
+
+    const HEADS: Heads = Heads { query: 6, key_value: 2, width: 42, window: None };
+
+    #[test]
+    fn vectors_of_any_width_compute_the_same_bits() {
+        for dtype in [DType::F32, DType::BF16] {
+            if dtype == DType::F32 || are_widened() {
+                check(HEADS, dtype, 1);
+                check(Heads { window: Some(21), ..HEADS }, dtype, 2);
+                check(Heads { query: 2, window: Some(1), ..HEADS }, dtype, 6);
             }
         }
     }

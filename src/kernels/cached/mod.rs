@@ -11,7 +11,8 @@
 //! A query walks through its blocks in order and folds each into a running maximum, sum and weighted value
 //! (Milakov and Gimelshein, 2018; arXiv 1805.02867). What it computes does not depend on which other
 //! queries are there, nor on whether it came in one step with its neighbours or alone: prompts may be cut
-//! into chunks anywhere without changing a bit.
+//! into chunks anywhere without changing a bit. (That is of finite keys and values: a weight of zero times what is not
+//! finite is no number, and queries of a tile share values that not all of them see.)
 
 // Reason: threads write different columns of the same rows, which slices cannot express.
 #![expect(unsafe_code, reason = "rows of one output are written by several threads")]
@@ -305,9 +306,11 @@ mod tests {
         for dtype in [DType::F32, DType::BF16] {
             check_chunks(Heads { window: Some(90), ..HEADS }, dtype);
             check_chunks(Heads { query: 2, width: 70, ..HEADS }, dtype);
-            // Four and five queries at a time.
+            // One to six queries at a time, of which some see nothing of a block.
+            for (query, window) in [(2, 1), (6, 1), (6, 5), (8, 70), (10, 70)] {
+                check_chunks(Heads { query, window: Some(window), ..HEADS }, dtype);
+            }
             check_chunks(Heads { query: 8, width: 32, ..HEADS }, dtype);
-            check_chunks(Heads { query: 10, window: Some(70), ..HEADS }, dtype);
         }
     }
 
@@ -339,7 +342,7 @@ mod tests {
 
         let mut cache = LayerCache::new(6, heads, dtype);
         let mut position = 0;
-        for rows in [1, 2, 61, 1, 70, 16, 29] {
+        for rows in [1, 2, 61, 1, 62, 2, 1, 5, 45] {
             // Beside it, a sequence that takes the same tokens from their end.
             let mine = Run { first_row: 0, rows, position, table: vec![5, 1, 3] };
             let other = Run { first_row: rows, rows, position, table: vec![0, 2, 4] };

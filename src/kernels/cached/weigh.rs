@@ -80,6 +80,7 @@ impl Query {
             for at in 0..AT_ONCE {
                 own[at] = simd.sub_f32s(scores.vector(simd, first + at), top);
             }
+            // Lanes that are not seen may be anything.
             own = exp_vectors(simd, own);
             for at in 0..AT_ONCE {
                 own[at] = seen.or(simd, first + at, own[at], 0.0);
@@ -128,7 +129,7 @@ impl<S: Simd, const ALL: bool> Seen<S, ALL> {
         if ALL {
             return x;
         }
-        let (lanes, _) = S::as_simd_f32s(&LANES);
+        let (lanes, _) = S::as_simd_f32s(&POSITIONS);
         let value = simd.splat_f32s(value);
         let x = simd.select_f32s(simd.less_than_f32s(lanes[vector], self.to), x, value);
         simd.select_f32s(simd.less_than_f32s(lanes[vector], self.from), value, x)
@@ -136,12 +137,12 @@ impl<S: Simd, const ALL: bool> Seen<S, ALL> {
 }
 
 /// Positions of a block.
-static LANES: [f32; BLOCK] = {
-    let mut lanes = [0.0; BLOCK];
+static POSITIONS: [f32; BLOCK] = {
+    let mut positions = [0.0; BLOCK];
     let mut lane = 0;
     while lane < BLOCK {
-        lanes[lane] = lane as f32;
+        positions[lane] = lane as f32;
         lane += 1;
     }
-    lanes
+    positions
 };
