@@ -91,7 +91,7 @@ impl Span<'_> {
     #[inline(always)]
     pub(crate) fn steps<T>(self, steps: usize, near: &[T]) -> Steps {
         let next = if self.bytes == 0 { near.as_ptr().cast() } else { self.start };
-        // A division takes as long as a dozen inputs of a tile.
+        // Mostly it is a line a step, which needs no division.
         let is_lines = self.bytes == steps * LINE;
         Steps { next, step: if is_lines { LINE } else { self.bytes.div_ceil(steps.max(1)) } }
     }
