@@ -12,7 +12,7 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 /// Accumulators of a reduction. Four 512-bit registers of f32.
 pub(crate) const LANES: usize = 64;
 
-/// What an exponent is clamped to.
+/// What the argument of an exponential is clamped to.
 const EXP_RANGE: (f32, f32) = (-87.0, 88.0);
 
 /// 1.5 * 2^23: a number that it is added to is rounded to an integer, which stands in the low bits.
