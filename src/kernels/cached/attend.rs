@@ -7,7 +7,7 @@ use super::super::packed::WeightType;
 use super::super::pairs::are_widened;
 use super::super::real::{simd, sum};
 use super::super::tiles::{Ahead, PANEL, ROWS, room, rows_at_once};
-use super::few::{self, Few, are_few};
+use super::few::{Few, are_few};
 use super::weigh::{AT_ONCE, Query, Scores};
 use super::{BLOCK, Block, LayerCache, Layout, Run};
 use pulp::{Arch, Simd, WithSimd};
@@ -75,8 +75,8 @@ impl Task<'_> {
         if are_few(layout, self.count * layout.heads.group()) {
             let next = next
                 .and_then(|next| cache.block(next.run, next.head, next.first_block(layout.heads)));
-            return FEW.with_borrow_mut(|buffers| {
-                Arch::new().dispatch(Few { task: self, cache, q, next, buffers, put });
+            return BUFFERS.with_borrow_mut(|Buffers { words, sums, .. }| {
+                Arch::new().dispatch(Few { task: self, cache, q, next, words, sums, put });
             });
         }
         BUFFERS.with_borrow_mut(|Buffers { queries, words, sums, scratch }| {
@@ -171,7 +171,6 @@ struct Scratch {
 }
 
 thread_local! {
-    static FEW: RefCell<few::Buffers> = RefCell::default();
     static BUFFERS: RefCell<Buffers> = RefCell::new(Buffers {
         queries: Vec::new(),
         words: Vec::new(),

@@ -38,19 +38,12 @@ pub(super) struct Few<'a, Put> {
     pub(super) q: &'a [f32],
     /// What the next task begins with, to be fetched.
     pub(super) next: Option<Block<'a>>,
-    /// Memory of its own.
-    pub(super) buffers: &'a mut Buffers,
+    /// Memory for `[query][word of columns]`.
+    pub(super) words: &'a mut Vec<u32>,
+    /// Memory for `[query][column]`.
+    pub(super) sums: &'a mut Vec<f32>,
     /// `put(row, query of the group, values)`
     pub(super) put: Put,
-}
-
-/// Memory of a task, used again by the next one of the thread.
-#[derive(Default)]
-pub(super) struct Buffers {
-    /// `[query][word of columns]`
-    words: Vec<u32>,
-    /// `[query][column]`
-    sums: Vec<f32>,
 }
 
 /// Calls the walk with the number of queries, and of vectors of a tile that goes with it, as constants.
@@ -91,7 +84,7 @@ impl<Put: Fn(usize, usize, &[f32])> Few<'_, Put> {
         self,
         simd: S,
     ) {
-        let Few { task, cache, q, next, buffers: Buffers { words, sums }, put } = self;
+        let Few { task, cache, q, next, words, sums, put } = self;
         let layout = cache.layout;
         let mut queries: [Query; QUERIES] = std::array::from_fn(|at| task.query(layout, at));
         task.words(layout, q, words);
@@ -304,8 +297,8 @@ mod tests {
             let put = |_: usize, _: usize, values: &[f32]| {
                 out.borrow_mut().extend(values.iter().map(|value| value.to_bits()));
             };
-            let (next, buffers) = (None, &mut Buffers::default());
-            work(Few { task: &task, cache: &cache, q: &q, next, buffers, put: &put });
+            let (next, words, sums) = (None, &mut Vec::new(), &mut Vec::new());
+            work(Few { task: &task, cache: &cache, q: &q, next, words, sums, put: &put });
             out.into_inner()
         };
         let widest = found(&|few| pulp::Arch::new().dispatch(few));
