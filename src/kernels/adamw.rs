@@ -51,11 +51,14 @@ pub(crate) struct Factors {
     pub(crate) scale: f32,
 }
 
-/// One parameter with its optimizer state, in f32: `(3, elements)` of value, mean and mean square.
+/// One parameter with its optimizer state, in f32.
 #[derive(Clone, Debug)]
 pub struct Parameter {
+    /// `(3, elements)` of value, mean and mean square.
     state: Tensor,
     shape: candle_core::Shape,
+    /// The value in the type of the computation, where that is another one.
+    copy: Option<Tensor>,
 }
 
 impl Parameter {
@@ -64,12 +67,31 @@ impl Parameter {
         let flat = value.to_dtype(DType::F32)?.flatten_all()?;
         let zeros = flat.zeros_like()?;
         let state = Tensor::stack(&[&flat, &zeros, &zeros], 0)?;
-        Ok(Parameter { state, shape: value.shape().clone() })
+        Ok(Parameter { state, shape: value.shape().clone(), copy: None })
     }
 
     /// The value: shares its memory with the parameter, so that it follows every update.
     pub fn value(&self) -> Result<Tensor> {
         self.state.get(0)?.reshape(self.shape.clone())
+    }
+
+    /// The value in `dtype`, which follows every update: in f32 itself, otherwise a copy.
+    ///
+    /// # Errors
+    /// If there is a copy in another type already, or the device fails.
+    pub fn computed_in(&mut self, dtype: DType) -> Result<Tensor> {
+        if dtype == DType::F32 {
+            return self.value();
+        }
+        match &self.copy {
+            Some(copy) if copy.dtype() == dtype => Ok(copy.clone()),
+            Some(copy) => bail!("the parameter has a copy in {:?}", copy.dtype()),
+            None => {
+                let copy = self.value()?.to_dtype(dtype)?;
+                self.copy = Some(copy.clone());
+                Ok(copy)
+            }
+        }
     }
 
     /// Mean and mean square of past gradients, in the shape of the value.
@@ -87,14 +109,20 @@ impl Parameter {
         Ok(())
     }
 
-    /// Moves the value against `gradient`, which has its shape.
+    /// Moves the value against `gradient`, which has its shape, and the copy with it.
     pub fn update(&self, gradient: &Tensor, update: &Update) -> Result<()> {
         let gradient = gradient.to_dtype(DType::F32)?.flatten_all()?.contiguous()?;
+        let mut copy = self.copy.as_ref();
         match training::machine(&self.state)? {
-            Some(machine) => training::adamw(&*machine, &self.state, &gradient, update),
-            None if self.state.device().is_cpu() => self.state.inplace_op2(&gradient, update),
-            None => self.update_composed(&gradient, update),
+            Some(machine) => {
+                let written = copy.take_if(|copy| copy.dtype() == DType::BF16);
+                training::adamw(&*machine, (&self.state, written), &gradient, update)?;
+            }
+            None if self.state.device().is_cpu() => self.state.inplace_op2(&gradient, update)?,
+            None => self.update_composed(&gradient, update)?,
         }
+        let Some(copy) = copy else { return Ok(()) };
+        copy.slice_set(&self.value()?.to_dtype(copy.dtype())?, 0, 0)
     }
 
     fn update_composed(&self, gradient: &Tensor, update: &Update) -> Result<()> {
@@ -229,6 +257,25 @@ mod tests {
         close(&ours.value().unwrap(), &twin.value().unwrap(), "value");
         close(&ours.moments().unwrap().0, &twin.moments().unwrap().0, "mean");
         close(&ours.moments().unwrap().1, &twin.moments().unwrap().1, "mean square");
+    }
+
+    #[test]
+    fn a_copy_follows_every_update() {
+        let mut parameter = Parameter::new(&random(&[7, 5], DType::F32)).unwrap();
+        let copy = parameter.computed_in(DType::BF16).unwrap();
+        let again = parameter.computed_in(DType::BF16).unwrap();
+        let values = |tensor: Tensor| {
+            tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let before = values(copy.clone());
+        for step in 1..=3 {
+            let update = Update { step, ..UPDATE };
+            parameter.update(&random(&[7, 5], DType::F32), &update).unwrap();
+            let rounded = parameter.value().unwrap().to_dtype(DType::BF16).unwrap();
+            let rounded = values(rounded);
+            assert_eq!([&copy, &again].map(|of| values(of.clone())), [rounded.clone(), rounded]);
+        }
+        assert_ne!(values(copy), before);
     }
 
     #[test]

@@ -21,8 +21,8 @@ const PARTS_PAY_FROM: usize = 768;
 pub(super) enum Learner {
     /// On a CPU.
     Host(Box<HostModel>),
-    /// On any device, with its parameters in the type of the computation where that is not f32.
-    Tensors { model: Box<Llama>, copies: Vec<(String, Tensor)> },
+    /// On any device: its weights are the parameters, or copies that follow them.
+    Tensors(Box<Llama>),
 }
 
 impl Learner {
@@ -32,36 +32,30 @@ impl Learner {
     /// If a parameter of `config` is missing, or the device does not compute in that type.
     pub(super) fn new(
         config: &ModelConfig,
-        parameters: &Parameters,
+        parameters: &mut Parameters,
         compute: DType,
         device: &Device,
     ) -> Result<Self> {
-        let value = |name: &str| -> Result<Tensor> {
-            let missing = || Error::Setting(format!("the model has no parameter {name:?}"));
-            Ok(parameters.get(name).ok_or_else(missing)?.value()?)
-        };
+        let missing = |name: &str| Error::Setting(format!("the model has no parameter {name:?}"));
         if device.is_cpu() {
             let kind = host_products(config, compute)?;
+            let value = |name: &str| -> Result<Tensor> {
+                Ok(parameters.get(name).ok_or_else(|| missing(name))?.value()?)
+            };
             return Ok(Learner::Host(Box::new(HostModel::new(config, kind, value)?)));
         }
-        let mut copies = Vec::new();
         let model = Llama::build(config, Form::Plain, device, |name, _| {
-            let value = value(name)?;
-            if compute == DType::F32 {
-                return Ok(value);
-            }
-            let copy = value.to_dtype(compute)?;
-            copies.push((name.to_owned(), copy.clone()));
-            Ok(copy)
+            let parameter = parameters.get_mut(name).ok_or_else(|| missing(name))?;
+            Ok(parameter.computed_in(compute)?)
         })?;
-        Ok(Learner::Tensors { model: Box::new(model), copies })
+        Ok(Learner::Tensors(Box::new(model)))
     }
 
     /// Gradients that [`Learner::learn`] can write and add to.
     pub(super) fn gradients(&self, config: &ModelConfig) -> candle_core::Result<Gradients> {
         match self {
             Learner::Host(_) => Gradients::zeros(&config.parameters()),
-            Learner::Tensors { .. } => Ok(Gradients::default()),
+            Learner::Tensors(_) => Ok(Gradients::default()),
         }
     }
 
@@ -69,7 +63,7 @@ impl Learner {
     pub(super) fn clear(&self, gradients: &mut Gradients) -> candle_core::Result<()> {
         match self {
             Learner::Host(_) => threads::run(|| gradients.clear()),
-            Learner::Tensors { .. } => {
+            Learner::Tensors(_) => {
                 *gradients = Gradients::default();
                 Ok(())
             }
@@ -85,7 +79,7 @@ impl Learner {
     ) -> candle_core::Result<Vec<f64>> {
         match self {
             Learner::Host(model) => model.learn(batch, learning, (gradients, sums)),
-            Learner::Tensors { model, .. } => {
+            Learner::Tensors(model) => {
                 if sums == Into::Set {
                     *gradients = Gradients::default();
                 }
@@ -98,18 +92,15 @@ impl Learner {
     pub(super) fn losses(&mut self, batch: &Batch) -> candle_core::Result<Vec<f64>> {
         match self {
             Learner::Host(model) => model.losses(batch),
-            Learner::Tensors { model, .. } => model.losses(batch),
+            Learner::Tensors(model) => model.losses(batch),
         }
     }
 
     /// Follows the parameters, which have moved.
-    pub(super) fn follow(&mut self, parameters: &Parameters) -> candle_core::Result<()> {
+    pub(super) fn follow(&mut self) -> candle_core::Result<()> {
         match self {
             Learner::Host(model) => model.follow(),
-            Learner::Tensors { copies, .. } => copies.iter().try_for_each(|(name, copy)| {
-                let value = parameters.get(name).expect("copied from there").value()?;
-                copy.slice_set(&value.to_dtype(copy.dtype())?, 0, 0)
-            }),
+            Learner::Tensors(_) => Ok(()),
         }
     }
 }
@@ -125,7 +116,7 @@ pub fn gradients(
     batch: &Batch,
     learning: Learning,
 ) -> Result<(Vec<f64>, Gradients)> {
-    let mut learner = Learner::new(config, &Parameters::new(values)?, compute, device)?;
+    let mut learner = Learner::new(config, &mut Parameters::new(values)?, compute, device)?;
     let mut gradients = learner.gradients(config)?;
     let losses = learner.learn(batch, learning, (&mut gradients, Into::Set))?;
     Ok((losses, gradients))

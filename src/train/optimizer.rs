@@ -42,6 +42,11 @@ impl Parameters {
         self.by_name.get(name)
     }
 
+    /// The parameter called `name`, to be changed.
+    pub(super) fn get_mut(&mut self, name: &str) -> Option<&mut Parameter> {
+        self.by_name.get_mut(name)
+    }
+
     /// All parameters, by name.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Parameter)> {
         self.by_name.iter().map(|(name, parameter)| (name.as_str(), parameter))

@@ -57,8 +57,8 @@ impl Replica {
         compute: DType,
         device: &Device,
     ) -> Result<Self> {
-        let parameters = Parameters::new(values)?;
-        let learner = Learner::new(config, &parameters, compute, device)?;
+        let mut parameters = Parameters::new(values)?;
+        let learner = Learner::new(config, &mut parameters, compute, device)?;
         let gradients = learner.gradients(config)?;
         Ok(Replica { parameters, learner, gradients })
     }
@@ -178,7 +178,7 @@ impl Replicas {
         let update = |_, replica: &mut Replica| {
             let Replica { parameters, learner, gradients } = replica;
             parameters.update(gradients, norm, settings, rate, updates)?;
-            Ok(learner.follow(parameters)?)
+            Ok(learner.follow()?)
         };
         self.on_each(update).map(drop)
     }

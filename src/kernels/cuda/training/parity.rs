@@ -198,12 +198,20 @@ fn losses_of_all_chunks_are_those_of_the_cpu() {
 }
 
 #[test]
-fn parameters_move_to_the_bits_of_the_cpu() {
+fn parameters_and_their_copies_move_to_the_bits_of_the_cpu() {
     for tested in machines() {
-        for shape in [[1, 1], [7, 5], [40, 100]] {
+        for (shape, computed) in [
+            ([1, 1], DType::F32),
+            ([7, 5], DType::BF16),
+            ([40, 100], DType::BF16),
+            ([40, 100], DType::F32),
+            ([9, 3], DType::F16),
+            ([12, 12], DType::F16),
+        ] {
             let start = random(&shape, DType::F32);
-            let twin = Parameter::new(&start).unwrap();
-            let own = Parameter::new(&start.to_device(&tested.device).unwrap()).unwrap();
+            let mut twin = Parameter::new(&start).unwrap();
+            let mut own = Parameter::new(&start.to_device(&tested.device).unwrap()).unwrap();
+            let copies = [&mut own, &mut twin].map(|all| all.computed_in(computed).unwrap());
             for step in 1..=4 {
                 let gradient = random(&shape, DType::F32);
                 let (rate, decay, gradient_scale) = (1e-2, 0.1, 0.5);
@@ -217,7 +225,12 @@ fn parameters_move_to_the_bits_of_the_cpu() {
                 let (mean, square) = parameter.moments().unwrap();
                 [parameter.value().unwrap(), mean, square].map(|part| bits(&down(&part)))
             };
-            assert_eq!(all(&own), all(&twin), "{shape:?} on {}", tested.name);
+            let what = format!("{shape:?} in {} on {}", computed.as_str(), tested.name);
+            assert_eq!(all(&own), all(&twin), "{what}");
+            let [copy, copy_of_twin] = copies.map(|copy| bits(&down(&copy)));
+            assert_eq!(copy, copy_of_twin, "copy of {what}");
+            let rounded = own.value().unwrap().to_dtype(computed).unwrap();
+            assert_eq!(copy, bits(&down(&rounded)), "copy of {what}");
         }
     }
 }
