@@ -9,6 +9,7 @@
 //! rate of a large product through the library that trains.
 
 use super::ceiling;
+use crate::shell::metrics;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
 use crate::shell::summary::peak_memory;
@@ -99,7 +100,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode> {
 struct Ceilings {
     /// Large products through the library that trains.
     products: f64,
-    /// Registers only; not known for a GPU.
+    /// Registers only on a CPU, what its maker says of a GPU; none for a GPU that is not known.
     peak: Option<f64>,
 }
 
@@ -160,14 +161,15 @@ impl Setup {
     }
 
     fn ceilings(&self) -> Result<Ceilings> {
-        if self.devices[0].is_cpu() {
+        let device = &self.devices[0];
+        let peak = metrics::peak(device, self.compute, &self.model.config);
+        if device.is_cpu() {
             let kind = host_products(&self.model.config, self.compute)?;
-            let peak = Some(peak::operations_per_second(kind));
             return Ok(Ceilings { products: ceiling::cpu_products(kind)?, peak });
         }
         let count = self.devices.len() as f64;
-        let products = count * ceiling::products(&self.devices[0], self.compute)?;
-        Ok(Ceilings { products, peak: None })
+        let products = count * ceiling::products(device, self.compute)?;
+        Ok(Ceilings { products, peak: peak.map(|peak| count * peak) })
     }
 
     fn measure(&self, args: &Train) -> Result<Measured> {
@@ -190,10 +192,12 @@ impl Setup {
         let values = self.model.parameters(9, &self.devices[0])?;
         let mut trainer = Trainer::new(config, values, settings, self.compute, &self.devices)?;
         let first = trainer.step(&self.sequences)?.loss;
+        self.wait()?;
         let (mut steps, mut last) = (Vec::with_capacity(args.steps), first);
         for _ in 0..args.steps {
             let start = Instant::now();
             last = trainer.step(&self.sequences)?.loss;
+            self.wait()?;
             steps.push(1e3 * start.elapsed().as_secs_f64());
         }
         let tokens = args.batch * args.length;
@@ -203,6 +207,11 @@ impl Setup {
         let seconds = steps.iter().sum::<f64>() / 1e3;
         let operations_per_s = sequence * (args.batch * args.steps) as f64 / seconds;
         Ok(Measured { tokens, steps, operations_per_s, losses: [first, last] })
+    }
+
+    /// Until the devices have done all that they were given.
+    fn wait(&self) -> Result<()> {
+        self.devices.iter().try_for_each(|device| Ok(device.synchronize()?))
     }
 
     fn figures(&self, args: &Train, measured: &Measured, ceilings: &Ceilings) -> Value {

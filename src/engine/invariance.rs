@@ -4,6 +4,7 @@
 use super::schedule::Speculation;
 use super::*;
 use crate::kernels::cuda::testing::{Tested, machines};
+use crate::kernels::packed::WeightType;
 use crate::model::Form;
 use crate::model::config::ModelConfig;
 use crate::model::shape::Shape;
@@ -143,6 +144,22 @@ fn check_all(settings: EngineSettings, asked: &[Ask], ends: &[u32]) -> BTreeMap<
 fn an_answer_does_not_depend_on_its_company_or_its_chunks() {
     for (sequences_max, step_tokens_max) in [(1, 7), (4, 33), (24, 64), (24, 4096)] {
         check(EngineSettings { sequences_max, step_tokens_max, ..ALONE });
+    }
+}
+
+#[test]
+fn in_16_and_8_bits_too_an_answer_does_not_depend_on_its_company() {
+    for kind in [WeightType::Bf16, WeightType::Int8] {
+        let answers = |settings, asked: &[Ask], ends: &[u32]| {
+            generate_with(model(Form::PackedAs(kind)), settings, asked, ends)
+        };
+        let (alone, _) = answers(ALONE, &prompts(), &[END]);
+        for (sequences_max, step_tokens_max) in [(24, 64), (3, 50)] {
+            let settings = EngineSettings { sequences_max, step_tokens_max, means: ALL, ..ALONE };
+            let (found, counts) = answers(settings, &prompts(), &[END]);
+            assert!(found == alone, "answers differ in {kind:?}, {settings:?}");
+            assert!(counts["drafted_tokens"] > 0 && counts["cached_tokens"] > 0, "{counts:?}");
+        }
     }
 }
 

@@ -407,7 +407,7 @@ mod tests {
 
     #[test]
     fn the_kernel_equals_its_portable_twin_bit_for_bit() {
-        for count in [1, 2, 3, 11, 12, 13, 29] {
+        for count in [1, 2, 3, 11, 12, 13, 29, 32, 33, 70] {
             for inputs in [1, 4, 7, 64, 128, 129, 300, 768] {
                 check(count, inputs);
             }

@@ -1,7 +1,7 @@
 //! Gradients by the names of their parameters.
 
 use crate::kernels::storage::clear;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 use std::collections::BTreeMap;
 
 /// Gradients by parameter name, in f32 or wider.
@@ -86,7 +86,9 @@ impl Gradients {
 /// In blocks of fixed size, in f64.
 pub(super) fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     if !tensor.device().is_cpu() {
-        return tensor.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar();
+        // Rows first: the sum of all in one go would be that of one block of threads.
+        let rows = tensor.sqr()?.sum(D::Minus1)?;
+        return rows.sum_all()?.to_dtype(DType::F64)?.to_scalar();
     }
     let flat = tensor.flatten_all()?.contiguous()?;
     crate::kernels::sum_of_squares(&flat)

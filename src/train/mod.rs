@@ -40,11 +40,15 @@ use guard::{Fault, Guards, OnFault, Recent};
 use optimizer::AdamW;
 use rayon::prelude::*;
 use replicas::{Group, Replicas};
+use report::Suspect;
 use schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
 /// Deviation of initial weights (Radford et al., 2019, as in `initializer_range` of the family).
 const INITIAL_DEVIATION: f64 = 0.02;
+
+/// Segments that the error of a stopped step names.
+const SUSPECTS_MAX: usize = 8;
 
 /// How to train.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -194,12 +198,12 @@ impl Trainer {
         let loss = total / targets.max(1) as f64;
         let replicas = &mut self.replicas;
         let grad_norm = if loss.is_finite() { threads::run(|| replicas.norm())? } else { f64::NAN };
-        let skipped = self.skipped(loss, grad_norm, sequences)?;
+        let losses = losses.concat();
+        let skipped = self.skipped([loss, grad_norm], sequences, &losses)?;
         let rate = self.settings.schedule.rate(self.progress.step + 1);
         if skipped.is_none() {
             self.update(grad_norm, rate)?;
         }
-        let losses = losses.concat();
         self.recent.note(loss, grad_norm, skipped.is_some());
         self.progress.step += 1;
         self.progress.skipped += u64::from(skipped.is_some());
@@ -222,12 +226,20 @@ impl Trainer {
     }
 
     /// Why the step is to be skipped, if it is.
-    fn skipped(&self, loss: f64, grad_norm: f64, sequences: &[Sequence]) -> Result<Option<Fault>> {
+    fn skipped(
+        &self,
+        [loss, grad_norm]: [f64; 2],
+        sequences: &[Sequence],
+        losses: &[f64],
+    ) -> Result<Option<Fault>> {
         let Some(fault) = self.recent.fault(loss, grad_norm) else { return Ok(None) };
         match self.guards.against(fault) {
             None => Ok(None),
             Some(OnFault::Skip) if self.recent.may_skip() => Ok(Some(fault)),
-            Some(how) => Err(self.bad_step(fault, how, &[loss, grad_norm], sequences)),
+            Some(how) => {
+                let what = format!("loss {loss}, gradient norm {grad_norm}");
+                Err(self.bad_step(fault, how, &what, (sequences, losses)))
+            }
         }
     }
 
@@ -256,8 +268,8 @@ impl Trainer {
         &self,
         fault: Fault,
         how: OnFault,
-        [loss, grad_norm]: &[f64; 2],
-        sequences: &[Sequence],
+        measured: &str,
+        (sequences, losses): (&[Sequence], &[f64]),
     ) -> Error {
         let first = self.progress.next_sequence;
         let (what, flag) = match fault {
@@ -270,14 +282,16 @@ impl Trainer {
                 format!("{} steps before it were skipped", guard::SKIPPED_IN_A_ROW_MAX)
             }
         };
-        let items: Vec<&str> =
-            sequences.iter().flat_map(|s| &s.segments).map(|segment| &*segment.item).collect();
+        let name = |Suspect { sequence, item, loss }: Suspect<'_>| {
+            format!("sequence {}, item {item}, loss {loss}", first + sequence as u64)
+        };
+        let suspects = report::suspects(sequences, losses, SUSPECTS_MAX);
+        let suspects: Vec<String> = suspects.into_iter().map(name).collect();
         Error::Stopped(format!(
-            "training {what} at step {}: loss {loss}, gradient norm {grad_norm}; {why}; sequences \
-             {first} to {}, items {}",
+            "training {what} at step {}: {measured}; {why}; of sequences {first} to {} the worst: {}",
             self.progress.step + 1,
             first + sequences.len() as u64 - 1,
-            items.join(", "),
+            suspects.join("; "),
         ))
     }
 }

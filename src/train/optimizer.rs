@@ -80,3 +80,50 @@ impl Parameters {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{DType, Device};
+
+    const SETTINGS: AdamW =
+        AdamW { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.1, clip_norm: 1.0 };
+
+    fn parameters() -> Parameters {
+        let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+        let named = [("matrix".to_owned(), ones(&[2, 3])), ("vector".to_owned(), ones(&[3]))];
+        Parameters::new(named).unwrap()
+    }
+
+    /// The values after one update with a gradient of some size everywhere, said to have that norm.
+    fn updated(slope: f64, norm: f64) -> BTreeMap<String, Vec<f32>> {
+        let parameters = parameters();
+        let mut gradients = Gradients::default();
+        for (name, parameter) in parameters.iter() {
+            let ones = parameter.value().unwrap().ones_like().unwrap();
+            gradients.add(name, (ones * slope).unwrap()).unwrap();
+        }
+        parameters.update(&gradients, norm, &SETTINGS, 1e-2, 1).unwrap();
+        let values = |(name, parameter): (&str, &Parameter)| {
+            let value = parameter.value().unwrap().flatten_all().unwrap();
+            (name.to_owned(), value.to_vec1().unwrap())
+        };
+        parameters.iter().map(values).collect()
+    }
+
+    #[test]
+    fn matrices_decay_and_vectors_do_not() {
+        let values = updated(0.0, 0.0);
+        assert_eq!(values["matrix"], [1.0 - 1e-2 * 0.1; 6]);
+        assert_eq!(values["vector"], [1.0; 3]);
+    }
+
+    #[test]
+    fn gradients_beyond_the_largest_norm_count_as_if_they_had_it() {
+        // Adam divides a first gradient by itself, all but the epsilon: only where that counts can a scale be seen.
+        let at = |slope, norm| updated(slope, norm)["vector"].clone();
+        assert_eq!(at(2e-8, 2.0), at(1e-8, 1.0));
+        assert_eq!(at(1e-8, 0.5), at(1e-8, 1.0));
+        assert_ne!(at(2e-8, 2.0), at(2e-8, 1.0));
+    }
+}

@@ -98,6 +98,42 @@ pub(super) fn by_round(sequences: &[Sequence], losses: &[f64]) -> Vec<RoundLoss>
     sums.into_iter().map(mean).collect()
 }
 
+/// A segment that a step is stopped for.
+#[derive(Debug, PartialEq)]
+pub(super) struct Suspect<'a> {
+    /// Its sequence, as an index into those of the step.
+    pub(super) sequence: usize,
+    /// Its item.
+    pub(super) item: &'a str,
+    /// Mean loss of its learned tokens, in nats.
+    pub(super) loss: f64,
+}
+
+/// The segments of which a loss is not finite, or else those with the highest mean, worst first: so many at most.
+pub(super) fn suspects<'a>(
+    sequences: &'a [Sequence],
+    losses: &[f64],
+    most: usize,
+) -> Vec<Suspect<'a>> {
+    let mut losses = losses.iter();
+    let mut all = Vec::new();
+    for (sequence, held) in sequences.iter().enumerate() {
+        for (segment, (_, count)) in held.segments.iter().zip(learned(held)) {
+            let loss = losses.by_ref().take(count).sum::<f64>() / count as f64;
+            if count > 0 {
+                all.push(Suspect { sequence, item: &segment.item, loss });
+            }
+        }
+    }
+    if all.iter().any(|suspect| !suspect.loss.is_finite()) {
+        all.retain(|suspect| !suspect.loss.is_finite());
+    } else {
+        all.sort_by(|left, right| right.loss.total_cmp(&left.loss));
+    }
+    all.truncate(most);
+    all
+}
+
 /// The tokens that have a loss, in order: those that are learned, but for the first of each segment.
 fn predicted(sequence: &Sequence) -> impl Iterator<Item = u32> {
     let rows = sequence.positions().zip(&sequence.learned).zip(0..);
@@ -123,6 +159,28 @@ fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
 mod tests {
     use super::*;
     use crate::record::{Segment, Shot};
+
+    #[test]
+    fn suspects_are_what_is_not_finite_or_else_the_highest_losses() {
+        let segment =
+            |item: &str, length| Segment { item: item.into(), source: 0, offset: 0, length };
+        let sequence = |items: [&str; 2]| Sequence {
+            tokens: vec![7; 6],
+            learned: vec![true; 6],
+            segments: vec![segment(items[0], 3), segment(items[1], 2), segment("one token", 1)],
+            shots: Vec::new(),
+        };
+        let sequences = [sequence(["a", "b"]), sequence(["c", "d"])];
+        let named = |losses: &[f64], most| -> Vec<(usize, &str)> {
+            let suspects = suspects(&sequences, losses, most);
+            suspects.iter().map(|suspect| (suspect.sequence, suspect.item)).collect()
+        };
+        let finite = [1.0, 2.0, 4.0, 8.0, 0.5, 3.0];
+        assert_eq!(named(&finite, 9), [(1, "c"), (0, "b"), (1, "d"), (0, "a")]);
+        assert_eq!(named(&finite, 2), [(1, "c"), (0, "b")]);
+        let broken = [1.0, f64::NAN, 4.0, 8.0, 0.0, f64::INFINITY];
+        assert_eq!(named(&broken, 9), [(0, "a"), (1, "d")]);
+    }
 
     #[test]
     fn losses_are_told_apart_by_source_and_by_round() {

@@ -120,6 +120,28 @@ fn guards(nonfinite: OnFault, spike: Option<OnFault>) -> Guards {
 }
 
 #[test]
+fn initial_weights_have_the_published_deviations() {
+    let config = ModelConfig { hidden_size: 64, intermediate_size: 96, ..config() };
+    for (name, value) in initial(&config, 7, &Device::Cpu).unwrap() {
+        let values: Vec<f32> = value.flatten_all().unwrap().to_vec1().unwrap();
+        if name.contains("norm") {
+            assert!(values.iter().all(|&value| value == 1.0), "{name}");
+            continue;
+        }
+        // Back into the stream go two projections of each of two blocks.
+        let back = name.contains("o_proj") || name.contains("down_proj");
+        let expected = if back { 0.01 } else { 0.02 };
+        let mean_of = |power: i32| {
+            values.iter().map(|&value| f64::from(value).powi(power)).sum::<f64>()
+                / values.len() as f64
+        };
+        let (mean, deviation) = (mean_of(1), mean_of(2).sqrt());
+        assert!((deviation / expected - 1.0).abs() < 0.08, "{name}: {deviation}");
+        assert!(mean.abs() < expected / 8.0, "{name}: {mean}");
+    }
+}
+
+#[test]
 fn a_resumed_run_ends_with_the_same_bits() {
     let kinds = [(false, 0.0), (true, 0.0), (false, 0.3), (true, 0.3)];
     for (recompute, probability) in kinds {
@@ -193,8 +215,12 @@ fn a_loss_that_is_not_finite_stops_the_run_and_names_what_caused_it() {
     trainer.step(&sequences(0)).unwrap();
     let before = (bits(&trainer), trainer.progress(), trainer.recent.clone());
     let error = trainer.step(&poisoned()).unwrap_err().to_string();
-    for said in ["step 2", "sequences 2 to 3", "item 99.1.0", "--on-nonfinite skip", "NaN"] {
+    let suspect = "sequence 3, item item 99.1.0, loss NaN";
+    for said in ["step 2", "sequences 2 to 3", suspect, "--on-nonfinite skip", "NaN"] {
         assert!(error.contains(said), "{said:?} in {error}");
+    }
+    for other in ["sequence 2,", "item 99.1.1"] {
+        assert!(!error.contains(other), "{other:?} in {error}");
     }
     assert_eq!((bits(&trainer), trainer.progress(), trainer.recent.clone()), before);
     trainer.step(&sequences(1)).unwrap();
@@ -250,7 +276,13 @@ fn a_spike_is_judged_by_the_steps_before_also_behind_a_resume() {
     assert_eq!((report.unwrap().skipped, unmoved), (Some(Fault::Spike), true));
     let (error, unmoved) = judge(Some(OnFault::Stop));
     let error = error.unwrap_err().to_string();
-    for said in ["had a spike", "the 64 steps before had loss", "step 65", "--on-spike skip"] {
+    for said in [
+        "had a spike",
+        "the 64 steps before had loss",
+        "step 65",
+        "--on-spike skip",
+        "item item 1.",
+    ] {
         assert!(error.contains(said), "{said:?} in {error}");
     }
     assert!(unmoved);

@@ -3,7 +3,7 @@
 use crate::program::{command, corpus, small_run};
 use headwater_tests::folders::assert_same;
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -38,13 +38,15 @@ fn assert_same_run(left: &Path, right: &Path) {
     let is_checkpoint = |name: &Path| name.starts_with("checkpoints");
     let is_store = |name: &Path| name.starts_with("requests");
     assert_same(left, right, |name| is_measured(name) || is_checkpoint(name) || is_store(name));
-    let last = |run: &Path| {
-        let folder = std::fs::read_dir(run.join("checkpoints")).unwrap();
-        folder.map(|entry| entry.unwrap().path()).max().unwrap()
-    };
-    assert_eq!(last(left).file_name(), last(right).file_name());
-    assert_same(&last(left), &last(right), |_| false);
+    let [last, twin] = [left, right].map(last_checkpoint);
+    assert_eq!(last.file_name(), twin.file_name());
+    assert_same(&last, &twin, |_| false);
     assert_same_steps(left, right);
+}
+
+fn last_checkpoint(run: &Path) -> PathBuf {
+    let folder = std::fs::read_dir(run.join("checkpoints")).unwrap();
+    folder.map(|entry| entry.unwrap().path()).max().unwrap()
 }
 
 /// Whether a file of a training holds clocks.
@@ -107,6 +109,29 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 #[test]
 fn a_stopped_run_goes_on_to_the_same_bytes() {
     check("-INT");
+}
+
+#[test]
+fn training_from_the_shards_ends_with_the_bytes_of_training_beside_synthesis() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, general) = corpus(place.path());
+    let [beside, behind] = ["beside", "behind"].map(|name| place.path().join(name));
+    // A pipeline only estimates how many steps there will be.
+    let schedule = ["--steps", "9", "--warmup", "2"].map(str::to_owned);
+    let mut arguments = small_run(&documents, &general, &beside);
+    arguments.extend(schedule.clone());
+    run(&arguments);
+    let [shards, out] = [&beside, &behind].map(|path| path.to_str().unwrap());
+    let train = format!(
+        "train --shards {shards} --out {out} --model 2m --batch 2 --checkpoint-every 3 --progress none"
+    );
+    let mut arguments: Vec<String> = train.split(' ').map(str::to_owned).collect();
+    arguments.extend(schedule);
+    run(&arguments);
+    let [left, right] = [&beside, &behind].map(|run| last_checkpoint(run));
+    assert_eq!(left.file_name(), right.file_name());
+    assert_same(&left, &right, |_| false);
+    assert_same_steps(&beside, &behind);
 }
 
 #[test]
