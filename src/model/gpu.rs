@@ -221,18 +221,18 @@ impl GpuModel {
         kernels.project_onto(&middle, &block.down_proj, x)
     }
 
-    /// Logits of the rows whose next token is wanted, some at a time.
+    /// Logits of the rows whose next token is wanted, some at a time, each with the first of them.
     fn logits_of(
         &self,
         stepped: &GpuStepped,
-        mut take: impl FnMut(Matrix) -> Result<()>,
+        mut take: impl FnMut(usize, Matrix) -> Result<()>,
     ) -> Result<()> {
         let count = stepped.step.samples();
         for first in (0..count).step_by(LOGIT_ROWS) {
             let rows = (&stepped.step, first, LOGIT_ROWS.min(count - first));
             let normed =
                 self.kernels.rms_norm_samples(&stepped.x, rows, &self.norm, self.epsilon)?;
-            take(self.kernels.project(&normed, &self.head, Element::F32)?)?;
+            take(first, self.kernels.project(&normed, &self.head, Element::F32)?)?;
         }
         Ok(())
     }
@@ -240,21 +240,18 @@ impl GpuModel {
     /// The logits of the rows whose next token is wanted, in host memory: `(samples, vocabulary)`, f32.
     pub(crate) fn logits(&self, stepped: &GpuStepped) -> Result<Tensor> {
         let mut parts = Vec::new();
-        self.logits_of(stepped, |logits| {
+        self.logits_of(stepped, |_, logits| {
             parts.push(self.kernels.download(&logits)?);
             Ok(())
         })?;
         Tensor::cat(&parts, 0)
     }
 
-    /// The most likely next tokens, the first of several.
+    /// The most likely next tokens, the first of several: all come to the host at once.
     pub(crate) fn most_likely(&self, stepped: &GpuStepped) -> Result<Vec<u32>> {
-        let mut tokens = Vec::with_capacity(stepped.step.samples());
-        self.logits_of(stepped, |logits| {
-            tokens.extend(self.kernels.argmax(&logits)?);
-            Ok(())
-        })?;
-        Ok(tokens)
+        let tokens = self.kernels.columns_of(stepped.step.samples())?;
+        self.logits_of(stepped, |first, logits| self.kernels.argmax(&logits, &tokens, first))?;
+        self.kernels.download_columns(&tokens)
     }
 }
 

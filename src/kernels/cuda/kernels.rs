@@ -80,6 +80,13 @@ impl DeviceStep {
     }
 }
 
+/// The column of the largest element of each of some rows, in the memory of the machine.
+#[derive(Debug)]
+pub(crate) struct Columns {
+    memory: Memory,
+    rows: usize,
+}
+
 impl Kernels {
     /// Loads what a model needs whose weights are `element`s.
     ///
@@ -345,19 +352,27 @@ impl Kernels {
         Ok(out)
     }
 
-    /// The column of the largest element of each row, the first of several, in host memory.
-    pub(crate) fn argmax(&self, logits: &Matrix) -> Result<Vec<u32>> {
+    /// A place for the columns that [`Kernels::argmax`] finds of so many rows.
+    pub(crate) fn columns_of(&self, rows: usize) -> Result<Columns> {
+        Ok(Columns { memory: self.machine.allocate(4 * rows)?, rows })
+    }
+
+    /// Finds the column of the largest element of each row, the first of several: the first row's is put at `first`.
+    pub(crate) fn argmax(&self, logits: &Matrix, found: &Columns, first: usize) -> Result<()> {
         self.expect(logits, Element::F32);
-        let out = self.machine.allocate(4 * logits.rows)?;
         let arguments = [
             Argument::Address(logits.all()),
-            Argument::Address(out.address(0, 4 * logits.rows)),
+            Argument::Address(found.memory.address(4 * first, 4 * logits.rows)),
             Argument::Word(logits.columns as u32),
         ];
-        // SAFETY: `out` has a word for each row.
-        unsafe { self.launch(&self.argmax, [logits.rows, 1, 1], ARGMAX_THREADS, &arguments) }?;
-        let mut bytes = vec![0; 4 * logits.rows];
-        self.machine.download(&out, &mut bytes)?;
+        // SAFETY: there is a word for each row, as `address` has found.
+        unsafe { self.launch(&self.argmax, [logits.rows, 1, 1], ARGMAX_THREADS, &arguments) }
+    }
+
+    /// The columns that were found, in host memory.
+    pub(crate) fn download_columns(&self, found: &Columns) -> Result<Vec<u32>> {
+        let mut bytes = vec![0; 4 * found.rows];
+        self.machine.download(&found.memory, &mut bytes)?;
         Ok(bytes.as_chunks().0.iter().map(|&word| u32::from_ne_bytes(word)).collect())
     }
 

@@ -174,6 +174,11 @@ fn products_are_those_of_the_cpu_and_add_to_the_stream() {
     });
 }
 
+fn first_of_each(rows: &Tensor) -> Vec<u32> {
+    let rows = rows.to_vec2::<f32>().unwrap();
+    rows.iter().map(|row| first_of_largest(row) as u32).collect()
+}
+
 #[test]
 fn the_first_of_the_largest_is_found() {
     for tested in machines() {
@@ -189,7 +194,13 @@ fn the_first_of_the_largest_is_found() {
             let mut twin: Vec<u32> = rows.iter().map(|row| first_of_largest(row) as u32).collect();
             let numbers = &rows[4][..columns - 1]; // what is no number is never the largest
             twin[4] = if numbers.is_empty() { 0 } else { first_of_largest(numbers) as u32 };
-            assert_eq!(bench.kernels.argmax(&logits).unwrap(), twin, "{columns} columns");
+            let others = bench.up(&random(&[3, columns], DType::F32), Element::F32);
+            let found = bench.kernels.columns_of(8).unwrap();
+            bench.kernels.argmax(&others, &found, 0).unwrap();
+            bench.kernels.argmax(&logits, &found, 3).unwrap();
+            let found = bench.kernels.download_columns(&found).unwrap();
+            assert_eq!(found[3..], twin, "{columns} columns");
+            assert_eq!(found[..3], first_of_each(&bench.down(&others)), "{columns} columns");
         }
     }
 }
