@@ -33,11 +33,11 @@ __device__ inline Pack<float, N> adamw(float *state, const float *gradient, word
   return values;
 }
 
-template <typename T, int N> __device__ inline void set(T *copy, const Pack<float, N> &values) {
-  Pack<T, N> narrowed;
+template <int N> __device__ inline void set(bf16 *copy, const Pack<float, N> &values) {
+  Pack<bf16, N> narrowed;
 #pragma unroll
-  for (int j = 0; j < N; ++j) narrowed.at[j] = narrow<T>(values.at[j]);
-  store<T, N>(copy + first<N>(), narrowed);
+  for (int j = 0; j < N; ++j) narrowed.at[j] = narrow<bf16>(values.at[j]);
+  store<bf16, N>(copy + first<N>(), narrowed);
 }
 
 #define RATES                                                                                                          \
@@ -54,7 +54,7 @@ template <typename T, int N> __device__ inline void set(T *copy, const Pack<floa
 
 #define ADAMW_TO_BF16(N)                                                                                               \
   extern "C" __global__ void adamw_to_bf16_##N(float *state, const float *gradient, bf16 *copy, RATES) {               \
-    if (first<N>() < count) set<bf16, N>(copy, adamw<N>(state, gradient, count, UPDATE));                              \
+    if (first<N>() < count) set<N>(copy, adamw<N>(state, gradient, count, UPDATE));                              \
   }                                                                                                                    \
   EXPORT(adamw_to_bf16_##N)
 
