@@ -179,7 +179,7 @@ impl Source {
 
     fn memory(&self, args: &Train) -> u64 {
         let config = &self.model.config;
-        plan::training_bytes(&args.train, config, self.length, &self.devices[0])
+        plan::training_bytes(&args.train, config, self.length, &self.devices)
             + plan::snapshot_bytes(config)
             + plan::PROGRAM_BYTES
     }

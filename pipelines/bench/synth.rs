@@ -9,7 +9,7 @@ use super::workload::{Answered, Workload};
 use crate::shell::args::StepArgs;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::count;
-use crate::shell::summary::peak_memory;
+use crate::shell::summary::{device_memory, peak_memory};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -292,6 +292,7 @@ fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) 
         "draft_hit_rate": per(engine["accepted_tokens"], engine["drafted_tokens"]),
         "batch_mean": per(engine["sequences"], engine["steps"]),
         "memory_bytes": peak_memory(),
+        "device_memory_bytes": device_memory(std::slice::from_ref(&setup.device)),
         "engine": engine,
         "ceiling": {
             "operations_per_s": ceiling.operations_per_s,

@@ -12,7 +12,7 @@ use super::ceiling;
 use crate::shell::metrics;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
-use crate::shell::summary::peak_memory;
+use crate::shell::summary::{device_memory, peak_memory};
 use crate::shell::train_args::{Compute, micro_batch_tokens, probability};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
@@ -90,7 +90,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode> {
         measured.median_ms(),
         measured.operations_per_s / 1e9,
         100.0 * share,
-        bytes(peak_memory()),
+        bytes(device_memory(&setup.devices).unwrap_or_else(peak_memory)),
     );
     println!("{}", setup.figures(args, &measured, &ceilings));
     Ok(ExitCode::SUCCESS)
@@ -236,6 +236,7 @@ impl Setup {
             "mfu": ceilings.peak.map(|peak| measured.operations_per_s / peak),
             "share_of_ceiling": measured.operations_per_s / ceilings.products,
             "memory_bytes": peak_memory(),
+            "device_memory_bytes": device_memory(&self.devices),
             "first_loss": measured.losses[0],
             "last_loss": measured.losses[1],
             "ceiling": {

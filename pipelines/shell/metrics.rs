@@ -5,7 +5,7 @@
 //! what it took here (Measured)              ─┘           └─▶ tensorboard/
 //! ```
 
-use super::summary::peak_memory;
+use super::summary::{device_memory, peak_memory};
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
 use headwater::kernels::packed::WeightType;
@@ -45,6 +45,9 @@ pub struct Measured {
     pub data_wait_share: f64,
     /// The most resident memory the process had so far.
     pub memory_bytes: u64,
+    /// The most bytes that tensors had in use at a time on the GPUs that train, all together; none on a CPU, and where a GPU
+    /// does not count them.
+    pub device_memory_bytes: Option<u64>,
 }
 
 /// A line of `metrics.jsonl`.
@@ -76,6 +79,7 @@ pub struct OfPart {
 /// Measures steps.
 pub(super) struct Gauge {
     config: ModelConfig,
+    devices: Vec<Device>,
     peak_operations_per_s: Option<f64>,
     /// When the trainer last had nothing to do but wait for sequences.
     idle: Instant,
@@ -90,6 +94,7 @@ impl Gauge {
         let devices = trainer.devices();
         Ok(Gauge {
             config: trainer.config().clone(),
+            devices: devices.to_vec(),
             peak_operations_per_s: peak(&devices[0], trainer.compute(), trainer.config())
                 .map(|peak| peak * devices.len() as f64),
             idle: Instant::now(),
@@ -114,6 +119,7 @@ impl Gauge {
             peak_operations_per_s: self.peak_operations_per_s.map(f64::round),
             data_wait_share: rounded(share(waited, spent), 4),
             memory_bytes: peak_memory(),
+            device_memory_bytes: device_memory(&self.devices),
         }
     }
 }
@@ -205,6 +211,8 @@ pub struct Totals {
     pub data_wait_share: f64,
     /// The most resident memory of a process that trained.
     pub memory_bytes: u64,
+    /// The most that the GPUs had in use; none on a CPU.
+    pub device_memory_bytes: Option<u64>,
 }
 
 impl Totals {
@@ -229,6 +237,7 @@ impl Totals {
             peak_operations_per_s: last.measured.peak_operations_per_s,
             data_wait_share: waited / (waited + ms),
             memory_bytes: lines.iter().map(|line| line.measured.memory_bytes).max()?,
+            device_memory_bytes: lines.iter().filter_map(|l| l.measured.device_memory_bytes).max(),
         })
     }
 

@@ -260,7 +260,7 @@ fn start_engines(
         let loaded = model.load(device)?;
         let training = match &settings.train {
             Some(train) if settings.trains_on(device) => {
-                training_bytes(train, &settings.model.config, settings.length, device)
+                training_bytes(train, &settings.model.config, settings.length, &settings.devices)
             }
             _ => 0,
         };

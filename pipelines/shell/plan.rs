@@ -11,11 +11,13 @@ use headwater::engine::blocks_wanted;
 use headwater::format::census::{Census, census};
 use headwater::kernels::cuda::free_bytes;
 use headwater::kernels::packed::{PackedWeight, WeightType};
+use headwater::model::backward::Keep;
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
+use headwater::model::size::Step;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
-use headwater::train::{HiddenDropout, TrainSettings, host_bytes, host_products};
+use headwater::train::{HiddenDropout, TrainSettings, host_products, step_bytes};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Instant;
@@ -198,7 +200,7 @@ impl Plan {
             settings.synthesizer.precision.bytes(parameters, settings.synthesizes_on_cpu());
         let context = synthesizer.max_position_embeddings;
         let training = settings.train.as_ref().map_or(0, |args| {
-            training_bytes(args, &settings.model.config, settings.length, &settings.devices[0])
+            training_bytes(args, &settings.model.config, settings.length, &settings.devices)
         });
         let snapshot = self.training.map_or(0, |_| snapshot_bytes(&settings.model.config));
         let device = &settings.synthesizer_devices[0];
@@ -219,32 +221,27 @@ impl Plan {
     }
 }
 
-/// Parameters with their state, gradients, and what micro-batches of at least `length` tokens take. On a GPU this is an
-/// estimate.
+/// Parameters with their state, gradients, and what micro-batches of at least `length` tokens take, on each of `devices`.
+///
+/// # Panics
+/// If there is no device.
 pub fn training_bytes(
     args: &TrainArgs,
     config: &ModelConfig,
     length: usize,
-    device: &Device,
+    devices: &[Device],
 ) -> u64 {
-    let (rows, compute) =
-        (args.micro_batch_tokens(device).max(length), args.train_dtype.dtype(device));
-    let has_dropout = args.hidden_dropout > 0.0;
-    match host_bytes(config, compute, args.recompute, has_dropout, rows) {
-        Ok(bytes) if device.is_cpu() => bytes,
-        _ => tensor_bytes(config, rows),
-    }
-}
-
-/// The same in tensors of f32.
-pub(super) fn tensor_bytes(config: &ModelConfig, rows: usize) -> u64 {
-    let state = config.parameter_count() * 4 * 4;
-    let narrow = (config.num_key_value_heads * config.head_dim) as u64;
-    let wide = (config.num_attention_heads * config.head_dim) as u64;
-    let (hidden, middle) = (config.hidden_size as u64, config.intermediate_size as u64);
-    let row = 2 * hidden + 2 * wide + 2 * narrow + 2 * middle;
-    let logits = 256 * config.vocab_size as u64;
-    state + 4 * (rows as u64 * row * config.num_hidden_layers as u64 + logits)
+    let rows = args.micro_batch_tokens(&devices[0]).max(length);
+    let micro_batches = args.batch().div_ceil((rows / length.max(1)).max(1));
+    let step = Step {
+        config,
+        compute: args.train_dtype.dtype(&devices[0]),
+        keep: if args.recompute { Keep::Inputs } else { Keep::Everything },
+        has_dropout: args.hidden_dropout > 0.0,
+        rows,
+        micro_batches: micro_batches.div_ceil(devices.len()),
+    };
+    step_bytes(&step, devices[0].is_cpu()).expect("a CPU trains in the types that can be asked for")
 }
 
 /// About what the program takes besides its models: itself, tokenizers, buffers of threads and files.

@@ -31,7 +31,7 @@ impl TrainMeter {
             report.loss,
             measured.tokens_per_s,
             100.0 * measured.data_wait_share,
-            bytes(measured.memory_bytes),
+            bytes(measured.device_memory_bytes.unwrap_or(measured.memory_bytes)),
         );
     }
 

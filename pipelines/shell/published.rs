@@ -1,7 +1,10 @@
 //! The set-ups that were published for the method (arXiv 2406.14491, sections 3 and 4, table 7).
 
-use super::plan::{bytes, count, tensor_bytes};
+use super::plan::{bytes, count};
+use candle_core::DType;
+use headwater::model::backward::Keep;
 use headwater::model::shape::Shape;
+use headwater::model::size::Step;
 
 /// How a published model was trained.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -41,10 +44,18 @@ impl Published {
     /// If its shape is unknown.
     pub fn describe(&self) -> String {
         let config = Shape::named(self.shape).expect("published shapes are known").config();
+        let step = Step {
+            config: &config,
+            compute: DType::BF16,
+            keep: Keep::Everything,
+            has_dropout: false,
+            rows: self.length,
+            micro_batches: self.batch_sequences(),
+        };
         let flops = config.training_flops_per_token(self.length) * self.tokens() as f64;
         format!(
             "{}: {} parameters with a vocabulary of {}, {} tokens in {} steps of {} sequences of {}, peak rate \
-             {:.1e}, warm-up {}; {flops:.2e} FLOPs, {} of memory in micro-batches of one sequence",
+             {:.1e}, warm-up {}; {flops:.2e} FLOPs, {} of memory on one GPU in bf16 and micro-batches of one sequence",
             self.name,
             count(config.parameter_count()),
             count(config.vocab_size as u64),
@@ -54,7 +65,7 @@ impl Published {
             self.length,
             self.rate,
             self.warmup,
-            bytes(tensor_bytes(&config, self.length)),
+            bytes(step.tensor_bytes()),
         )
     }
 }

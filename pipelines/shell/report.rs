@@ -51,6 +51,12 @@ fn training(lines: &[Line], totals: &Totals) -> Vec<(&'static str, String)> {
         ),
         _ => "not known: the peak of the device is not".into(),
     };
+    let memory = match totals.device_memory_bytes {
+        Some(device) => {
+            format!("{} of the GPUs, {} of the host", bytes(device), bytes(totals.memory_bytes))
+        }
+        None => bytes(totals.memory_bytes),
+    };
     vec![
         (
             "loss",
@@ -66,7 +72,7 @@ fn training(lines: &[Line], totals: &Totals) -> Vec<(&'static str, String)> {
         ("speed", format!("{:.0} tokens/s", totals.tokens_per_s)),
         ("MFU", mfu),
         ("waiting", format!("{:.1} % of the time, for sequences", 100.0 * totals.data_wait_share)),
-        ("peak memory", bytes(totals.memory_bytes)),
+        ("peak memory", memory),
     ]
 }
 

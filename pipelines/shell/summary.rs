@@ -7,8 +7,10 @@ use super::plan::{bytes, count, seconds};
 use super::settings::Settings;
 use super::training::Trained;
 use anyhow::Result;
+use candle_core::Device;
 use headwater::augment::Augmented;
 use headwater::format::durable;
+use headwater::kernels::cuda::peak_bytes;
 use headwater::ledger::Ledger;
 use headwater::manifest::Manifest;
 use headwater::mix::Mixer;
@@ -358,6 +360,12 @@ pub(crate) fn describe_skipped(updates: u64) -> String {
 /// Reasons that say so if there are none.
 fn some(reasons: &str) -> &str {
     if reasons.is_empty() { " none" } else { reasons }
+}
+
+/// The most bytes in use on GPUs at a time; none on a CPU, and where a GPU does not say. A figure that nobody gets does not end
+/// a run.
+pub fn device_memory(devices: &[Device]) -> Option<u64> {
+    peak_bytes(devices).unwrap_or(None)
 }
 
 /// The most memory this process ever held; zero where the system does not say.

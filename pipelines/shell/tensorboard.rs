@@ -17,7 +17,7 @@ use std::path::Path;
 const PREFIX: &str = "events.out.tfevents.";
 
 /// What is shown, and which field of a line it is.
-const SCALARS: [(&str, &str); 7] = [
+const SCALARS: [(&str, &str); 8] = [
     ("train/loss", "loss"),
     ("train/grad_norm", "grad_norm"),
     ("train/lr", "lr"),
@@ -25,6 +25,7 @@ const SCALARS: [(&str, &str); 7] = [
     ("train/mfu", "mfu"),
     ("train/data_wait_share", "data_wait_share"),
     ("train/memory_bytes", "memory_bytes"),
+    ("train/device_memory_bytes", "device_memory_bytes"),
 ];
 
 /// The file of events.

@@ -13,13 +13,17 @@ use super::{
     linear::{self, Branch, Weight, sized},
     matmul::{Into, View, multiply_parallel},
     real::{Real, max, simd, sum},
-    storage::{clear, elements, tensor},
+    storage::{clear, elements, product, tensor},
 };
 use candle_core::{D, DType, Result, Tensor};
 use rayon::prelude::*;
 
 /// Rows whose logits exist at a time.
 pub(crate) const CHUNK: usize = 256;
+
+/// The same in tensors. What is added up for the head is as large as the head, however few rows a product has: on a GPU that
+/// takes longer than products of some hundred rows.
+pub(crate) const TENSOR_CHUNK: usize = 4096;
 
 /// Losses, and the gradients if they were asked for.
 #[derive(Debug)]
@@ -207,21 +211,29 @@ fn in_chunks(
     turn: impl Fn(Tensor, &[u32]) -> Result<Turned>,
 ) -> Result<HeadLoss> {
     let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let (mut losses, mut of_x) = (Vec::new(), Vec::new());
-    let mut of_w = match gradients {
-        Gradients::Skip => None,
-        Gradients::Of(_) => Some(weight.zeros_like()?.to_dtype(wide)?),
-    };
-    for (chunk, targets) in targets.chunks(CHUNK).enumerate() {
-        let x = hidden.narrow(0, chunk * CHUNK, targets.len())?;
-        let (own, of_logits) = turn(x.matmul(&weight.t()?)?, targets)?;
+    let (mut losses, mut of_x, mut of_w) = (Vec::new(), Vec::new(), None);
+    for (chunk, targets) in targets.chunks(TENSOR_CHUNK).enumerate() {
+        let x = hidden.narrow(0, chunk * TENSOR_CHUNK, targets.len())?;
+        let (own, of_logits) = turn(product(&x, &weight.t()?)?, targets)?;
         losses.push(own);
-        if let (Some(sum), Some(of_logits)) = (&of_w, of_logits) {
-            of_x.push(of_logits.matmul(weight)?);
-            of_w = Some((sum + of_logits.t()?.matmul(&x)?.to_dtype(wide)?)?);
+        if let Some(of_logits) = of_logits {
+            of_x.push(product(&of_logits, weight)?);
+            let own = product(&of_logits.t()?, &x)?.to_dtype(wide)?;
+            of_w = Some(match of_w {
+                None => own,
+                Some(sum) => (sum + own)?,
+            });
         }
     }
-    let of_x = if of_x.is_empty() { hidden.zeros_like()? } else { Tensor::cat(&of_x, 0)? };
+    let of_x = match &of_x[..] {
+        [] => hidden.zeros_like()?,
+        [only] => only.clone(),
+        several => Tensor::cat(several, 0)?,
+    };
+    let of_w = match (gradients, of_w) {
+        (Gradients::Of(_), None) => Some(weight.zeros_like()?.to_dtype(wide)?), // no row has a target
+        (_, of_w) => of_w,
+    };
     // Losses are fetched once: a GPU goes on computing until then.
     let losses = match losses.is_empty() {
         true => Vec::new(),
@@ -283,8 +295,47 @@ mod tests {
     #[test]
     fn the_kernel_equals_its_composed_twin() {
         for dtype in [DType::F32, DType::F64] {
-            for (rows, vocabulary) in [(1, 2), (5, 100), (300, 129), (0, 8)] {
+            for (rows, vocabulary) in [(1, 2), (5, 100), (300, 129), (0, 8), (TENSOR_CHUNK + 9, 3)]
+            {
                 check(rows, vocabulary, dtype);
+            }
+        }
+    }
+
+    /// The objective of `hidden` and `weight`, as it is written.
+    fn written(of: [&Tensor; 2], targets: &[u32], objective: Objective) -> f64 {
+        let [hidden, weight] = of.map(|tensor| tensor.to_vec2::<f64>().unwrap());
+        let row = |(hidden, &target): (&Vec<f64>, &u32)| {
+            let logit = |weight: &Vec<f64>| -> f64 {
+                weight.iter().zip(hidden).map(|(weight, hidden)| weight * hidden).sum()
+            };
+            let logits: Vec<f64> = weight.iter().map(logit).collect();
+            let log_sum = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+            log_sum - logits[target as usize] + objective.z_loss * log_sum * log_sum
+        };
+        objective.scale * hidden.iter().zip(targets).map(row).sum::<f64>()
+    }
+
+    #[test]
+    fn gradients_with_z_loss_equal_finite_differences() {
+        let of = [random(&[7, 5], DType::F64), random(&[11, 5], DType::F64)];
+        let targets = [0, 10, 3, 3, 7, 1, 9];
+        let objective = Objective { scale: 0.25, z_loss: 0.3 };
+        let loss = cross_entropy(&of[0], &of[1], &targets, Gradients::Of(objective)).unwrap();
+        let (of_hidden, of_weight) = loss.gradients.unwrap();
+        for (which, found) in [of_hidden, of_weight].into_iter().enumerate() {
+            let found: Vec<f64> = found.flatten_all().unwrap().to_vec1().unwrap();
+            let start: Vec<f64> = of[which].flatten_all().unwrap().to_vec1().unwrap();
+            for (at, found) in found.into_iter().enumerate() {
+                let value = |by: f64| {
+                    let mut values = start.clone();
+                    values[at] += by;
+                    let moved = tensor(values, of[which].shape()).unwrap();
+                    let of = if which == 0 { [&moved, &of[1]] } else { [&of[0], &moved] };
+                    written(of, &targets, objective)
+                };
+                let slope = (value(1e-5) - value(-1e-5)) / 2e-5;
+                assert!((slope - found).abs() < 1e-8, "{which}[{at}]: {found} and {slope}");
             }
         }
     }

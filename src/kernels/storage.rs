@@ -42,6 +42,15 @@ impl<T: Real> Deref for Elements<'_, T> {
     }
 }
 
+/// The product of two matrices in tensors.
+pub(crate) fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    #[cfg(test)]
+    let product = super::cuda::footprint::only_result(|| a.matmul(b));
+    #[cfg(not(test))]
+    let product = a.matmul(b);
+    product
+}
+
 /// Has `change` work on the elements of a contiguous f32 CPU tensor, in place.
 pub(crate) fn change(tensor: &Tensor, change: impl FnOnce(&mut [f32])) -> Result<()> {
     tensor.inplace_op1(&Change(Cell::new(Some(change))))

@@ -13,6 +13,7 @@ use crate::kernels::dropout::{Dropout, Site};
 use crate::kernels::embedding::{embed, embed_backward};
 use crate::kernels::rms_norm::{rms_norm, rms_norm_backward};
 use crate::kernels::rope::{RopeTable, Turn, rope};
+use crate::kernels::storage::product;
 use crate::kernels::swiglu::{swiglu, swiglu_backward};
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
@@ -135,9 +136,21 @@ impl Llama {
         let (of_rows, of_norm) =
             rms_norm_backward(&rows, &self.plain()?.1.norm, epsilon, &of_hidden)?;
         gradients.add("model.norm.weight", of_norm)?;
-        let index = Tensor::new(batch.rows.as_slice(), x.device())?;
-        Ok((loss.losses, x.zeros_like()?.index_add(&index, &of_rows, 0)?))
+        Ok((loss.losses, spread(&of_rows, &batch.rows, x.dim(0)?)?))
     }
+}
+
+/// Rows that stand at `places` among `count` rows, zeros elsewhere. No place has two of them, so that each row of the result
+/// is a copy, which a GPU makes of all at once; adding rows up would go through them one by one there.
+fn spread(rows: &Tensor, places: &[u32], count: usize) -> Result<Tensor> {
+    let none = places.len() as u32;
+    let mut from = vec![none; count];
+    for (row, &place) in places.iter().enumerate() {
+        from[place as usize] = row as u32;
+    }
+    let zero = Tensor::zeros((1, rows.dim(1)?), rows.dtype(), rows.device())?;
+    let rows = Tensor::cat(&[rows, &zero], 0)?;
+    rows.index_select(&Tensor::new(from, rows.device())?, 0)
 }
 
 enum Saved {
@@ -263,9 +276,9 @@ struct Part<'a> {
 impl Part<'_> {
     /// Notes the gradient of the weight and returns that of the input `x`.
     fn backward(self, x: &Tensor, gradient: &Tensor) -> Result<Tensor> {
-        let of_weight = gradient.t()?.matmul(x)?;
+        let of_weight = product(&gradient.t()?, x)?;
         self.gradients.add(&format!("{}.{}.weight", self.block.name, self.name), of_weight)?;
-        gradient.matmul(self.weight)
+        product(gradient, self.weight)
     }
 }
 

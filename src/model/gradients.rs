@@ -1,5 +1,6 @@
 //! Gradients by the names of their parameters.
 
+use crate::kernels::cuda::training::is_emulated;
 use crate::kernels::storage::clear;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use std::collections::BTreeMap;
@@ -85,7 +86,7 @@ impl Gradients {
 
 /// In blocks of fixed size, in f64.
 pub(super) fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
-    if !tensor.device().is_cpu() {
+    if !tensor.device().is_cpu() || is_emulated() {
         // Rows first: the sum of all in one go would be that of one block of threads.
         let rows = tensor.sqr()?.sum(D::Minus1)?;
         return rows.sum_all()?.to_dtype(DType::F64)?.to_scalar();

@@ -11,6 +11,7 @@
 
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{RopeTable, Turn, rope};
+use crate::kernels::storage::product;
 use crate::kernels::swiglu::swiglu;
 use candle_core::{Result, Tensor};
 
@@ -109,5 +110,5 @@ pub(super) fn masked(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
 
 /// A projection without bias: `y = x W^T`.
 pub(crate) fn project(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    x.matmul(&weight.t()?)
+    product(x, &weight.t()?)
 }

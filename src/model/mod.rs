@@ -18,6 +18,7 @@ pub mod precision;
 #[cfg(test)]
 mod sampled;
 pub mod shape;
+pub mod size;
 pub mod weights;
 
 use crate::error::Result as LoadResult;

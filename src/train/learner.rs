@@ -3,11 +3,13 @@
 use super::optimizer::Parameters;
 use crate::error::{Error, Result};
 use crate::kernels::bf16x3;
+use crate::kernels::cuda::training::is_emulated;
 use crate::kernels::matmul::Into;
 use crate::kernels::packed::WeightType;
-use crate::model::backward::{Batch, Gradients, Keep, Learning};
+use crate::model::backward::{Batch, Gradients, Learning};
 use crate::model::config::ModelConfig;
 use crate::model::host::HostModel;
+use crate::model::size::Step;
 use crate::model::{Form, Llama};
 use crate::threads;
 use candle_core::{DType, Device, Tensor};
@@ -37,7 +39,7 @@ impl Learner {
         device: &Device,
     ) -> Result<Self> {
         let missing = |name: &str| Error::Setting(format!("the model has no parameter {name:?}"));
-        if device.is_cpu() {
+        if device.is_cpu() && !is_emulated() {
             let kind = host_products(config, compute)?;
             let value = |name: &str| -> Result<Tensor> {
                 Ok(parameters.get(name).ok_or_else(|| missing(name))?.value()?)
@@ -62,7 +64,7 @@ impl Learner {
     /// Makes gradients those of nothing.
     pub(super) fn clear(&self, gradients: &mut Gradients) -> candle_core::Result<()> {
         match self {
-            Learner::Host(_) => threads::run(|| gradients.clear()),
+            Learner::Host(_) => self.run(|| gradients.clear()),
             Learner::Tensors(_) => {
                 *gradients = Gradients::default();
                 Ok(())
@@ -96,10 +98,18 @@ impl Learner {
         }
     }
 
+    /// Does work on what it computes with: where that is a CPU, on its threads.
+    pub(super) fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        match self {
+            Learner::Host(_) => threads::run(work),
+            Learner::Tensors(_) => work(),
+        }
+    }
+
     /// Follows the parameters, which have moved.
     pub(super) fn follow(&mut self) -> candle_core::Result<()> {
         match self {
-            Learner::Host(model) => model.follow(),
+            Learner::Host(model) => threads::run(|| model.follow()),
             Learner::Tensors(_) => Ok(()),
         }
     }
@@ -122,19 +132,16 @@ pub fn gradients(
     Ok((losses, gradients))
 }
 
-/// Bytes that the trainer of such a model takes on a CPU while it computes micro-batches of `rows` rows: parameters with
-/// their moments and gradients, and what the pass needs.
+/// Bytes that such a step takes, at the moment when it takes most: parameters with their moments and gradients, and what the
+/// pass needs, on a CPU or on each GPU.
 ///
 /// # Errors
 /// If a CPU does not train in that type.
-pub fn host_bytes(
-    config: &ModelConfig,
-    compute: DType,
-    recompute: bool,
-    has_dropout: bool,
-    rows: usize,
-) -> Result<u64> {
-    let keep = if recompute { Keep::Inputs } else { Keep::Everything };
+pub fn step_bytes(step: &Step<'_>, is_cpu: bool) -> Result<u64> {
+    if !is_cpu {
+        return Ok(step.tensor_bytes());
+    }
+    let Step { config, compute, keep, has_dropout, rows, micro_batches: _ } = *step;
     let pass = HostModel::bytes(config, host_products(config, compute)?, keep, has_dropout, rows);
     Ok(config.parameter_count() * 4 * 4 + pass)
 }

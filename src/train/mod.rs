@@ -22,7 +22,7 @@ mod tests;
 pub mod tuning;
 pub mod writer;
 
-pub use learner::{gradients, host_bytes, host_products};
+pub use learner::{gradients, host_products, step_bytes};
 pub use replicas::check_dealing;
 pub use report::{RoundLoss, SourceLoss, StepReport};
 
@@ -34,7 +34,6 @@ use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::record::Sequence;
 use crate::seed;
-use crate::threads;
 use candle_core::{DType, Device, Tensor};
 use guard::{Fault, Guards, OnFault, Recent};
 use optimizer::AdamW;
@@ -196,8 +195,7 @@ impl Trainer {
         let losses = self.replicas.learn(&batches, learning)?;
         let total = losses.iter().fold(0.0, |total, losses| total + losses.iter().sum::<f64>());
         let loss = total / targets.max(1) as f64;
-        let replicas = &mut self.replicas;
-        let grad_norm = if loss.is_finite() { threads::run(|| replicas.norm())? } else { f64::NAN };
+        let grad_norm = if loss.is_finite() { self.replicas.norm()? } else { f64::NAN };
         let losses = losses.concat();
         let skipped = self.skipped([loss, grad_norm], sequences, &losses)?;
         let rate = self.settings.schedule.rate(self.progress.step + 1);
@@ -246,8 +244,7 @@ impl Trainer {
     /// Moves the parameters, and what is computed with.
     fn update(&mut self, grad_norm: f64, rate: f64) -> Result<()> {
         let updates = self.progress.step - self.progress.skipped + 1;
-        let Trainer { replicas, settings, .. } = self;
-        threads::run(|| replicas.update(grad_norm, &settings.optimizer, rate, updates))
+        self.replicas.update(grad_norm, &self.settings.optimizer, rate, updates)
     }
 
     /// Mean loss of the learned tokens of `sequences`, without learning from them.

@@ -153,7 +153,10 @@ impl Replicas {
     /// # Errors
     /// If a device fails, or one has found another norm: then it has other gradients.
     pub(super) fn norm(&mut self) -> Result<f64> {
-        let norms = self.on_each(|_, replica| Ok(replica.gradients.norm()?))?;
+        let norms = self.on_each(|_, Replica { learner, gradients, .. }| {
+            let gradients = &*gradients;
+            Ok(learner.run(|| gradients.norm())?)
+        })?;
         let is_first = |norm: &f64| norm.to_bits() == norms[0].to_bits() || norms[0].is_nan();
         if norms.iter().all(is_first) {
             return Ok(norms[0]);
@@ -177,7 +180,8 @@ impl Replicas {
     ) -> Result<()> {
         let update = |_, replica: &mut Replica| {
             let Replica { parameters, learner, gradients } = replica;
-            parameters.update(gradients, norm, settings, rate, updates)?;
+            let (parameters, gradients) = (&*parameters, &*gradients);
+            learner.run(|| parameters.update(gradients, norm, settings, rate, updates))?;
             Ok(learner.follow()?)
         };
         self.on_each(update).map(drop)

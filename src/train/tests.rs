@@ -1,7 +1,9 @@
 //! Whole steps on a tiny model: what is skipped, what is resumed, what is measured.
 
 mod gpus;
+mod memory;
 mod replicas;
+mod tensors;
 
 use super::checkpoint::{Retention, list};
 use super::guard::Fault;

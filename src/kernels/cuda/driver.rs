@@ -139,6 +139,24 @@ pub(crate) fn free_bytes(device: &CudaDevice) -> Result<usize> {
     Ok(context.mem_get_info().w()?.0)
 }
 
+/// The most bytes that were in use on a device at a time; none if it does not count them.
+pub(crate) fn peak_bytes(device: &CudaDevice) -> Result<Option<u64>> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return Ok(None);
+    }
+    context.bind_to_thread().w()?;
+    let mut bytes = 0u64;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    // SAFETY: the pool is that of a device that exists; the attribute is a number of 64 bits.
+    unsafe {
+        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
+        result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()).w()?;
+    }
+    Ok(Some(bytes))
+}
+
 impl Machine for Gpu {
     fn allocate(&self, bytes: usize) -> Result<Memory> {
         // SAFETY: whoever asks for memory that is not set sets it before it is read.

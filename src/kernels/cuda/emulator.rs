@@ -6,6 +6,7 @@
 // Reason: compiled kernels are called, and memory is mapped.
 #![expect(unsafe_code, reason = "calls of compiled kernels")]
 
+use super::footprint::uncounted;
 use super::kernels::with_bytes;
 use super::machine::{
     Argument, Element, Function, Launch, Machine, Memory, Operand, Place, Product,
@@ -116,6 +117,42 @@ impl Emulator {
         static LIBRARY: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
         let library = LIBRARY.get_or_init(compile).as_ref().map_err(Clone::clone)?;
         Ok(Emulator { library, order })
+    }
+
+    /// Tensors are those of the CPU. Kernels work on copies of them, so that they end where nobody may touch; one
+    /// that is to be set holds no number before.
+    fn with_copies(
+        &self,
+        operands: &[Operand<'_>],
+        work: &mut dyn FnMut(&[Argument]) -> Result<()>,
+    ) -> Result<()> {
+        let (mut arguments, mut written, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+        for operand in operands {
+            let tensor = match operand.place()? {
+                Place::Tensor(tensor) => tensor,
+                Place::Argument(argument) => {
+                    arguments.push(argument);
+                    continue;
+                }
+            };
+            let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
+            let memory = self.allocate(bytes)?;
+            if !matches!(operand, Operand::Set(_)) {
+                with_bytes(tensor, |bytes| self.upload(bytes, &memory, 0))?;
+            }
+            arguments.push(Argument::Address(memory.address(0, bytes)));
+            match operand {
+                Operand::Read(_) => copies.push(memory),
+                _ => written.push((tensor, memory, bytes)),
+            }
+        }
+        work(&arguments)?;
+        for (tensor, memory, length) in written {
+            let mut bytes = vec![0; length];
+            self.download(&memory, &mut bytes)?;
+            tensor.inplace_op1(&Overwrite(bytes))?;
+        }
+        Ok(())
     }
 }
 
@@ -241,40 +278,12 @@ impl Machine for Emulator {
         Ok(())
     }
 
-    /// Tensors are those of the CPU. Kernels work on copies of them, so that they end where nobody may touch; one
-    /// that is to be set holds no number before.
     fn with_operands(
         &self,
         operands: &[Operand<'_>],
         work: &mut dyn FnMut(&[Argument]) -> Result<()>,
     ) -> Result<()> {
-        let (mut arguments, mut written, mut copies) = (Vec::new(), Vec::new(), Vec::new());
-        for operand in operands {
-            let tensor = match operand.place()? {
-                Place::Tensor(tensor) => tensor,
-                Place::Argument(argument) => {
-                    arguments.push(argument);
-                    continue;
-                }
-            };
-            let bytes = tensor.elem_count() * tensor.dtype().size_in_bytes();
-            let memory = self.allocate(bytes)?;
-            if !matches!(operand, Operand::Set(_)) {
-                with_bytes(tensor, |bytes| self.upload(bytes, &memory, 0))?;
-            }
-            arguments.push(Argument::Address(memory.address(0, bytes)));
-            match operand {
-                Operand::Read(_) => copies.push(memory),
-                _ => written.push((tensor, memory, bytes)),
-            }
-        }
-        work(&arguments)?;
-        for (tensor, memory, length) in written {
-            let mut bytes = vec![0; length];
-            self.download(&memory, &mut bytes)?;
-            tensor.inplace_op1(&Overwrite(bytes))?;
-        }
-        Ok(())
+        uncounted(|| self.with_copies(operands, work))
     }
 
     unsafe fn product(&self, product: &Product) -> Result<()> {

@@ -16,6 +16,8 @@ mod attend;
 mod driver;
 #[cfg(test)]
 pub(crate) mod emulator;
+#[cfg(test)]
+pub(crate) mod footprint;
 pub(crate) mod kernels;
 pub(crate) mod machine;
 #[cfg(feature = "nccl")]
@@ -60,4 +62,18 @@ pub fn free_bytes(device: &candle_core::Device) -> candle_core::Result<Option<us
         candle_core::Device::Cuda(device) => driver::free_bytes(device).map(Some),
         _ => Ok(None),
     }
+}
+
+/// The most bytes that were in use on devices at a time, all together; none where one does not count them, as a CPU.
+///
+/// # Errors
+/// If a device fails.
+pub fn peak_bytes(devices: &[candle_core::Device]) -> candle_core::Result<Option<u64>> {
+    let one = |device: &candle_core::Device| match device {
+        #[cfg(feature = "cuda")]
+        candle_core::Device::Cuda(device) => driver::peak_bytes(device),
+        _ => Ok(None),
+    };
+    let all = devices.iter().map(one).collect::<candle_core::Result<Option<Vec<u64>>>>();
+    Ok(all?.map(|all| all.iter().sum()))
 }

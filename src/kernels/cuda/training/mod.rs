@@ -51,6 +51,15 @@ pub(crate) fn machine(tensor: &Tensor) -> Result<Option<Arc<dyn Machine>>> {
     }
 }
 
+/// Whether tensors of the CPU stand for those of a GPU, which happens in tests only.
+pub(crate) fn is_emulated() -> bool {
+    #[cfg(test)]
+    let is_emulated = super::testing::stand_in().is_some();
+    #[cfg(not(test))]
+    let is_emulated = false;
+    is_emulated
+}
+
 /// A kernel, and how many threads run it.
 struct Kernel<'a> {
     file: &'a str,

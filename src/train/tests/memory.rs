@@ -1,0 +1,101 @@
+//! How much memory training takes, beside what is told before it is taken.
+
+use super::*;
+use crate::kernels::cuda::footprint::most_of;
+use crate::kernels::cuda::testing::machines;
+use crate::model::backward::Keep;
+use crate::model::size::Step;
+use candle_core::DType::{BF16, F32};
+use rayon::ThreadPoolBuilder;
+
+/// What decides how much memory steps of four sequences take.
+#[derive(Debug)]
+struct Case {
+    compute: DType,
+    recompute: bool,
+    dropped: f64,
+    is_tied: bool,
+    micro_batches: usize,
+}
+
+/// How large a model is, and the item of each sequence.
+struct Size {
+    vocabulary: usize,
+    hidden: usize,
+    tokens: u32,
+}
+
+const CASES: [Case; 4] = [
+    Case { compute: F32, recompute: false, dropped: 0.0, is_tied: true, micro_batches: 1 },
+    Case { compute: F32, recompute: true, dropped: 0.0, is_tied: false, micro_batches: 2 },
+    Case { compute: BF16, recompute: false, dropped: 0.3, is_tied: false, micro_batches: 1 },
+    Case { compute: BF16, recompute: true, dropped: 0.0, is_tied: true, micro_batches: 4 },
+];
+
+impl Case {
+    /// That a trainer and three steps take what is told before, but for so large a share of it.
+    fn check(&self, size: &Size, is_cpu: bool, share: f64) {
+        let Case { compute, recompute, dropped, is_tied, micro_batches } = *self;
+        let config = ModelConfig {
+            vocab_size: size.vocabulary,
+            hidden_size: size.hidden,
+            intermediate_size: 5 * size.hidden / 2,
+            num_hidden_layers: 4,
+            head_dim: size.hidden / 4,
+            max_position_embeddings: size.tokens as usize,
+            tie_word_embeddings: is_tied,
+            ..config()
+        };
+        let rows = 4 * size.tokens as usize / micro_batches;
+        let settings = TrainSettings {
+            batch_sequences: 4,
+            micro_batch_tokens: rows,
+            ..dropping(settings(recompute, 1e-3), dropped)
+        };
+        let keep = if recompute { Keep::Inputs } else { Keep::Everything };
+        let has_dropout = dropped > 0.0;
+        let step = Step { config: &config, compute, keep, has_dropout, rows, micro_batches };
+        let told = step_bytes(&step, is_cpu).unwrap() as f64;
+        let sequences: Vec<Sequence> = (0..4).map(|index| size.sequence(index)).collect();
+        let (trained, most) = most_of(|| -> Result<_> {
+            let values = initial(&config, 1, &Device::Cpu)?;
+            let mut trainer = Trainer::new(&config, values, settings, compute, &[Device::Cpu])?;
+            (0..3).try_for_each(|_| trainer.step(&sequences).map(drop))
+        });
+        trained.unwrap();
+        let off = most as f64 / told - 1.0;
+        assert!(
+            off.abs() < share,
+            "{self:?}: {most} bytes are {off} off the {told} that were told"
+        );
+    }
+}
+
+impl Size {
+    /// A sequence of one item.
+    fn sequence(&self, index: u32) -> Sequence {
+        let length = self.tokens;
+        let segment = Segment { item: "item".into(), source: 0, offset: 0, length };
+        let token = |token| (index * length + token) * 37 % self.vocabulary as u32;
+        let (tokens, learned) = ((0..length).map(token).collect(), vec![true; length as usize]);
+        Sequence { tokens, learned, segments: vec![segment], shots: Vec::new() }
+    }
+}
+
+#[test]
+fn a_cpu_takes_what_was_told() {
+    // One thread that does everything, and nothing of other tests: what it takes is all.
+    let alone = ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    // It has buffers for products and attention besides, which do not grow with the model.
+    let size = Size { vocabulary: 2000, hidden: 256, tokens: 256 };
+    alone.install(|| CASES.iter().for_each(|case| case.check(&size, true, 0.1)));
+}
+
+#[test]
+fn tensors_take_what_was_told() {
+    // One order of threads: what is held does not depend on it.
+    if let Some(tested) = machines().into_iter().find(|tested| tested.device.is_cpu()) {
+        let size = Size { vocabulary: 300, hidden: 64, tokens: 32 };
+        tested.trains(|| CASES.iter().for_each(|case| case.check(&size, false, 0.05)));
+    }
+}
