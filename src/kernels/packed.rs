@@ -332,6 +332,7 @@ fn lay_out<E>(
 mod tests {
     use super::super::twin::{close, random};
     use super::*;
+    use proptest::prelude::*;
 
     const KINDS: [WeightType; 4] =
         [WeightType::F32, WeightType::Bf16, WeightType::Bf16x3, WeightType::Int8];
@@ -392,5 +393,31 @@ mod tests {
         let mean = |t: Tensor| t.sqr().unwrap().mean_all().unwrap().to_scalar::<f32>().unwrap();
         let noise = mean((ours - &exact).unwrap()) / mean(exact);
         assert!(noise < 2e-4, "noise is {noise} of the signal");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn any_kernel_equals_a_plain_product(
+            rows in 1usize..200, outputs in 1usize..150, inputs in 1usize..1500,
+        ) {
+            check(rows, outputs, inputs);
+        }
+
+        #[test]
+        fn any_row_has_the_same_bits_in_every_batch(
+            rows in 1usize..150, outputs in 1usize..100, inputs in 1usize..600, cut in 0usize..150,
+        ) {
+            let (x, weight) = (random(&[rows, inputs], DType::F32), random(&[outputs, inputs], DType::F32));
+            let cut = cut % rows;
+            for kind in KINDS {
+                let weight = PackedWeight::of_type(&weight, kind).unwrap();
+                let bits = |x: &Tensor| weight.multiply(x).unwrap().to_vec2::<f32>().unwrap();
+                let part = |first, rows| bits(&x.narrow(0, first, rows).unwrap());
+                let parts = [part(0, cut), part(cut, rows - cut)].concat();
+                assert_eq!(parts, bits(&x), "{kind:?}, cut at {cut}");
+            }
+        }
     }
 }

@@ -195,6 +195,7 @@ mod tests {
     use super::super::twin::{close, random};
     use super::*;
     use candle_core::{DType, Device, Tensor};
+    use proptest::prelude::*;
 
     fn check(rows: usize, inputs: usize) {
         let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -295,6 +296,15 @@ mod tests {
             for inputs in [1, 2, 7, 64, 129] {
                 check(rows, inputs);
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_tile_equals_its_portable_twin(rows in 1usize..80, inputs in 1usize..700) {
+            check(rows, inputs);
         }
     }
 }

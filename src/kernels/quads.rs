@@ -305,6 +305,7 @@ mod tests {
     use super::super::twin::random;
     use super::*;
     use candle_core::DType;
+    use proptest::prelude::*;
 
     /// `x (count, inputs)` times `weight (at most 32, inputs)`, by the kernel, which its twins agree with in every bit.
     fn product(x: &[f32], weight: &[f32], inputs: usize) -> Vec<[f32; PANEL]> {
@@ -411,6 +412,15 @@ mod tests {
             for inputs in [1, 4, 7, 64, 128, 129, 300, 768] {
                 check(count, inputs);
             }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        #[test]
+        fn any_tile_equals_its_portable_twin(count in 1usize..80, inputs in 1usize..700) {
+            check(count, inputs);
         }
     }
 }

@@ -264,6 +264,7 @@ mod tests {
     use super::super::twin::{close, random};
     use super::*;
     use candle_core::DType;
+    use proptest::prelude::*;
 
     const HEADS: Heads = Heads { query: 6, key_value: 2, width: 10, window: None };
 
@@ -354,6 +355,36 @@ mod tests {
             let out = cache.step(&both.try_into().unwrap(), &[mine, other]).unwrap();
             assert_eq!(bits(&out)[..rows], whole[position..position + rows]);
             position += rows;
+        }
+    }
+
+    /// Heads of any kind that there are kernels for.
+    fn heads() -> impl Strategy<Value = Heads> {
+        let window = prop::option::of(1usize..150);
+        (1usize..=3, 1usize..=8, 1usize..=40, window).prop_map(
+            |(key_value, group, half, window)| Heads {
+                query: group * key_value,
+                key_value,
+                width: 2 * half,
+                window,
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn any_heads_equal_attention_within_items(
+            heads in heads(), lengths in prop::collection::vec(1usize..150, 1..4),
+        ) {
+            check(&lengths, heads);
+        }
+
+        #[test]
+        fn any_heads_compute_the_same_bits_in_any_chunks(heads in heads()) {
+            check_chunks(heads, DType::F32);
+            check_chunks(heads, DType::BF16);
         }
     }
 }
