@@ -283,6 +283,7 @@ fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) 
         "requests": answered.requests,
         "prompt_tokens": answered.prompt_tokens,
         "output_tokens": answered.output_tokens,
+        "output_digest": format!("{:032x}", answered.digest),
         "seconds": seconds,
         "requests_per_s": answered.requests as f64 / seconds,
         "tokens_per_s": answered.output_tokens as f64 / seconds,

@@ -17,6 +17,7 @@ use headwater::synthesizer::{Completion, Queue, Request, Synthesizer};
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
+use xxhash_rust::xxh3::xxh3_128;
 
 /// Requests to measure with.
 #[derive(Clone)]
@@ -44,6 +45,20 @@ pub(super) struct Answered {
     pub(super) prompt_tokens: u64,
     /// Tokens of the answers.
     pub(super) output_tokens: u64,
+    /// What all prompts with their answers come to, in whatever order they came.
+    pub(super) digest: u128,
+}
+
+impl Answered {
+    /// Counts an answer.
+    fn count(&mut self, prompt: &[u32], answer: &[u32]) {
+        self.requests += 1;
+        self.prompt_tokens += prompt.len() as u64;
+        self.output_tokens += answer.len() as u64;
+        let words = [&[prompt.len() as u32], prompt, answer].concat();
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        self.digest = self.digest.wrapping_add(xxh3_128(&bytes));
+    }
 }
 
 impl Workload {
@@ -137,16 +152,14 @@ impl Workload {
             bail!("request {} failed: {reason}", completion.key);
         }
         let index = completion.key as usize;
-        answered.requests += 1;
-        answered.output_tokens += completion.tokens.len() as u64;
         match self {
             Workload::Random(prompts) => {
-                answered.prompt_tokens += prompts[index].len() as u64;
+                answered.count(&prompts[index], &completion.tokens);
                 Ok(None)
             }
             Workload::Corpus(corpus) => {
                 let prompt = corpus.prompt(index);
-                answered.prompt_tokens += prompt.tokens.len() as u64;
+                answered.count(&prompt.tokens, &completion.tokens);
                 let generation = Generation {
                     text: corpus.writer.tokenizer().decode(&completion.tokens),
                     finish: completion.finish,

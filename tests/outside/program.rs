@@ -180,6 +180,14 @@ fn the_engine_is_measured_on_random_prompts_and_on_chains_of_texts() {
             );
         }
     }
+    let digest = |arguments: &str| {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        let figures: Value = serde_json::from_str(&check(&arguments, 0, "ceilings")).unwrap();
+        figures["output_digest"].as_str().unwrap().to_owned()
+    };
+    let expected = digest(&chains);
+    assert_eq!(digest(&format!("{chains} --prefix-reuse off --speculation off")), expected);
+    assert_ne!(digest(&chains.replace("--requests 8", "--requests 7")), expected);
     check(&["bench", "synth", "--rounds", "2"], 2, "--prompts");
     check(&["bench", "synth", "--model", "7q"], 2, "7q");
     check(&["bench", "synth", "--prompt-tokens", "2000"], 2, "--output-tokens 128 do not fit");
