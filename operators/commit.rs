@@ -64,57 +64,31 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
                 let wake = waker(scope.worker().sync_activator_for(info.address.to_vec()));
                 let again = scope.activator_for(info.address);
                 let committer = (scope.index() == 0).then(|| open(wake));
-                let mut lanes = committing.lanes;
-                // The epochs that are being gathered, and those handed over: each with its capability.
-                let mut gathering: BTreeMap<u64, (Capability<u64>, Gathered)> = BTreeMap::new();
-                let mut handed_over: BTreeMap<u64, Capability<u64>> = BTreeMap::new();
-                // Behind an epoch that the run ends with, nothing is committed any more.
-                let mut stopped = lanes.iter().any(|lane| lane.stopped);
+                let mut epochs = Epochs::new(committing.lanes);
 
                 move |(packed, packed_frontier), (accounts, accounts_frontier), output| {
                     let port = output.output_index();
                     packed.for_each_stamp(|capability, batches| {
                         let held = capability.retain_least(port).expect("packed at a time");
-                        let (_, gathered) = gathering
-                            .entry(*held.time())
-                            .or_insert_with(|| (held, Gathered::default()));
-                        gathered.lanes.extend(batches.flat_map(|batch| batch.drain(..)));
+                        let lanes = &mut epochs.gathered(held).lanes;
+                        lanes.extend(batches.flat_map(|batch| batch.drain(..)));
                     });
                     accounts.for_each_stamp(|capability, batches| {
                         let held = capability.retain_least(port).expect("accounts have a time");
-                        let (_, gathered) = gathering
-                            .entry(*held.time())
-                            .or_insert_with(|| (held, Gathered::default()));
-                        gathered.accounts.extend(batches.flat_map(|batch| batch.drain(..)));
+                        let accounts = &mut epochs.gathered(held).accounts;
+                        accounts.extend(batches.flat_map(|batch| batch.drain(..)));
                     });
                     let Some(committer) = &committer else { return };
-                    while let Some(entry) = gathering.first_entry()
-                        && !packed_frontier.less_equal(entry.key())
-                        && !accounts_frontier.less_equal(entry.key())
-                    {
-                        let epoch = *entry.key();
-                        let (capability, gathered) = entry.remove();
-                        if stopped {
-                            continue;
-                        }
-                        let whole = gathered.into_output(epoch, &mut lanes);
-                        match committer.offer(whole) {
-                            Ok(()) => {
-                                stopped = lanes.iter().any(|lane| lane.stopped);
-                                handed_over.insert(epoch, capability);
-                            }
-                            Err(whole) => {
-                                let gathered =
-                                    Gathered { whole: Some(whole), ..Gathered::default() };
-                                gathering.insert(epoch, (capability, gathered));
-                                again.activate_after(RETRY);
-                                break;
-                            }
-                        }
+                    let is_whole = |epoch: &u64| {
+                        !packed_frontier.less_equal(epoch) && !accounts_frontier.less_equal(epoch)
+                    };
+                    if !epochs.hand_over(committer, is_whole) {
+                        again.activate_after(RETRY);
                     }
                     while let Some(committed) = committer.poll() {
                         let epoch = committed.record.epoch;
-                        let capability = handed_over.remove(&epoch).expect("handed over before");
+                        let capability =
+                            epochs.handed_over.remove(&epoch).expect("handed over before");
                         committing.meters.epochs.add(1);
                         committing.meters.sequences.add(committed.record.sequences);
                         output.session(&capability).give(committed);
@@ -122,6 +96,53 @@ impl<'scope> Commit<'scope> for StreamVec<'scope, u64, PackedLane> {
                 }
             },
         )
+    }
+}
+
+/// The epochs of a run on their way to the disk, each with its capability.
+struct Epochs {
+    lanes: Vec<LaneState>,
+    gathering: BTreeMap<u64, (Capability<u64>, Gathered)>,
+    handed_over: BTreeMap<u64, Capability<u64>>,
+    /// Behind an epoch that the run ends with, nothing is committed any more.
+    stopped: bool,
+}
+
+impl Epochs {
+    fn new(lanes: Vec<LaneState>) -> Self {
+        let stopped = lanes.iter().any(|lane| lane.stopped);
+        Epochs { lanes, gathering: BTreeMap::new(), handed_over: BTreeMap::new(), stopped }
+    }
+
+    /// What has come of the epoch of a capability.
+    fn gathered(&mut self, held: Capability<u64>) -> &mut Gathered {
+        let epoch = *held.time();
+        &mut self.gathering.entry(epoch).or_insert_with(|| (held, Gathered::default())).1
+    }
+
+    /// Hands over the epochs that are whole, in their order; whether there was room for all of them.
+    fn hand_over(&mut self, committer: &Committer, is_whole: impl Fn(&u64) -> bool) -> bool {
+        while let Some(entry) = self.gathering.first_entry()
+            && is_whole(entry.key())
+        {
+            let epoch = *entry.key();
+            let (capability, gathered) = entry.remove();
+            if self.stopped {
+                continue;
+            }
+            match committer.offer(gathered.into_output(epoch, &mut self.lanes)) {
+                Ok(()) => {
+                    self.stopped = self.lanes.iter().any(|lane| lane.stopped);
+                    self.handed_over.insert(epoch, capability);
+                }
+                Err(whole) => {
+                    let gathered = Gathered { whole: Some(whole), ..Gathered::default() };
+                    self.gathering.insert(epoch, (capability, gathered));
+                    return false;
+                }
+            }
+        }
+        true
     }
 }
 

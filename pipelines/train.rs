@@ -7,9 +7,10 @@
 
 use crate::shell::args::{MachineArgs, check_progress};
 use crate::shell::held_out;
+use crate::shell::memory::Need;
 use crate::shell::metrics::{self, Totals};
 use crate::shell::models::Model;
-use crate::shell::plan::{self, bytes, count, seconds};
+use crate::shell::plan::{self, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
 use crate::shell::report;
 use crate::shell::running::abort_on_panic;
@@ -156,6 +157,7 @@ impl Source {
     }
 
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
+        let need = Need::of_training(&args.train, &self.model.config, self.length, &self.devices);
         format!(
             "  sequences     {} of {} tokens at most, {} passes\n  training      {}: {} parameters, {} \
              steps of {} sequences, peak rate {:.1e}, {}, warm-up {}, {}\n  held out      {}\n  memory        \
@@ -172,16 +174,9 @@ impl Source {
             settings.schedule.warmup_steps,
             args.train.train_dtype.arithmetic(&self.devices[0], &self.model.config),
             held_out::describe(&self.held_out, args.train.eval_every),
-            bytes(self.memory(args)),
+            need.describe(),
             args.out.display(),
         )
-    }
-
-    fn memory(&self, args: &Train) -> u64 {
-        let config = &self.model.config;
-        plan::training_bytes(&args.train, config, self.length, &self.devices)
-            + plan::snapshot_bytes(config)
-            + plan::PROGRAM_BYTES
     }
 
     fn told(&self, args: &Train) -> Told {

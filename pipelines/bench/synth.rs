@@ -18,6 +18,7 @@ use headwater::engine::metrics::EngineCounters;
 use headwater::engine::phases::{Phase, Phases};
 use headwater::engine::schedule::{PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
+use headwater::kernels::cuda::forget_peak;
 use headwater::kernels::peak::threads;
 use headwater::model::config::ModelConfig;
 use headwater::model::device;
@@ -88,6 +89,7 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
     let decode = phases.steps(setup.new_tokens)?;
     drop(phases);
     let measured = Measured { prompts: &prompts, prefill, decode, ceiling, cost };
+    forget_peak(std::slice::from_ref(&setup.device))?; // that of the phases
     let whole = setup.whole(model, &args.steps)?;
     eprint!("{}", measured.table(&whole, setup.new_tokens));
     println!("{}", figures(args, &setup, &measured, &whole));

@@ -18,6 +18,7 @@ use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use clap::Args;
+use headwater::kernels::cuda::forget_peak;
 use headwater::kernels::peak;
 use headwater::model::device;
 use headwater::model::shape::Shape;
@@ -82,6 +83,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode> {
         ceilings.products / 1e9,
         ceilings.peak.map_or(String::new(), |peak| format!(", {:.1} at most", peak / 1e9)),
     );
+    forget_peak(&setup.devices)?; // that of the ceilings
     let measured = setup.measure(args)?;
     let share = measured.operations_per_s / ceilings.products;
     eprintln!(

@@ -45,8 +45,8 @@ pub struct Measured {
     pub data_wait_share: f64,
     /// The most resident memory the process had so far.
     pub memory_bytes: u64,
-    /// The most bytes that tensors had in use at a time on the GPUs that train, all together; none on a CPU, and where a GPU
-    /// does not count them.
+    /// The most bytes that were in use on each of the GPUs that train at a time, added up; none on a CPU, and where a GPU does
+    /// not count them.
     pub device_memory_bytes: Option<u64>,
 }
 

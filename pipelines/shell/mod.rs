@@ -6,6 +6,7 @@ pub mod evaluation;
 mod gates;
 pub(crate) mod held_out;
 mod logs;
+pub mod memory;
 pub mod metrics;
 pub mod models;
 pub mod parts;

@@ -1,7 +1,8 @@
 //! Everything a dataflow is wired from, opened once and shared by its workers.
 
+use super::memory::training_bytes;
 use super::models::Model;
-use super::plan::{Plan, training_bytes, training_configuration};
+use super::plan::{Plan, training_configuration};
 use super::settings::Settings;
 use anyhow::Result;
 use candle_core::Device;

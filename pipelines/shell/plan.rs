@@ -1,23 +1,18 @@
 //! What a run would do: counted and estimated before anything is spent.
 
 use super::held_out;
+use super::memory;
 use super::settings::Settings;
 use super::split;
 use super::train_args::TrainArgs;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use headwater::block::Converted;
-use headwater::engine::blocks_wanted;
 use headwater::format::census::{Census, census};
-use headwater::kernels::cuda::free_bytes;
 use headwater::kernels::packed::{PackedWeight, WeightType};
-use headwater::model::backward::Keep;
-use headwater::model::cache::Cache;
-use headwater::model::config::ModelConfig;
-use headwater::model::size::Step;
 use headwater::train::optimizer::AdamW;
 use headwater::train::schedule::Schedule;
-use headwater::train::{HiddenDropout, TrainSettings, host_products, step_bytes};
+use headwater::train::{HiddenDropout, TrainSettings, host_products};
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::time::Instant;
@@ -132,9 +127,9 @@ impl Plan {
         {
             line("threads", split::describe(settings.engine.train_threads));
         }
-        let (memory, cache) = self.memory(settings);
+        let (need, cache) = memory::of_pipeline(settings);
         let grows = "of it for keys and values, which grow with the texts";
-        line("memory", format!("at most about {}, {} {grows}", bytes(memory), bytes(cache)));
+        line("memory", format!("at most about {}, {} {grows}", need.describe(), bytes(cache)));
         line("requests", describe_request_store(settings));
         line("output", format!("{}", settings.out.display()));
         text
@@ -191,68 +186,6 @@ impl Plan {
             flops * self.mix_tokens as f64,
         )
     }
-
-    /// Bytes of everything, and how many of them are for the keys and values of the engines, if sequences fill their contexts.
-    fn memory(&self, settings: &Settings) -> (u64, u64) {
-        let synthesizer = &settings.synthesizer.config;
-        let parameters = synthesizer.parameter_count();
-        let weights =
-            settings.synthesizer.precision.bytes(parameters, settings.synthesizes_on_cpu());
-        let context = synthesizer.max_position_embeddings;
-        let training = settings.train.as_ref().map_or(0, |args| {
-            training_bytes(args, &settings.model.config, settings.length, &settings.devices)
-        });
-        let snapshot = self.training.map_or(0, |_| snapshot_bytes(&settings.model.config));
-        let device = &settings.synthesizer_devices[0];
-        // A GPU that does not say what is free fails when it is used; this is an estimate.
-        let free = free_bytes(device).unwrap_or(None);
-        let shared = if settings.trains_on(device) { training } else { 0 };
-        let room = settings.engine.steps.cache_bytes(free, weights + shared, 1);
-        let blocks = blocks_wanted(&settings.engine_settings(room), context);
-        let kept = match settings.synthesizer.precision.tensors() {
-            Ok(dtype) if !device.is_cpu() => dtype,
-            _ => DType::F32,
-        };
-        let cache = (blocks * Cache::block_bytes(synthesizer, kept)).min(room) as u64;
-        let engines = settings.synthesizer_devices.len() as u64;
-        let replicas = settings.devices.len() as u64;
-        let all = engines * (weights + cache) + replicas * training + snapshot + PROGRAM_BYTES;
-        (all, engines * cache)
-    }
-}
-
-/// Parameters with their state, gradients, and what micro-batches of at least `length` tokens take, on each of `devices`.
-///
-/// # Panics
-/// If there is no device.
-pub fn training_bytes(
-    args: &TrainArgs,
-    config: &ModelConfig,
-    length: usize,
-    devices: &[Device],
-) -> u64 {
-    let rows = args.micro_batch_tokens(&devices[0]).max(length);
-    let micro_batches = args.batch().div_ceil((rows / length.max(1)).max(1));
-    let step = Step {
-        config,
-        compute: args.train_dtype.dtype(&devices[0]),
-        keep: if args.recompute { Keep::Inputs } else { Keep::Everything },
-        has_dropout: args.hidden_dropout > 0.0,
-        rows,
-        micro_batches: micro_batches.div_ceil(devices.len()),
-    };
-    step_bytes(&step, devices[0].is_cpu()).expect("a CPU trains in the types that can be asked for")
-}
-
-/// About what the program takes besides its models: itself, tokenizers, buffers of threads and files.
-pub const PROGRAM_BYTES: u64 = 90_000_000;
-
-/// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host, and the largest of them
-/// twice more while it is written.
-pub fn snapshot_bytes(config: &ModelConfig) -> u64 {
-    let size = |(_, shape): &(String, Vec<usize>)| shape.iter().product::<usize>();
-    let largest = config.parameters().iter().map(size).max().unwrap_or(0) as u64;
-    config.parameter_count() * 3 * 4 + largest * 2 * 4
 }
 
 /// How to train a model on so many sequences, in a run with such a seed.

@@ -23,7 +23,7 @@ pub(crate) const CHUNK: usize = 256;
 
 /// The same in tensors. What is added up for the head is as large as the head, however few rows a product has: on a GPU that
 /// takes longer than products of some hundred rows.
-pub(crate) const TENSOR_CHUNK: usize = 4096;
+pub(crate) const TENSOR_CHUNK: usize = 2048;
 
 /// Losses, and the gradients if they were asked for.
 #[derive(Debug)]

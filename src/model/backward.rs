@@ -58,6 +58,9 @@ pub enum Keep {
 impl Llama {
     /// The loss of each target of `batch`, in nats.
     pub fn losses(&self, batch: &Batch) -> Result<Vec<f64>> {
+        if batch.rows.is_empty() {
+            return Ok(Vec::new());
+        }
         let heads = self.config.heads();
         let x = self.forward(&batch.ids, &batch.positions, |_, [q, k, v]| {
             Ok(attention(q, k, v, &batch.spans, &heads)?.output)
@@ -77,6 +80,12 @@ impl Llama {
     ) -> Result<Vec<f64>> {
         let Learning { objective, keep, dropout } = learning;
         let (inputs, layers) = self.plain()?;
+        if batch.rows.is_empty() {
+            // Nothing is to be learned of it, and a GPU has no tensors of nothing.
+            let device = inputs.embed_tokens.device();
+            gradients.complete(self.config.parameters(), device)?;
+            return Ok(Vec::new());
+        }
         let pass = Pass { batch, heads: self.config.heads(), table: &inputs.table, dropout };
         let x = embed(&inputs.embed_tokens, &batch.ids)?;
         let mut x = masked(&x, pass.mask(Site::Embedding, &x)?.as_ref())?;

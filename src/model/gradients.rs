@@ -4,6 +4,7 @@ use crate::kernels::cuda::training::is_emulated;
 use crate::kernels::storage::clear;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 /// Gradients by parameter name, in f32 or wider.
 #[derive(Clone, Debug, Default)]
@@ -16,7 +17,11 @@ impl Gradients {
     pub fn add(&mut self, name: &str, gradient: Tensor) -> Result<()> {
         let gradient = match gradient.dtype() {
             DType::F32 | DType::F64 => gradient,
-            _ => gradient.to_dtype(DType::F32)?,
+            _ => {
+                let exact = gradient.to_dtype(DType::F32)?;
+                drop(gradient); // it need not be there while a sum is made
+                exact
+            }
         };
         match self.by_name.get_mut(name) {
             Some(sum) => *sum = (&*sum + gradient)?,
@@ -31,6 +36,20 @@ impl Gradients {
             Ok((name.clone(), Tensor::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))
         };
         Ok(Gradients { by_name: parameters.iter().map(zero).collect::<Result<_>>()? })
+    }
+
+    /// Zeros on `device` for those of `parameters` that have none.
+    pub(super) fn complete(
+        &mut self,
+        parameters: Vec<(String, Vec<usize>)>,
+        device: &Device,
+    ) -> Result<()> {
+        for (name, shape) in parameters {
+            if let Entry::Vacant(vacant) = self.by_name.entry(name) {
+                vacant.insert(Tensor::zeros(shape, DType::F32, device)?);
+            }
+        }
+        Ok(())
     }
 
     /// Sets all to zero, in their memory.
@@ -84,7 +103,7 @@ impl Gradients {
     }
 }
 
-/// In blocks of fixed size, in f64.
+/// On a CPU in blocks of fixed size and in f64, elsewhere in f32.
 pub(super) fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     if !tensor.device().is_cpu() || is_emulated() {
         // Rows first: the sum of all in one go would be that of one block of threads.

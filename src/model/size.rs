@@ -38,13 +38,15 @@ impl Step<'_> {
         let head = self.head_elements() * EXACT;
         let before = if self.adds() { all } else { 0 };
         let first = if self.adds() { all } else { head };
-        let last = if self.adds() { all } else { all - head };
+        let has_table = self.adds() || self.config.tie_word_embeddings; // the head's gradient is the table's then
+        let last = if has_table { all } else { all - head };
         let (kept, one) = (layers * self.kept(), self.kept());
         let peaks = [
             before + kept + self.in_head(),
             first + kept + self.in_block(),
             last + one + self.in_block(),
             all + self.in_embedding(),
+            all + self.in_norm(),
         ];
         state + peaks.into_iter().max().unwrap_or(0)
     }
@@ -103,9 +105,8 @@ impl Step<'_> {
 
     /// A gradient on its way to the others.
     fn gradient(&self, elements: u64) -> u64 {
-        let exact = if self.size() == EXACT { 0 } else { EXACT };
-        let sum = if self.adds() { EXACT } else { 0 };
-        elements * (self.size() + exact + sum)
+        let computed = if self.size() == EXACT { EXACT } else { self.size() + EXACT };
+        elements * if self.adds() { computed.max(2 * EXACT) } else { computed }
     }
 
     /// What the head takes: rows before and after their normalisation and their gradient, logits and the gradient of the
@@ -113,8 +114,9 @@ impl Step<'_> {
     fn in_head(&self) -> u64 {
         let logits =
             self.size() * self.rows().min(TENSOR_CHUNK as u64) * self.config.vocab_size as u64;
-        let sum = if self.rows > TENSOR_CHUNK { 2 * EXACT } else { 0 };
-        let weight = self.gradient(self.head_elements()) + sum * self.head_elements();
+        // The gradient of a further chunk, and its sum with that of those before.
+        let chunks = if self.rows > TENSOR_CHUNK { 3 * EXACT } else { 0 };
+        let weight = self.gradient(self.head_elements()).max(chunks * self.head_elements());
         4 * self.size() * self.rows() * self.hidden() + logits + weight
     }
 
@@ -131,5 +133,11 @@ impl Step<'_> {
     fn in_embedding(&self) -> u64 {
         let sum = if self.adds() || self.config.tie_word_embeddings { 2 } else { 0 };
         sum * EXACT * self.head_elements() + 2 * self.size() * self.rows() * self.hidden()
+    }
+
+    /// What the norm of all gradients takes: the squares of the largest.
+    fn in_norm(&self) -> u64 {
+        let [wide, _] = self.columns();
+        EXACT * self.head_elements().max(self.hidden() * self.middle().max(wide))
     }
 }

@@ -107,54 +107,63 @@ impl Gpu {
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
     // SAFETY: the tensor library puts all work of a device on one stream, and we move no memory between devices.
     unsafe { device.disable_event_tracking() };
-    let stream = device.cuda_stream();
-    let context = stream.context();
-    if context.has_async_alloc() {
-        context.bind_to_thread().w()?;
-        let mut threshold = u64::MAX;
-        let threshold: *mut c_void = (&raw mut threshold).cast();
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    let mut threshold = u64::MAX;
+    let threshold: *mut c_void = (&raw mut threshold).cast();
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    with_pool(device, |pool| {
         // SAFETY: the pool is that of a device that exists; the attribute is a number of 64 bits.
-        unsafe {
-            let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
-            result::mem_pool::set_attribute(pool, attribute, threshold).w()?;
-        }
-    }
-    Ok(())
+        unsafe { result::mem_pool::set_attribute(pool, attribute, threshold) }.w()
+    })
+    .map(drop)
 }
 
 /// Bytes that are free on a device, with what it keeps for later.
 pub(crate) fn free_bytes(device: &CudaDevice) -> Result<usize> {
     let stream = device.cuda_stream();
     stream.synchronize().w()?;
+    // SAFETY: the pool is that of a device that exists; what is in use stays.
+    with_pool(device, |pool| unsafe { result::mem_pool::trim_to(pool, 0) }.w())?;
     let context = stream.context();
     context.bind_to_thread().w()?;
-    if context.has_async_alloc() {
-        // SAFETY: the pool is that of a device that exists; what is in use stays.
-        unsafe {
-            let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
-            result::mem_pool::trim_to(pool, 0).w()?;
-        }
-    }
     Ok(context.mem_get_info().w()?.0)
 }
 
 /// The most bytes that were in use on a device at a time; none if it does not count them.
 pub(crate) fn peak_bytes(device: &CudaDevice) -> Result<Option<u64>> {
+    let mut bytes = 0u64;
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    with_pool(device, |pool| {
+        // SAFETY: the pool is that of a device that exists; the attribute is a number of 64 bits.
+        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()
+    })
+    .map(|counts| counts.map(|()| bytes))
+}
+
+/// Has [`peak_bytes`] begin anew with what is in use now.
+pub(crate) fn forget_peak(device: &CudaDevice) -> Result<()> {
+    let mut zero = 0u64; // the one value that can be set
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    with_pool(device, |pool| {
+        // SAFETY: as above.
+        unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut zero).cast()) }.w()
+    })
+    .map(drop)
+}
+
+/// Does something with the memory pool of a device, if it has one.
+fn with_pool(
+    device: &CudaDevice,
+    work: impl FnOnce(sys::CUmemoryPool) -> Result<()>,
+) -> Result<Option<()>> {
     let stream = device.cuda_stream();
     let context = stream.context();
     if !context.has_async_alloc() {
         return Ok(None);
     }
     context.bind_to_thread().w()?;
-    let mut bytes = 0u64;
-    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    // SAFETY: the pool is that of a device that exists; the attribute is a number of 64 bits.
-    unsafe {
-        let pool = result::device::get_default_mem_pool(context.cu_device()).w()?;
-        result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()).w()?;
-    }
-    Ok(Some(bytes))
+    // SAFETY: the device exists.
+    let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }.w()?;
+    work(pool).map(Some)
 }
 
 impl Machine for Gpu {

@@ -64,7 +64,7 @@ pub fn free_bytes(device: &candle_core::Device) -> candle_core::Result<Option<us
     }
 }
 
-/// The most bytes that were in use on devices at a time, all together; none where one does not count them, as a CPU.
+/// The most bytes that were in use on each of some devices at a time, added up; none where one does not count them, as a CPU.
 ///
 /// # Errors
 /// If a device fails.
@@ -76,4 +76,16 @@ pub fn peak_bytes(devices: &[candle_core::Device]) -> candle_core::Result<Option
     };
     let all = devices.iter().map(one).collect::<candle_core::Result<Option<Vec<u64>>>>();
     Ok(all?.map(|all| all.iter().sum()))
+}
+
+/// Has [`peak_bytes`] begin anew with what is in use now.
+///
+/// # Errors
+/// If a device fails.
+pub fn forget_peak(devices: &[candle_core::Device]) -> candle_core::Result<()> {
+    devices.iter().try_for_each(|device| match device {
+        #[cfg(feature = "cuda")]
+        candle_core::Device::Cuda(device) => driver::forget_peak(device),
+        _ => Ok(()),
+    })
 }

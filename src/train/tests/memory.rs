@@ -25,11 +25,13 @@ struct Size {
     tokens: u32,
 }
 
-const CASES: [Case; 4] = [
+const CASES: [Case; 6] = [
     Case { compute: F32, recompute: false, dropped: 0.0, is_tied: true, micro_batches: 1 },
     Case { compute: F32, recompute: true, dropped: 0.0, is_tied: false, micro_batches: 2 },
     Case { compute: BF16, recompute: false, dropped: 0.3, is_tied: false, micro_batches: 1 },
     Case { compute: BF16, recompute: true, dropped: 0.0, is_tied: true, micro_batches: 4 },
+    Case { compute: BF16, recompute: true, dropped: 0.0, is_tied: true, micro_batches: 1 },
+    Case { compute: F32, recompute: true, dropped: 0.0, is_tied: false, micro_batches: 1 },
 ];
 
 impl Case {

@@ -66,6 +66,30 @@ fn a_resumed_run_in_tensors_ends_with_the_same_bits() {
     }
 }
 
+/// A micro-batch, and a whole step, in which nothing is to be learned.
+#[test]
+fn what_has_no_targets_is_no_error_in_tensors() {
+    let parts = |from: usize| {
+        let mut all = sequences(0);
+        all[from..].iter_mut().for_each(|sequence| sequence.learned.fill(false));
+        all
+    };
+    let steps = [parts(1), parts(0), sequences(1)];
+    let run = |mut trainer: Trainer| {
+        let losses: Vec<f64> = steps.iter().map(|step| trainer.step(step).unwrap().loss).collect();
+        (losses, trainer.evaluate(&parts(1)).unwrap(), trainer.evaluate(&parts(0)).unwrap())
+    };
+    let settings = settings(false, 1e-2);
+    let (expected, part, none) = run(on_cpu(settings));
+    for tested in machines() {
+        let found = tested.trains(|| run(trainer_on(&tested, settings, F32)));
+        for (found, expected) in found.0.iter().zip(&expected) {
+            assert!((found - expected).abs() < 1e-4, "{found} and {expected} on {}", tested.name);
+        }
+        assert!((found.1 - part).abs() < 1e-4 && found.2 == none, "{found:?} on {}", tested.name);
+    }
+}
+
 #[test]
 fn a_bad_step_in_tensors_is_skipped_and_changes_nothing() {
     for tested in machines() {

@@ -1,0 +1,149 @@
+//! How much memory a run takes, told before it is taken.
+
+use super::plan::bytes;
+use super::settings::Settings;
+use super::train_args::TrainArgs;
+use candle_core::{DType, Device};
+use headwater::engine::blocks_wanted;
+use headwater::kernels::cuda::free_bytes;
+use headwater::model::backward::Keep;
+use headwater::model::cache::Cache;
+use headwater::model::config::ModelConfig;
+use headwater::model::size::Step;
+use headwater::train::step_bytes;
+
+/// About what the program takes besides its models: itself, tokenizers, buffers of threads and files.
+const PROGRAM_BYTES: u64 = 90_000_000;
+
+/// Bytes by where they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Need {
+    /// In the memory of the host.
+    pub host: u64,
+    /// On all GPUs together.
+    pub gpus: u64,
+}
+
+impl Need {
+    /// What the program itself takes.
+    fn of_program() -> Self {
+        Need { host: PROGRAM_BYTES, gpus: 0 }
+    }
+
+    fn add(&mut self, bytes: u64, devices: &[Device]) {
+        let all = bytes * devices.len() as u64;
+        let is_host = devices.first().is_none_or(Device::is_cpu);
+        *(if is_host { &mut self.host } else { &mut self.gpus }) += all;
+    }
+
+    /// What a model in training takes, with a checkpoint that is being written.
+    pub fn of_training(
+        args: &TrainArgs,
+        config: &ModelConfig,
+        length: usize,
+        devices: &[Device],
+    ) -> Self {
+        let mut need = Need::of_program();
+        need.host += snapshot_bytes(config);
+        need.add(training_bytes(args, config, length, devices), devices);
+        need
+    }
+
+    /// For people.
+    pub fn describe(&self) -> String {
+        match self.gpus {
+            0 => bytes(self.host),
+            gpus => format!("{} on GPUs and {} of the host", bytes(gpus), bytes(self.host)),
+        }
+    }
+}
+
+/// What a pipeline takes, and how many bytes of it are for the keys and values of its engines, if sequences fill their
+/// contexts.
+pub(super) fn of_pipeline(settings: &Settings) -> (Need, u64) {
+    let mut need = Need::of_program();
+    let training = settings.train.as_ref().map_or(0, |args| {
+        training_bytes(args, &settings.model.config, settings.length, &settings.devices)
+    });
+    if settings.train.is_some() {
+        need.host += snapshot_bytes(&settings.model.config);
+        need.add(training, &settings.devices);
+    }
+    let model = &settings.synthesizer;
+    let parameters = model.config.parameter_count();
+    let weights = model.precision.bytes(parameters, settings.synthesizes_on_cpu());
+    let devices = &settings.synthesizer_devices;
+    // A GPU that does not say what is free fails when it is used; this is an estimate.
+    let free = free_bytes(&devices[0]).unwrap_or(None);
+    let shared = if settings.trains_on(&devices[0]) { training } else { 0 };
+    let room = settings.engine.steps.cache_bytes(free, weights + shared, 1);
+    let context = model.config.max_position_embeddings;
+    let blocks = blocks_wanted(&settings.engine_settings(room), context);
+    let kept = match model.precision.tensors() {
+        Ok(dtype) if !devices[0].is_cpu() => dtype,
+        _ => DType::F32,
+    };
+    let cache = (blocks * Cache::block_bytes(&model.config, kept)).min(room) as u64;
+    need.add(weights + cache, devices);
+    (need, devices.len() as u64 * cache)
+}
+
+/// Parameters with their state, gradients, and what micro-batches of sequences of `length` tokens take, on each of `devices`.
+///
+/// # Panics
+/// If there is no device.
+pub fn training_bytes(
+    args: &TrainArgs,
+    config: &ModelConfig,
+    length: usize,
+    devices: &[Device],
+) -> u64 {
+    let tokens_max = args.micro_batch_tokens(&devices[0]);
+    let [sequences, micro_batches] = dealt(args.batch(), length, tokens_max);
+    let step = Step {
+        config,
+        compute: args.train_dtype.dtype(&devices[0]),
+        keep: if args.recompute { Keep::Inputs } else { Keep::Everything },
+        has_dropout: args.hidden_dropout > 0.0,
+        rows: sequences * length,
+        micro_batches: micro_batches.div_ceil(devices.len()),
+    };
+    step_bytes(&step, devices[0].is_cpu()).expect("a CPU trains in the types that can be asked for")
+}
+
+/// Whole sequences of a micro-batch, and micro-batches of a step.
+fn dealt(batch: usize, length: usize, tokens_max: usize) -> [usize; 2] {
+    let sequences = (tokens_max / length.max(1)).clamp(1, batch.max(1));
+    [sequences, batch.div_ceil(sequences)]
+}
+
+/// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host, and the largest of them
+/// twice more while it is written.
+fn snapshot_bytes(config: &ModelConfig) -> u64 {
+    let size = |(_, shape): &(String, Vec<usize>)| shape.iter().product::<usize>();
+    let largest = config.parameters().iter().map(size).max().unwrap_or(0) as u64;
+    config.parameter_count() * 3 * 4 + largest * 2 * 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn micro_batches_have_whole_sequences() {
+        assert_eq!(dealt(8, 512, 1024), [2, 4]);
+        assert_eq!(dealt(1, 256, 1024), [1, 1]);
+        assert_eq!(dealt(4, 512, 8192), [4, 1]);
+        assert_eq!(dealt(8, 3000, 4096), [1, 8]);
+        assert_eq!(dealt(3, 300, 700), [2, 2]);
+    }
+
+    #[test]
+    fn what_is_on_gpus_is_told_apart() {
+        let mut need = Need::of_program();
+        need.add(10_000_000, &[Device::Cpu]);
+        assert_eq!(need.describe(), "100.0 MB");
+        need.gpus += 3_000_000_000;
+        assert_eq!(need.describe(), "3000.0 MB on GPUs and 100.0 MB of the host");
+    }
+}
