@@ -211,3 +211,53 @@ fn flags_of_training_that_cannot_work_are_explained() {
     }
     assert!(!place.path().join("run").exists(), "wrong use leaves no folder behind");
 }
+
+/// What a dry run tells of memory, in bytes.
+fn told(plan: &str) -> f64 {
+    let line = plan.lines().find(|line| line.trim_start().starts_with("memory")).expect(plan);
+    let words = words(line);
+    let unit = ["kB", "MB", "GB"].iter().position(|unit| words.contains(unit)).expect(line);
+    let number = words.iter().find_map(|word| word.parse::<f64>().ok()).expect(line);
+    number * 1e3f64.powi(unit as i32 + 1)
+}
+
+/// Shards of sequences that are full: texts as they are, without pairs.
+fn full_shards(folder: &Path) -> PathBuf {
+    let texts: String = (0..20)
+        .map(|i| {
+            let text: Vec<String> = (0..200).map(|word| format!("word{}", word * i % 97)).collect();
+            format!("{}\n", serde_json::json!({ "text": text.join(" ") }))
+        })
+        .collect();
+    let (input, run) = (folder.join("texts.jsonl"), folder.join("run"));
+    std::fs::write(&input, texts).unwrap();
+    let [input, out] = [&input, &run].map(|path| path.display());
+    let arguments = format!(
+        "scratch --input {input} --convert 0/1 --no-train --packing concatenate --length 512 --progress none --out {out}"
+    );
+    check(&words(&arguments), 0, "what became of everything");
+    run
+}
+
+#[test]
+fn a_training_takes_the_memory_that_its_dry_run_tells() {
+    let place = tempfile::tempdir().unwrap();
+    let shards = full_shards(place.path());
+    let ways = ["--batch 4", "--batch 1 --recompute", "--batch 2 --train-dtype bf16"];
+    for (which, how) in ways.iter().enumerate() {
+        let out = place.path().join(which.to_string());
+        let arguments = format!(
+            "train --shards {} --out {} --model 10m --checkpoint-every 3 --progress none {how}",
+            shards.display(),
+            out.display()
+        );
+        let plan = command(&words(&format!("{arguments} --dry-run"))).output().unwrap();
+        let plan = [plan.stdout, plan.stderr].concat();
+        let told = told(&String::from_utf8(plan).unwrap());
+        check(&words(&arguments), 0, "");
+        let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+        let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+        let off = last["memory_bytes"].as_f64().unwrap() / told - 1.0;
+        assert!(off.abs() < 0.1, "{how}: {off} off the {told} bytes that were told");
+    }
+}
