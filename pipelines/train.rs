@@ -71,7 +71,8 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let source = Source::open(args).map_err(wrong_use)?;
     let sequences = source.manifest.sequences() * args.epochs;
     let (device, seed) = (&source.devices[0], args.machine.seed);
-    let settings = plan::training(&args.train, &source.model.name, sequences, device, seed);
+    let settings =
+        plan::training(&args.train, &source.model.name, (sequences, source.length), device, seed);
     eprint!("{}", source.describe(args, &settings));
     if args.machine.dry_run {
         return Ok(ExitCode::SUCCESS);

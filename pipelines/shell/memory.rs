@@ -99,7 +99,7 @@ pub fn training_bytes(
     devices: &[Device],
 ) -> u64 {
     let tokens_max = args.micro_batch_tokens(&devices[0]);
-    let [sequences, micro_batches] = dealt(args.batch(), length, tokens_max);
+    let [sequences, micro_batches] = dealt(args.batch(length), length, tokens_max);
     let step = Step {
         config,
         compute: args.train_dtype.dtype(&devices[0]),

@@ -65,6 +65,7 @@ impl Plan {
         let training = settings.train.as_ref();
         let training = training.map(|args| {
             let (device, seed) = (&settings.devices[0], settings.machine.seed);
+            let sequences = (sequences, settings.length);
             self::training(args, &settings.model.name, sequences, device, seed)
         });
         Ok(Plan { census, text_tokens, prompt_tokens, mix_tokens, sequences, training })
@@ -188,18 +189,19 @@ impl Plan {
     }
 }
 
-/// How to train a model on so many sequences, in a run with such a seed.
+/// How to train a model on so many sequences of some tokens each, in a run with such a seed.
 pub fn training(
     args: &TrainArgs,
     model: &str,
-    sequences: u64,
+    (sequences, length): (u64, usize),
     device: &Device,
     seed: u64,
 ) -> TrainSettings {
-    let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(args.batch() as u64)).max(1);
+    let batch = args.batch(length);
+    let total_steps = args.steps.unwrap_or_else(|| sequences.div_ceil(batch as u64)).max(1);
     let random = headwater::model::shape::Shape::named(model).is_some();
     TrainSettings {
-        batch_sequences: args.batch(),
+        batch_sequences: batch,
         micro_batch_tokens: args.micro_batch_tokens(device),
         schedule: Schedule {
             peak: args.rate.unwrap_or(if random { 1e-3 } else { 1e-5 }),

@@ -39,6 +39,9 @@ pub struct TrainArgs {
     /// Sequences of one step [default: 8]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
+    /// Tokens of one step, instead of --batch: as many sequences as fit
+    #[arg(long, value_name = "N", conflicts_with = "batch")]
+    pub batch_tokens: Option<usize>,
     /// Peak learning rate [default: 1e-3 for random weights, 1e-5 for a loaded model]
     #[arg(long, value_name = "X")]
     pub rate: Option<f64>,
@@ -173,7 +176,9 @@ impl TrainArgs {
             bail!("--published takes {} here, not {name:?}", names.join(" or "));
         };
         self.model.get_or_insert_with(|| published.shape.into());
-        self.batch.get_or_insert(published.batch_sequences());
+        if self.batch_tokens.is_none() {
+            self.batch.get_or_insert(published.batch_sequences());
+        }
         self.rate.get_or_insert(published.rate);
         self.warmup.get_or_insert(published.warmup);
         self.steps.get_or_insert(published.steps);
@@ -185,9 +190,12 @@ impl TrainArgs {
         self.model.as_deref().unwrap_or("10m")
     }
 
-    /// Sequences of one step.
-    pub fn batch(&self) -> usize {
-        self.batch.unwrap_or(8)
+    /// Sequences of `length` tokens of one step.
+    pub fn batch(&self, length: usize) -> usize {
+        match self.batch_tokens {
+            Some(tokens) => tokens / length.max(1),
+            None => self.batch.unwrap_or(8),
+        }
     }
 
     /// Tokens whose activations are held at a time.
@@ -268,7 +276,13 @@ impl TrainArgs {
     /// # Errors
     /// Says which flag cannot work, and why.
     pub fn check(&self, model: &Model, length: usize, devices: &[Device]) -> Result<()> {
-        ensure!(self.batch() > 0, "--batch must be 1 at least");
+        ensure!(self.batch != Some(0), "--batch must be 1 at least");
+        if let Some(tokens) = self.batch_tokens {
+            ensure!(
+                tokens >= length,
+                "--batch-tokens {tokens} holds no sequence of {length} tokens"
+            );
+        }
         ensure!(self.steps != Some(0), "--steps must be 1 at least");
         ensure!(self.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
         let z_loss = self.z_loss;
@@ -286,7 +300,7 @@ impl TrainArgs {
             model.name
         );
         let micro_batch = self.micro_batch_tokens(&devices[0]);
-        check_dealing(self.batch(), length, micro_batch, devices.len())?;
+        check_dealing(self.batch(length), length, micro_batch, devices.len())?;
         model.check_trainable()
     }
 

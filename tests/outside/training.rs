@@ -243,7 +243,9 @@ fn full_shards(folder: &Path) -> PathBuf {
 fn a_training_takes_the_memory_that_its_dry_run_tells() {
     let place = tempfile::tempdir().unwrap();
     let shards = full_shards(place.path());
-    let ways = ["--batch 4", "--batch 1 --recompute", "--batch 2 --train-dtype bf16"];
+    let ways = ["--batch-tokens 2500", "--batch 1 --recompute", "--batch 2 --train-dtype bf16"];
+    let few = format!("train --shards {} --out x --batch-tokens 511", shards.display());
+    check(&words(&few), 2, "--batch-tokens 511 holds no sequence of 512 tokens");
     for (which, how) in ways.iter().enumerate() {
         let out = place.path().join(which.to_string());
         let arguments = format!(
@@ -252,8 +254,9 @@ fn a_training_takes_the_memory_that_its_dry_run_tells() {
             out.display()
         );
         let plan = command(&words(&format!("{arguments} --dry-run"))).output().unwrap();
-        let plan = [plan.stdout, plan.stderr].concat();
-        let told = told(&String::from_utf8(plan).unwrap());
+        let plan = String::from_utf8([plan.stdout, plan.stderr].concat()).unwrap();
+        let told = told(&plan);
+        assert!(which > 0 || plan.contains("steps of 4 sequences"), "{plan}");
         check(&words(&arguments), 0, "");
         let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
         let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
