@@ -10,7 +10,7 @@ use headwater::model::backward::Keep;
 use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
 use headwater::model::size::Step;
-use headwater::train::step_bytes;
+use headwater::train::{micro_batch_count, step_bytes};
 
 /// About what the program takes besides its models: itself, tokenizers, buffers of threads and files.
 const PROGRAM_BYTES: u64 = 110_000_000;
@@ -99,22 +99,21 @@ pub fn training_bytes(
     devices: &[Device],
 ) -> u64 {
     let tokens_max = args.micro_batch_tokens(&devices[0]);
-    let [sequences, micro_batches] = dealt(args.batch(length), length, tokens_max);
+    let batch = args.batch(length);
     let step = Step {
         config,
         compute: args.train_dtype.dtype(&devices[0]),
         keep: if args.recompute { Keep::Inputs } else { Keep::Everything },
         has_dropout: args.hidden_dropout > 0.0,
-        rows: sequences * length,
-        micro_batches: micro_batches.div_ceil(devices.len()),
+        rows: rows(batch, length, tokens_max),
+        micro_batches: micro_batch_count(batch, length, tokens_max).div_ceil(devices.len()),
     };
     step_bytes(&step, devices[0].is_cpu()).expect("a CPU trains in the types that can be asked for")
 }
 
-/// Whole sequences of a micro-batch, and micro-batches of a step.
-fn dealt(batch: usize, length: usize, tokens_max: usize) -> [usize; 2] {
-    let sequences = (tokens_max / length.max(1)).clamp(1, batch.max(1));
-    [sequences, batch.div_ceil(sequences)]
+/// Tokens of a micro-batch at most: sequences may be shorter than `length`.
+fn rows(batch: usize, length: usize, tokens_max: usize) -> usize {
+    tokens_max.max(length).min(batch * length)
 }
 
 /// What a checkpoint under way holds: a copy of parameters and moments, in the memory of the host, and the largest of them
@@ -130,12 +129,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn micro_batches_have_whole_sequences() {
-        assert_eq!(dealt(8, 512, 1024), [2, 4]);
-        assert_eq!(dealt(1, 256, 1024), [1, 1]);
-        assert_eq!(dealt(4, 512, 8192), [4, 1]);
-        assert_eq!(dealt(8, 3000, 4096), [1, 8]);
-        assert_eq!(dealt(3, 300, 700), [2, 2]);
+    fn a_micro_batch_has_no_more_tokens_than_its_step() {
+        assert_eq!(rows(8, 512, 1024), 1024);
+        assert_eq!(rows(1, 256, 1024), 256);
+        assert_eq!(rows(4, 512, 8192), 2048);
+        assert_eq!(rows(8, 3000, 1024), 3000);
+        assert_eq!(rows(8, 3000, 4096), 4096); // two of 2,000, if they are not full
     }
 
     #[test]

@@ -82,8 +82,7 @@ impl Llama {
         let (inputs, layers) = self.plain()?;
         if batch.rows.is_empty() {
             // Nothing is to be learned of it, and a GPU has no tensors of nothing.
-            let device = inputs.embed_tokens.device();
-            gradients.complete(self.config.parameters(), device)?;
+            gradients.complete(self.config.parameters(), &inputs.embed_tokens)?;
             return Ok(Vec::new());
         }
         let pass = Pass { batch, heads: self.config.heads(), table: &inputs.table, dropout };

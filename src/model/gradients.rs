@@ -38,15 +38,16 @@ impl Gradients {
         Ok(Gradients { by_name: parameters.iter().map(zero).collect::<Result<_>>()? })
     }
 
-    /// Zeros on `device` for those of `parameters` that have none.
+    /// Zeros for those of `parameters` that have none, for a model with weights like `weight`.
     pub(super) fn complete(
         &mut self,
         parameters: Vec<(String, Vec<usize>)>,
-        device: &Device,
+        weight: &Tensor,
     ) -> Result<()> {
+        let exact = if weight.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         for (name, shape) in parameters {
             if let Entry::Vacant(vacant) = self.by_name.entry(name) {
-                vacant.insert(Tensor::zeros(shape, DType::F32, device)?);
+                vacant.insert(Tensor::zeros(shape, exact, weight.device())?);
             }
         }
         Ok(())

@@ -23,7 +23,7 @@ pub mod tuning;
 pub mod writer;
 
 pub use learner::{gradients, host_products, step_bytes};
-pub use replicas::check_dealing;
+pub use replicas::{check_dealing, micro_batch_count};
 pub use report::{RoundLoss, SourceLoss, StepReport};
 
 use crate::error::{Error, Result};

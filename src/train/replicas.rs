@@ -252,6 +252,11 @@ fn on(tensor: &Tensor, device: &Device) -> Result<Tensor> {
     Ok(tensor.to_device(&Device::Cpu)?.to_device(device)?)
 }
 
+/// Micro-batches of a step of full sequences: whole ones go into each, one at least.
+pub fn micro_batch_count(sequences: usize, length: usize, tokens_max: usize) -> usize {
+    sequences.div_ceil((tokens_max / length.max(1)).max(1))
+}
+
 /// That a step has work for all of some devices: sequences of `length` tokens, dealt out in micro-batches.
 ///
 /// # Errors
@@ -262,12 +267,12 @@ pub fn check_dealing(
     micro_batch_tokens: usize,
     devices: usize,
 ) -> Result<()> {
-    let micro_batches = sequences.div_ceil((micro_batch_tokens / length.max(1)).max(1));
+    let micro_batches = micro_batch_count(sequences, length, micro_batch_tokens);
     if micro_batches >= devices || devices == 1 {
         return Ok(());
     }
     Err(Error::Setting(format!(
         "a step of {sequences} sequences of {length} tokens makes {micro_batches} micro-batches, too few for \
-         {devices} devices: raise --batch, or lower --micro-batch-tokens"
+         {devices} devices: raise --batch or --batch-tokens, or lower --micro-batch-tokens"
     )))
 }

@@ -187,6 +187,7 @@ fn the_engine_is_measured_on_random_prompts_and_on_chains_of_texts() {
     };
     let expected = digest(&chains);
     assert_eq!(digest(&format!("{chains} --prefix-reuse off --speculation off")), expected);
+    assert_ne!(digest(random), digest(&random.replace("--output-tokens 5", "--output-tokens 6")));
     assert_ne!(digest(&chains.replace("--requests 8", "--requests 7")), expected);
     check(&["bench", "synth", "--rounds", "2"], 2, "--prompts");
     check(&["bench", "synth", "--model", "7q"], 2, "7q");

@@ -253,11 +253,15 @@ fn a_training_takes_the_memory_that_its_dry_run_tells() {
             shards.display(),
             out.display()
         );
-        let plan = command(&words(&format!("{arguments} --dry-run"))).output().unwrap();
+        let run = |arguments: &str| {
+            // Each thread has buffers of its own.
+            command(&words(arguments)).env("RAYON_NUM_THREADS", "2").output().unwrap()
+        };
+        let plan = run(&format!("{arguments} --dry-run"));
         let plan = String::from_utf8([plan.stdout, plan.stderr].concat()).unwrap();
         let told = told(&plan);
         assert!(which > 0 || plan.contains("steps of 4 sequences"), "{plan}");
-        check(&words(&arguments), 0, "");
+        assert!(run(&arguments).status.success());
         let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
         let last: Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
         let off = last["memory_bytes"].as_f64().unwrap() / told - 1.0;

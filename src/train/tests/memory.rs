@@ -8,7 +8,7 @@ use crate::model::size::Step;
 use candle_core::DType::{BF16, F32};
 use rayon::ThreadPoolBuilder;
 
-/// What decides how much memory steps of four sequences take.
+/// What decides how much memory steps take.
 #[derive(Debug)]
 struct Case {
     compute: DType,
@@ -18,11 +18,13 @@ struct Case {
     micro_batches: usize,
 }
 
-/// How large a model is, and the item of each sequence.
+/// How large a model is, the item of each sequence of a step, and how many steps are made.
 struct Size {
     vocabulary: usize,
     hidden: usize,
     tokens: u32,
+    sequences: u32,
+    steps: usize,
 }
 
 const CASES: [Case; 6] = [
@@ -35,7 +37,7 @@ const CASES: [Case; 6] = [
 ];
 
 impl Case {
-    /// That a trainer and three steps take what is told before, but for so large a share of it.
+    /// That a trainer and its steps take what is told before, but for so large a share of it.
     fn check(&self, size: &Size, is_cpu: bool, share: f64) {
         let Case { compute, recompute, dropped, is_tied, micro_batches } = *self;
         let config = ModelConfig {
@@ -48,9 +50,9 @@ impl Case {
             tie_word_embeddings: is_tied,
             ..config()
         };
-        let rows = 4 * size.tokens as usize / micro_batches;
+        let rows = (size.sequences * size.tokens) as usize / micro_batches;
         let settings = TrainSettings {
-            batch_sequences: 4,
+            batch_sequences: size.sequences as usize,
             micro_batch_tokens: rows,
             ..dropping(settings(recompute, 1e-3), dropped)
         };
@@ -58,11 +60,12 @@ impl Case {
         let has_dropout = dropped > 0.0;
         let step = Step { config: &config, compute, keep, has_dropout, rows, micro_batches };
         let told = step_bytes(&step, is_cpu).unwrap() as f64;
-        let sequences: Vec<Sequence> = (0..4).map(|index| size.sequence(index)).collect();
+        let sequences: Vec<Sequence> =
+            (0..size.sequences).map(|index| size.sequence(index)).collect();
         let (trained, most) = most_of(|| -> Result<_> {
             let values = initial(&config, 1, &Device::Cpu)?;
             let mut trainer = Trainer::new(&config, values, settings, compute, &[Device::Cpu])?;
-            (0..3).try_for_each(|_| trainer.step(&sequences).map(drop))
+            (0..size.steps).try_for_each(|_| trainer.step(&sequences).map(drop))
         });
         trained.unwrap();
         let off = most as f64 / told - 1.0;
@@ -89,7 +92,7 @@ fn a_cpu_takes_what_was_told() {
     // One thread that does everything, and nothing of other tests: what it takes is all.
     let alone = ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     // It has buffers for products and attention besides, which do not grow with the model.
-    let size = Size { vocabulary: 2000, hidden: 256, tokens: 256 };
+    let size = Size { vocabulary: 2000, hidden: 256, tokens: 256, sequences: 4, steps: 3 };
     alone.install(|| CASES.iter().for_each(|case| case.check(&size, true, 0.1)));
 }
 
@@ -97,7 +100,12 @@ fn a_cpu_takes_what_was_told() {
 fn tensors_take_what_was_told() {
     // One order of threads: what is held does not depend on it.
     if let Some(tested) = machines().into_iter().find(|tested| tested.device.is_cpu()) {
-        let size = Size { vocabulary: 300, hidden: 64, tokens: 32 };
-        tested.trains(|| CASES.iter().for_each(|case| case.check(&size, false, 0.05)));
+        let size = Size { vocabulary: 300, hidden: 64, tokens: 32, sequences: 4, steps: 3 };
+        // More rows than the head takes at a time.
+        let long = Size { vocabulary: 600, tokens: 8, sequences: 260, steps: 1, ..size };
+        tested.trains(|| {
+            CASES.iter().for_each(|case| case.check(&size, false, 0.05));
+            CASES[4].check(&long, false, 0.05);
+        });
     }
 }
