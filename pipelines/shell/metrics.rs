@@ -285,6 +285,18 @@ mod tests {
     }
 
     #[test]
+    fn the_memory_of_gpus_is_the_most_that_a_step_says() {
+        let on_gpu = |bytes| {
+            let mut line = line(1.0, None, 0.0);
+            line.measured.device_memory_bytes = bytes;
+            line
+        };
+        let most = |lines: &[Line]| Totals::of(lines).unwrap().device_memory_bytes;
+        assert_eq!(most(&[on_gpu(Some(7)), on_gpu(Some(9)), on_gpu(Some(8))]), Some(9));
+        assert_eq!(most(&[on_gpu(None)]), None);
+    }
+
+    #[test]
     fn a_line_without_what_is_measured_can_be_read() {
         let mut value = json!(line(5.0, Some(0.5), 0.25));
         let again: Line = serde_json::from_value(value.clone()).unwrap();

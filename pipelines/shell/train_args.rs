@@ -352,6 +352,7 @@ pub fn check_rate(rate: f64) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::super::args::RunArgs;
+    use super::super::published::SCRATCH;
     use super::*;
 
     fn check(flags: &str, expected: std::result::Result<Decay, &str>) {
@@ -370,6 +371,23 @@ mod tests {
             }
             (Err(error), Ok(_)) => panic!("{flags}: {error}"),
         }
+    }
+
+    #[test]
+    fn a_step_has_the_sequences_that_its_tokens_hold() {
+        let batch = |flags: &str| {
+            let needed = ["--input", "x.jsonl", "--out", "x"];
+            let mut args =
+                RunArgs::of(needed.into_iter().chain(flags.split_whitespace())).expect(flags).train;
+            args.resolve(&SCRATCH).expect("a published set-up");
+            args.batch(2048)
+        };
+        assert_eq!(batch(""), 8);
+        assert_eq!(batch("--batch-tokens 9000"), 4);
+        assert_eq!(batch("--published 500m"), 256);
+        assert_eq!(batch("--published 500m --batch-tokens 9000"), 4);
+        assert_eq!(batch("--published 500m --batch 3"), 3);
+        check("--batch-tokens 63", Err("holds no sequence of 64"));
     }
 
     #[test]

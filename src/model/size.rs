@@ -41,14 +41,9 @@ impl Step<'_> {
         let has_table = self.adds() || self.config.tie_word_embeddings; // the head's gradient is the table's then
         let last = if has_table { all } else { all - head };
         let (kept, one) = (layers * self.kept(), self.kept());
-        let peaks = [
-            before + kept + self.in_head(),
-            first + kept + self.in_block(),
-            last + one + self.in_block(),
-            all + self.in_embedding(),
-            all + self.in_norm(),
-        ];
-        state + peaks.into_iter().max().unwrap_or(0)
+        let in_blocks = self.in_block() + (first + kept).max(last + one);
+        let behind_blocks = all + self.in_embedding().max(self.in_norm());
+        state + (before + kept + self.in_head()).max(in_blocks).max(behind_blocks)
     }
 
     /// Bytes of an element that is computed.

@@ -130,13 +130,13 @@ pub(crate) fn free_bytes(device: &CudaDevice) -> Result<usize> {
 
 /// The most bytes that were in use on a device at a time; none if it does not count them.
 pub(crate) fn peak_bytes(device: &CudaDevice) -> Result<Option<u64>> {
-    let mut bytes = 0u64;
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
     with_pool(device, |pool| {
+        let mut bytes = 0u64;
         // SAFETY: the pool is that of a device that exists; the attribute is a number of 64 bits.
-        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()
+        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.w()?;
+        Ok(bytes)
     })
-    .map(|counts| counts.map(|()| bytes))
 }
 
 /// Has [`peak_bytes`] begin anew with what is in use now.
@@ -151,10 +151,10 @@ pub(crate) fn forget_peak(device: &CudaDevice) -> Result<()> {
 }
 
 /// Does something with the memory pool of a device, if it has one.
-fn with_pool(
+fn with_pool<T>(
     device: &CudaDevice,
-    work: impl FnOnce(sys::CUmemoryPool) -> Result<()>,
-) -> Result<Option<()>> {
+    work: impl FnOnce(sys::CUmemoryPool) -> Result<T>,
+) -> Result<Option<T>> {
     let stream = device.cuda_stream();
     let context = stream.context();
     if !context.has_async_alloc() {
