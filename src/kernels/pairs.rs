@@ -8,7 +8,7 @@
 //! Where the CPU has a matrix unit (`amx`) it takes 16 words of 32 rows at once. Elsewhere
 //! `vdpbf16ps` takes both products of a word at once, one after the other, in one chain for each output.
 //! Where the CPU has no such instruction both sides are widened to f32: the same function up to rounding. Rows are
-//! when they come, a panel in the registers of its first tile, which leaves it behind in f32 for the next ones.
+//! when they come, a panel in the registers of each tile.
 
 // Reason: loads and broadcasts of `std::arch` take raw pointers, and functions compiled for an instruction
 // set may only be called where the CPU has it. The bounds are asserted, the instruction set is asked for.
@@ -16,12 +16,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
-use super::rows::grow;
-use super::tiles::{Ahead, PANEL, PanelTile, WideningTile};
-use std::cell::RefCell;
-
-/// Rows for which a panel is widened once.
-const MANY_ROWS: usize = 7;
+use super::tiles::{Ahead, PANEL, PanelTile};
 
 /// Words of a row of `inputs` elements.
 pub(crate) fn words(inputs: usize) -> usize {
@@ -57,11 +52,7 @@ pub(crate) fn tile(
         return avx512::tile(rows, stride, panel, ahead, out);
     }
     let ahead = ahead.beside(panel.len() / PANEL);
-    let tile = PanelTile { rows, stride, panel, ahead, goes_on: false, out };
-    match pays_to_widen(tile.out.len()) {
-        true => with_room([panel.len()], |[wide]| widening_tile(tile, wide)),
-        false => in_registers(tile),
-    }
+    widening_tile(PanelTile { rows, stride, panel, ahead, goes_on: false, out });
 }
 
 /// Whether this CPU multiplies bf16 in f32. Rows then stand in f32 already.
@@ -73,38 +64,8 @@ pub(crate) fn are_widened() -> bool {
     true
 }
 
-/// Whether a panel is better widened once than in the registers of every tile, for so many rows.
-#[inline(always)]
-pub(crate) fn pays_to_widen(rows: usize) -> bool {
-    rows >= MANY_ROWS && are_widened()
-}
-
-/// Calls `work` with room in f32 for each of some panels of so many words.
-pub(crate) fn with_room<R, const COUNT: usize>(
-    panels: [usize; COUNT],
-    work: impl FnOnce([&mut [u32]; COUNT]) -> R,
-) -> R {
-    thread_local! {
-        static WIDE: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
-    }
-    const { assert!(COUNT <= 2, "a buffer for each") };
-    WIDE.with_borrow_mut(|wide| {
-        let mut wide = wide.iter_mut();
-        work(panels.map(|words| {
-            let wide = wide.next().expect("a buffer for each");
-            grow(wide, 2 * words);
-            &mut wide[..2 * words]
-        }))
-    })
-}
-
-/// Rows in f32, and a panel of pairs that is widened on its way and left behind in f32.
-pub(crate) fn widening_tile(tile: PanelTile<'_, 2>, wide: &mut [u32]) {
-    pulp::Arch::new().dispatch(WideningTile { tile, wide });
-}
-
 /// Rows in f32, and a panel of pairs that is widened on its way.
-fn in_registers(tile: PanelTile<'_, 2>) {
+pub(crate) fn widening_tile(tile: PanelTile<'_, 2>) {
     pulp::Arch::new().dispatch(tile);
 }
 
@@ -191,7 +152,6 @@ mod tests {
     use super::super::layout;
     use super::super::packed::WeightType;
     use super::super::rounding::{pair, rounded};
-    use super::super::tiles::whole_tile;
     use super::super::twin::{close, random};
     use super::*;
     use candle_core::{DType, Device, Tensor};
@@ -244,49 +204,27 @@ mod tests {
         }
     }
 
-    /// Rows in f32 against a panel that is widened in registers, on the way, in two parts, or before.
+    /// Rows in f32 against a panel that is widened in registers, whole and in two parts.
     fn check_widened(
         (packed, stride): (&[u32], usize),
         panel: &[u32],
         inputs: usize,
         twin: &[[f32; PANEL]],
     ) {
-        fn tile_of<'a>(
-            rows: &'a [u32],
-            stride: usize,
-            panel: &'a [u32],
-            out: &'a mut [[f32; PANEL]],
-        ) -> PanelTile<'a, 2> {
+        let what = format!("{} rows of {inputs} inputs", twin.len());
+        let mut found = vec![[f32::NAN; PANEL]; twin.len()];
+        let multiply = |rows, panel: &[u32], goes_on, out: &mut [[f32; PANEL]]| {
             // Fetching ends far behind the panel, which is allowed.
             let ahead = Span::new(panel.as_ptr(), 1 << 20);
-            PanelTile { rows, stride, panel, ahead, goes_on: false, out }
-        }
-        let what = format!("{} rows of {inputs} inputs", twin.len());
-        let found = |work: &mut dyn FnMut(&mut [[f32; PANEL]])| {
-            let mut out = vec![[f32::NAN; PANEL]; twin.len()];
-            work(&mut out);
-            out
+            widening_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
         };
-        let in_registers = found(&mut |out| in_registers(tile_of(packed, stride, panel, out)));
-        assert_eq!(in_registers, twin, "{what}, widened in registers");
-        let mut wide = vec![0; 2 * panel.len()];
-        let widened =
-            found(&mut |out| widening_tile(tile_of(packed, stride, panel, out), &mut wide));
-        assert_eq!(widened, twin, "{what}, widened on the way");
-        let after = found(&mut |out| {
-            let (rows, ahead, goes_on) = (packed, Span::NOTHING, false);
-            whole_tile(PanelTile { rows, stride, panel: &wide, ahead, goes_on, out });
-        });
-        assert_eq!(after, twin, "{what}, of a panel that was widened");
+        multiply(packed, panel, false, &mut found);
+        assert_eq!(found, twin, "{what}");
         if inputs.is_multiple_of(4) {
             let (first, rest) = panel.split_at(panel.len() / 2);
-            let parts = found(&mut |out| {
-                let (wide, other) = wide.split_at_mut(2 * first.len());
-                widening_tile(tile_of(packed, stride, first, out), wide);
-                let tile = tile_of(&packed[inputs / 2..], stride, rest, out);
-                widening_tile(PanelTile { goes_on: true, ..tile }, other);
-            });
-            assert_eq!(parts, twin, "{what}, in two parts");
+            multiply(packed, first, false, &mut found);
+            multiply(&packed[inputs / 2..], rest, true, &mut found);
+            assert_eq!(found, twin, "{what}, in two parts");
         }
     }
 

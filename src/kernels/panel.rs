@@ -9,7 +9,7 @@
 //! part before left it: it is the same chain of multiply-adds, cut or not.
 
 use super::packed::{PackedWeight, WeightType};
-use super::pairs::{self, are_widened, pays_to_widen};
+use super::pairs::{self, are_widened};
 use super::quads::{self, QuadPanel, QuadRows};
 use super::rows::Rows;
 use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
@@ -39,14 +39,15 @@ impl Part {
 }
 
 /// The parts of a weight that so many rows meet, one after the other. Only vectors in f32 take several: their
-/// panels are wide, and a sum may go on.
+/// rows are wide, and a sum may go on.
 pub(crate) fn parts(weight: &PackedWeight, rows: usize) -> impl Iterator<Item = Part> + Clone {
     let (kind, depth) = (weight.kind(), weight.depth());
-    let pays = match kind {
-        WeightType::F32 => rows > rows_at_once(kind),
-        WeightType::Bf16 => pays_to_widen(rows),
+    let in_f32 = match kind {
+        WeightType::F32 => true,
+        WeightType::Bf16 => are_widened(),
         WeightType::Bf16x3 | WeightType::Int8 => false,
     };
+    let pays = in_f32 && rows > rows_at_once(kind);
     let count = if pays { weight.inputs().div_ceil(PART_INPUTS).max(1) } else { 1 };
     // Two inputs are multiplied at a time.
     let words = depth.div_ceil(count).next_multiple_of(2).max(1);
@@ -69,50 +70,12 @@ pub(crate) struct Panel<'a> {
     words: &'a [u32],
     /// `[group][32]`, for 8 bits.
     scales: &'a [f32],
-    /// A part in f32, if it is to be widened once.
-    wide: Option<Wide<'a>>,
-}
-
-/// A part of a panel of bf16 in f32: its first tile leaves it behind.
-struct Wide<'a> {
-    words: &'a mut [u32],
-    /// The part that is there.
-    part: Option<usize>,
-}
-
-/// Calls `work` with panel `panel` of each weight, all of one kind and length, that are to meet `count` rows
-/// in these parts.
-pub(crate) fn with_panels<const COUNT: usize>(
-    weights: [&PackedWeight; COUNT],
-    panel: usize,
-    count: usize,
-    part: Part,
-    work: impl FnOnce([Panel<'_>; COUNT]),
-) {
-    let panels = weights.map(|weight| Panel {
-        kind: weight.kind(),
-        words: weight.panel(panel),
-        scales: weight.scales(panel),
-        wide: None,
-    });
-    let are_pairs = weights.iter().all(|weight| weight.kind() == WeightType::Bf16);
-    if !are_pairs || !pays_to_widen(count) {
-        return work(panels);
-    }
-    let words = panels.each_ref().map(|panel| panel.words.len().min(part.words * PANEL));
-    pairs::with_room(words, |room| {
-        let mut room = room.into_iter();
-        work(panels.map(|panel| {
-            let wide = room.next().map(|words| Wide { words, part: None });
-            Panel { wide, ..panel }
-        }));
-    });
 }
 
 impl Panel<'_> {
     /// Multiplies the inputs of a part with the rows from `first`, at most [`ROWS`]; `ahead` is fetched on the way.
     pub(crate) fn tile(
-        &mut self,
+        &self,
         rows: &Rows,
         first: usize,
         part: Part,
@@ -125,21 +88,14 @@ impl Panel<'_> {
         let own = part.index * part.words..((part.index + 1) * part.words).min(whole);
         let panel = &self.words[own.start * PANEL..own.end * PANEL];
         let goes_on = !part.is_first();
-        if let Some(wide) = &mut self.wide {
-            let (rows, ahead) = (&words[2 * own.start..], ahead.beside(own.len()));
-            let widened = &mut wide.words[..2 * panel.len()];
-            if wide.part == Some(part.index) {
-                let panel = &*widened;
-                return whole_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
-            }
-            wide.part = Some(part.index);
-            let tile = PanelTile { rows, stride, panel, ahead, goes_on, out };
-            return pairs::widening_tile(tile, widened);
-        }
         match self.kind {
             WeightType::F32 => {
                 let (rows, ahead) = (&words[own.start..], ahead.beside(own.len()));
                 whole_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
+            }
+            WeightType::Bf16 if are_widened() => {
+                let (rows, ahead) = (&words[2 * own.start..], ahead.beside(own.len()));
+                pairs::widening_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
             }
             WeightType::Bf16 | WeightType::Bf16x3 => {
                 debug_assert!(part.is_first() && part.is_last());
@@ -160,6 +116,11 @@ impl Panel<'_> {
 }
 
 impl PackedWeight {
+    /// Panel `panel`, about to meet rows.
+    pub(crate) fn meeting(&self, panel: usize) -> Panel<'_> {
+        Panel { kind: self.kind(), words: self.panel(panel), scales: self.scales(panel) }
+    }
+
     /// What the tile at `tile` of `tiles` of a part of a panel, with so many rows, fetches: a share of what
     /// the tiles after this part multiply. A single tile on a matrix unit is faster than memory, and fetches
     /// what it is about to read itself; in two squares it does so anyway, and begins what comes after that.

@@ -11,7 +11,7 @@
 
 use super::layout::{self, SQUARE};
 use super::packed::PackedWeight;
-use super::panel::{self, part_of_row, with_panels};
+use super::panel::{self, part_of_row};
 use super::real::{Real, simd};
 use super::rows::Rows;
 use super::share::{Target, each};
@@ -236,28 +236,25 @@ fn tiles<const COUNT: usize>(
     // Where inputs are cut, the sums of all rows wait for the next part; else those of a piece are used up at once.
     let waiting = if parts.clone().count() > 1 { rows.len() } else { 0 };
     with_sums(waiting + ROWS, |mut sums: [&mut [[f32; PANEL]]; COUNT]| {
-        let first = parts.clone().next().expect("one part at least");
-        with_panels(weights, panel, rows.len(), first, |mut panels| {
-            for part in parts {
-                for (index, piece) in pieces.clone().enumerate() {
-                    if part.is_last() {
-                        near(piece.clone());
-                    }
-                    let at = (piece.start - rows.start).min(waiting);
-                    for ((weight, panel_of), sums) in weights.iter().zip(&mut panels).zip(&mut sums)
-                    {
-                        let ahead = weight.ahead((panel, part), (index, count), piece.len());
-                        let out = &mut sums[at..at + room(x.kind(), piece.len())];
-                        panel_of.tile(x, piece.start, part, ahead, out);
-                    }
-                    if part.is_last() {
-                        let whole = "room for a whole tile behind each";
-                        let sums = sums.each_mut();
-                        done(piece, sums.map(|sums| sums[at..].first_chunk_mut().expect(whole)));
-                    }
+        let panels = weights.map(|weight| weight.meeting(panel));
+        for part in parts {
+            for (index, piece) in pieces.clone().enumerate() {
+                if part.is_last() {
+                    near(piece.clone());
+                }
+                let at = (piece.start - rows.start).min(waiting);
+                for ((weight, own), sums) in weights.iter().zip(&panels).zip(&mut sums) {
+                    let ahead = weight.ahead((panel, part), (index, count), piece.len());
+                    let out = &mut sums[at..at + room(x.kind(), piece.len())];
+                    own.tile(x, piece.start, part, ahead, out);
+                }
+                if part.is_last() {
+                    let whole = "room for a whole tile behind each";
+                    let sums = sums.each_mut();
+                    done(piece, sums.map(|sums| sums[at..].first_chunk_mut().expect(whole)));
                 }
             }
-        });
+        }
     });
 }
 

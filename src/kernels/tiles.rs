@@ -8,8 +8,9 @@
 use super::amx;
 use super::fetch::Span;
 use super::packed::WeightType;
-use pulp::bytemuck::{cast_slice, cast_slice_mut};
+use pulp::bytemuck::cast_slice;
 use pulp::{Simd, WithSimd};
+use std::hint::black_box;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -132,9 +133,9 @@ fn cut(rows: Range<usize>, at_once: usize) -> impl Iterator<Item = Range<usize>>
 
 /// Calls [`PanelTile::multiply`] with the number of rows, and the number of vectors that goes with it, as constants.
 macro_rules! by_constant {
-    ($part:ident, $simd:ident, $wide:ident; $(($($rows:literal)*) $vectors:literal),*) => {
+    ($part:ident, $simd:ident; $(($($rows:literal)*) $vectors:literal),*) => {
         match $part.out.len() {
-            $($($rows => $part.multiply::<S, $rows, $vectors, KEEP>($simd, $wide),)*)*
+            $($($rows => $part.multiply::<S, $rows, $vectors>($simd),)*)*
             _ => unreachable!("no more rows than registers"),
         }
     };
@@ -169,32 +170,8 @@ impl<const INPUTS: usize> WithSimd for PanelTile<'_, INPUTS> {
         while first < count {
             let rows = first..first + piece::<INPUTS, S>(count - first);
             first = rows.end;
-            tile.part(rows).multiply_any::<S, false>(simd, &mut []);
+            tile.part(rows).multiply_any(simd);
         }
-    }
-}
-
-/// A tile in bf16 that leaves its panel behind in f32, for others after it.
-pub(crate) struct WideningTile<'a> {
-    pub(crate) tile: PanelTile<'a, 2>,
-    /// `[input][32]`, to be written.
-    pub(crate) wide: &'a mut [u32],
-}
-
-impl WithSimd for WideningTile<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let WideningTile { mut tile, wide } = self;
-        let count = tile.out.len();
-        debug_assert!(count > 0 && wide.len() == 2 * tile.panel.len());
-        let first = piece::<2, S>(count);
-        tile.part(0..first).multiply_any::<S, true>(simd, wide);
-        let PanelTile { rows, stride, ahead, goes_on, ref mut out, .. } = tile;
-        let (rows, out) = (&rows[first.min(count - 1) * stride..], &mut out[first..]);
-        let ahead = ahead.part(first..count, count);
-        PanelTile::<1> { rows, stride, panel: wide, ahead, goes_on, out }.with_simd(simd);
     }
 }
 
@@ -234,27 +211,23 @@ impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
     }
 
     #[inline(always)]
-    fn multiply_any<S: Simd, const KEEP: bool>(self, simd: S, wide: &mut [u32]) {
+    fn multiply_any<S: Simd>(self, simd: S) {
         match S::F32_LANES {
-            8 => by_constant!(self, simd, wide; (1 2 3) 4, (4 5 6) 2),
-            16 if INPUTS == 1 => by_constant!(self, simd, wide; (1 2 3 4 5 6 7 8 9 10 11 12) 2),
-            _ => by_constant!(self, simd, wide; (1 2 3 4 5 6) 2),
+            8 => by_constant!(self, simd; (1 2 3) 4, (4 5 6) 2),
+            16 if INPUTS == 1 => by_constant!(self, simd; (1 2 3 4 5 6 7 8 9 10 11 12) 2),
+            _ => by_constant!(self, simd; (1 2 3 4 5 6) 2),
         }
     }
 
-    /// All rows, `VECTORS` vectors of outputs at a time. The panel is left behind in `wide`, if it is to be kept.
+    /// All rows, `VECTORS` vectors of outputs at a time.
     #[inline(always)]
-    pub(crate) fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize, const KEEP: bool>(
-        self,
-        simd: S,
-        wide: &mut [u32],
-    ) {
+    pub(crate) fn multiply<S: Simd, const ROWS: usize, const VECTORS: usize>(self, simd: S) {
         let inputs = self.panel.len() / PANEL * INPUTS;
         let rows: [&[f32]; ROWS] =
             std::array::from_fn(|row| &cast_slice(&self.rows[row * self.stride..])[..inputs]);
         let pairs: [&[[f32; 2]]; ROWS] = rows.map(|row| row.as_chunks().0);
         let (panel, _) = S::as_simd_u32s(self.panel);
-        let (wide, _) = S::as_mut_simd_f32s(cast_slice_mut(wide));
+        let widen = Widen::<S, INPUTS>::new(simd);
         let vectors = PANEL / S::F32_LANES;
         let lines = lines(INPUTS, VECTORS, S::F32_LANES);
         let mut ahead = self.ahead.steps(inputs / 2 * vectors / VECTORS * lines, self.panel);
@@ -268,29 +241,19 @@ impl<const INPUTS: usize> PanelTile<'_, INPUTS> {
             }
             // Two inputs at a time: one is hardly more work than moving on.
             let mut steps = panel.chunks_exact(2 * vectors / INPUTS);
-            let both = steps.by_ref().take(inputs / 2).enumerate();
             let sums = &mut sums;
-            if KEEP {
-                for ((step, words), kept) in both.zip(wide.chunks_exact_mut(2 * vectors)) {
-                    ahead.fetch(lines);
-                    let (words, kept) = (&words[first..], Some(&mut kept[first..]));
-                    multiply_pair::<S, INPUTS, ROWS, VECTORS>(
-                        simd, &pairs, step, words, kept, sums,
-                    );
-                }
-            } else {
-                for (step, words) in both {
-                    ahead.fetch(lines);
-                    let words = &words[first..];
-                    multiply_pair::<S, INPUTS, ROWS, VECTORS>(
-                        simd, &pairs, step, words, None, sums,
-                    );
+            for (step, words) in steps.by_ref().take(inputs / 2).enumerate() {
+                ahead.fetch(lines);
+                for input in 0..2 {
+                    let words = &words[first + input * (2 - INPUTS) * vectors..];
+                    let x = |row: usize| simd.splat_f32s(pairs[row][step][input]);
+                    multiply_input::<S, INPUTS, ROWS, VECTORS>(widen, x, words, input, sums);
                 }
             }
             if inputs % 2 == 1 {
                 let words = &steps.remainder()[first..];
                 let x = |row: usize| simd.splat_f32s(rows[row][inputs - 1]);
-                multiply_input::<S, INPUTS, ROWS, VECTORS>(simd, x, words, 0, None, sums);
+                multiply_input::<S, INPUTS, ROWS, VECTORS>(widen, x, words, 0, sums);
             }
             for row in 0..ROWS {
                 let (out, _) = S::as_mut_simd_f32s(&mut self.out[row]);
@@ -308,54 +271,29 @@ const fn lines(inputs: usize, vectors: usize, lanes: usize) -> usize {
     }
 }
 
-/// Adds the products of two inputs.
-#[inline(always)]
-fn multiply_pair<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
-    rows: &[&[[f32; 2]]; ROWS],
-    step: usize,
-    words: &[S::u32s],
-    mut kept: Option<&mut [S::f32s]>,
-    sums: &mut [[S::f32s; VECTORS]; ROWS],
-) {
-    let vectors = PANEL / S::F32_LANES;
-    for input in 0..2 {
-        let words = &words[input * (2 - INPUTS) * vectors..][..VECTORS];
-        let kept = kept.as_deref_mut().map(|kept| &mut kept[input * vectors..][..VECTORS]);
-        multiply_input::<S, INPUTS, ROWS, VECTORS>(
-            simd,
-            |row| simd.splat_f32s(rows[row][step][input]),
-            words,
-            input,
-            kept,
-            sums,
-        );
-    }
-}
-
 /// Adds the products of one input.
 #[inline(always)]
 fn multiply_input<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
+    widen: Widen<S, INPUTS>,
     x: impl Fn(usize) -> S::f32s,
     words: &[S::u32s],
     input: usize,
-    kept: Option<&mut [S::f32s]>,
     sums: &mut [[S::f32s; VECTORS]; ROWS],
 ) {
     // Else the compiler loads or widens both inputs at once, and runs out of registers.
     compiler_fence(Ordering::SeqCst);
-    let mut own = Widening { words, input, kept };
+    let simd = widen.simd;
+    let words = &words[..VECTORS];
     // What is used most often stays in registers: the vectors of the panel, or else the rows.
     match (ROWS, VECTORS) {
         // 12 sums, the rows and what a vector is widened with are one more than there are registers.
         (3, 4) if INPUTS == 2 => {
-            multiply_vectors::<S, INPUTS, ROWS, VECTORS>(simd, &x, &mut own, 0..2, sums);
+            multiply_vectors(widen, &x, words, input, 0..2, sums);
             compiler_fence(Ordering::SeqCst);
-            multiply_vectors::<S, INPUTS, ROWS, VECTORS>(simd, &x, &mut own, 2..4, sums);
+            multiply_vectors(widen, &x, words, input, 2..4, sums);
         }
         (rows, vectors) if vectors < rows => {
-            multiply_vectors::<S, INPUTS, ROWS, VECTORS>(simd, &x, &mut own, 0..VECTORS, sums);
+            multiply_vectors(widen, &x, words, input, 0..VECTORS, sums);
         }
         _ => {
             let mut own_x = [simd.splat_f32s(0.0); ROWS];
@@ -363,7 +301,7 @@ fn multiply_input<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS
                 own_x[row] = x(row);
             }
             for vector in 0..VECTORS {
-                let own = own.vector::<INPUTS>(simd, vector);
+                let own = widen.vector(words[vector], input);
                 for row in 0..ROWS {
                     sums[row][vector] = simd.mul_add_f32s(own_x[row], own, sums[row][vector]);
                 }
@@ -375,15 +313,17 @@ fn multiply_input<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS
 /// The same for some vectors, which stay in registers.
 #[inline(always)]
 fn multiply_vectors<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTORS: usize>(
-    simd: S,
+    widen: Widen<S, INPUTS>,
     x: &impl Fn(usize) -> S::f32s,
-    words: &mut Widening<'_, S>,
+    words: &[S::u32s],
+    input: usize,
     vectors: Range<usize>,
     sums: &mut [[S::f32s; VECTORS]; ROWS],
 ) {
+    let simd = widen.simd;
     let mut own = [simd.splat_f32s(0.0); VECTORS];
     for vector in vectors.clone() {
-        own[vector] = words.vector::<INPUTS>(simd, vector);
+        own[vector] = widen.vector(words[vector], input);
     }
     for row in 0..ROWS {
         let x = x(row);
@@ -393,33 +333,31 @@ fn multiply_vectors<S: Simd, const INPUTS: usize, const ROWS: usize, const VECTO
     }
 }
 
-/// Vectors of a panel on their way into f32.
-struct Widening<'a, S: Simd> {
-    words: &'a [S::u32s],
-    input: usize,
-    kept: Option<&'a mut [S::f32s]>,
+/// Brings words of a panel, each of `INPUTS` inputs, into f32.
+#[derive(Clone, Copy)]
+struct Widen<S: Simd, const INPUTS: usize> {
+    simd: S,
+    high: S::u32s,
 }
 
-impl<S: Simd> Widening<'_, S> {
-    /// One vector, which is left behind where it is to be kept.
+impl<S: Simd, const INPUTS: usize> Widen<S, INPUTS> {
     #[inline(always)]
-    fn vector<const INPUTS: usize>(&mut self, simd: S, vector: usize) -> S::f32s {
-        let own = widened::<INPUTS, S>(simd, self.words[vector], self.input);
-        if let Some(kept) = &mut self.kept {
-            kept[vector] = own;
-        }
-        own
+    fn new(simd: S) -> Self {
+        // A compiler that knows what is kept of a word takes a blend with zeros for it, which is slower than all else
+        // that widens (docs/engine.md).
+        Widen { simd, high: black_box(simd.splat_u32s(0xffff_0000)) }
     }
-}
 
-/// Input `input` of each word, in f32.
-#[inline(always)]
-fn widened<const INPUTS: usize, S: Simd>(simd: S, words: S::u32s, input: usize) -> S::f32s {
-    simd.transmute_f32s_u32s(match (INPUTS, input) {
-        (1, _) => words,
-        (_, 0) => simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16)),
-        _ => simd.and_u32s(words, simd.splat_u32s(0xffff_0000)),
-    })
+    /// Input `input` of each word.
+    #[inline(always)]
+    fn vector(self, words: S::u32s, input: usize) -> S::f32s {
+        let simd = self.simd;
+        simd.transmute_f32s_u32s(match (INPUTS, input) {
+            (1, _) => words,
+            (_, 0) => simd.wrapping_dyn_shl_u32s(words, simd.splat_u32s(16)),
+            _ => simd.and_u32s(words, self.high),
+        })
+    }
 }
 
 #[cfg(test)]

@@ -172,7 +172,7 @@ impl<const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>
                 goes_on: false,
                 out,
             };
-            tile.multiply::<S, QUERIES, VECTORS, false>(simd, &mut []);
+            tile.multiply::<S, QUERIES, VECTORS>(simd);
         }
     }
 
@@ -255,7 +255,7 @@ impl<const INPUTS: usize, const QUERIES: usize, const VECTORS: usize>
                 goes_on: false,
                 out: &mut scratch.out,
             };
-            tile.multiply::<S, QUERIES, VECTORS, false>(simd, &mut []);
+            tile.multiply::<S, QUERIES, VECTORS>(simd);
             for row in 0..QUERIES {
                 let sums = &mut sums[row * padded + index * PANEL..][..PANEL];
                 let (sums, _) = S::as_mut_simd_f32s(sums);
