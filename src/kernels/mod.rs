@@ -10,6 +10,7 @@
 //! or on other rows of a batch.
 
 pub mod adamw;
+mod aligned;
 pub(crate) mod all_reduce;
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -10,11 +10,12 @@
 //! cut into tiles, or how many threads share the work. This is what makes generation independent of its
 //! batch.
 
+use super::aligned::Aligned;
 use super::layout::Words;
 use super::matmul::View;
 use super::quads;
 use super::real::simd;
-use super::rows::{Rows, grow};
+use super::rows::Rows;
 use super::storage::{elements, tensor};
 use super::tiles::{Ahead, PANEL, PanelTile, whole_tile};
 use super::{ROWS_PER_TASK, bf16x3, columns, layout, pairs, product};
@@ -113,7 +114,7 @@ impl WeightType {
 pub struct PackedWeight {
     kind: WeightType,
     /// Those of another weight may be behind them: memory is used again.
-    words: Arc<Vec<u32>>,
+    words: Arc<Aligned<u32>>,
     /// `[panel][group][32]`, for 8 bits.
     scales: Arc<[f32]>,
     outputs: usize,
@@ -160,7 +161,7 @@ impl PackedWeight {
             WeightType::Int8 => depth.div_ceil(quads::GROUP),
             _ => 0,
         };
-        let mut all_words = vec![0; panels * depth * PANEL];
+        let mut all_words = Aligned::zeros(panels * depth * PANEL);
         let mut scales: Arc<[f32]> = repeat_n(0.0, panels * groups * PANEL).collect();
         let all_scales = Arc::get_mut(&mut scales).expect("it was just made");
         let own_scales = all_scales.chunks_mut((groups * PANEL).max(1)).map(Some);
@@ -227,7 +228,7 @@ impl PackedWeight {
         (self.kind, self.outputs, self.inputs) = (kind, outputs, inputs);
         let words = Arc::make_mut(&mut self.words);
         let wanted = self.outputs.div_ceil(PANEL) * kind.words(inputs) * PANEL;
-        grow(words, wanted);
+        words.make_room(wanted);
         &mut words[..wanted]
     }
 

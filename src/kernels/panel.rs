@@ -17,6 +17,9 @@ use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
 /// Inputs of a part at most: 128 KiB of a panel in f32 and as much of 32 rows (docs/engine.md has what was tried).
 const PART_INPUTS: usize = 1024;
 
+/// Rows that meet a panel at a time, at least: more of them read it again.
+const ROWS_AT_ONCE: usize = 6;
+
 /// One of the parts that inputs are cut into.
 #[derive(Clone, Copy)]
 pub(crate) struct Part {
@@ -47,7 +50,7 @@ pub(crate) fn parts(weight: &PackedWeight, rows: usize) -> impl Iterator<Item = 
         WeightType::Bf16 => are_widened(),
         WeightType::Bf16x3 | WeightType::Int8 => false,
     };
-    let pays = in_f32 && rows > rows_at_once(kind);
+    let pays = in_f32 && rows > ROWS_AT_ONCE;
     let count = if pays { weight.inputs().div_ceil(PART_INPUTS).max(1) } else { 1 };
     // Two inputs are multiplied at a time.
     let words = depth.div_ceil(count).next_multiple_of(2).max(1);
@@ -153,7 +156,7 @@ mod tests {
     const INPUTS: usize = 2 * PART_INPUTS + 77;
 
     #[test]
-    fn inputs_are_cut_where_rows_share_a_wide_panel_and_nowhere_else() {
+    fn inputs_are_cut_where_rows_read_a_panel_more_than_once_and_nowhere_else() {
         let weight = random(&[40, INPUTS], DType::F32);
         let count = |kind, rows| {
             let weight = PackedWeight::of_type(&weight, kind).unwrap();
@@ -164,9 +167,9 @@ mod tests {
             assert!(parts[parts.len() - 1].is_last && parts[0].is_first());
             parts.len()
         };
-        assert_eq!((count(WeightType::F32, 4), count(WeightType::F32, 40)), (1, 3));
-        let widened = if are_widened() { 3 } else { 1 };
-        assert_eq!((count(WeightType::Bf16, 4), count(WeightType::Bf16, 40)), (1, widened));
+        assert_eq!([1, 6, 7, 40].map(|rows| count(WeightType::F32, rows)), [1, 1, 3, 3]);
+        let cut = if are_widened() { 3 } else { 1 };
+        assert_eq!([1, 6, 7, 40].map(|rows| count(WeightType::Bf16, rows)), [1, 1, cut, cut]);
         assert_eq!((count(WeightType::Int8, 40), count(WeightType::Bf16x3, 40)), (1, 1));
     }
 }

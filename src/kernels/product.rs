@@ -9,6 +9,7 @@
 // Reason: threads write different columns of the same rows, which slices cannot express.
 #![expect(unsafe_code, reason = "tiles of one output are written by several threads")]
 
+use super::aligned::Aligned;
 use super::layout::{self, SQUARE};
 use super::packed::PackedWeight;
 use super::panel::{self, part_of_row};
@@ -85,9 +86,9 @@ fn run_turned(
                 simd(
                     #[inline(always)]
                     || {
-                        for (lane, values) in
-                            turned(sums).iter().take(weight.width(panel)).enumerate()
-                        {
+                        let lanes =
+                            if rows.len() > SQUARE { turned::<2>(sums) } else { turned::<1>(sums) };
+                        for (lane, values) in lanes.iter().take(weight.width(panel)).enumerate() {
                             let row = panel * PANEL + lane;
                             // SAFETY: `share` hands out each row and panel once.
                             let out = unsafe { target.columns(row, rows.start, rows.len()) };
@@ -100,11 +101,11 @@ fn run_turned(
     });
 }
 
-/// A tile with rows and columns exchanged.
+/// The first rows of a tile, so many squares of them, with rows and columns exchanged.
 #[inline(always)]
-fn turned(tile: &[[f32; PANEL]; ROWS]) -> [[f32; ROWS]; PANEL] {
+fn turned<const SQUARES: usize>(tile: &[[f32; PANEL]; ROWS]) -> [[f32; ROWS]; PANEL] {
     let mut out = [[0.0; ROWS]; PANEL];
-    for row in [0, SQUARE] {
+    for row in (0..SQUARES * SQUARE).step_by(SQUARE) {
         for column in [0, SQUARE] {
             let mut square = [[0.0; SQUARE]; SQUARE];
             for index in 0..SQUARE {
@@ -261,17 +262,15 @@ fn tiles<const COUNT: usize>(
 /// Calls `work` with room for so many rows of sums of each of some weights.
 fn with_sums<const COUNT: usize>(rows: usize, work: impl FnOnce([&mut [[f32; PANEL]]; COUNT])) {
     thread_local! {
-        static SUMS: RefCell<[Vec<[f32; PANEL]>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+        static SUMS: RefCell<[Aligned<f32>; 2]> = const { RefCell::new([const { Aligned::empty() }; 2]) };
     }
     const { assert!(COUNT <= 2, "a buffer for each") };
     SUMS.with_borrow_mut(|sums| {
         let mut sums = sums.iter_mut();
         work(std::array::from_fn(|_| {
             let sums = sums.next().expect("a buffer for each");
-            if sums.len() < rows {
-                sums.resize(rows, [0.0; PANEL]);
-            }
-            &mut sums[..rows]
+            sums.make_room(rows * PANEL);
+            &mut sums.as_chunks_mut().0[..rows]
         }));
     });
 }

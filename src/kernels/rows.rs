@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "words of one matrix are written by several threads")]
 
 use super::ROWS_PER_TASK;
+use super::aligned::Aligned;
 use super::columns::{self, parts};
 use super::layout::{self, INPUTS, SQUARE, squares_of_columns};
 use super::matmul::View;
@@ -17,7 +18,7 @@ use super::tiles::ROWS;
 #[derive(Debug, Default)]
 pub(crate) struct Rows {
     kind: WeightType,
-    words: Vec<u32>,
+    words: Aligned<u32>,
     groups: Vec<Group>,
     depth: usize,
     stride: usize,
@@ -56,14 +57,6 @@ impl RowMut<'_> {
 /// is thrown away.
 pub(crate) fn words_of_rows(kind: WeightType, count: usize, inputs: usize) -> usize {
     count.next_multiple_of(ROWS) * stride(kind.row_words(inputs))
-}
-
-/// Makes room for so many words. Memory that is there stays, with what is in it.
-pub(crate) fn grow(words: &mut Vec<u32>, length: usize) {
-    if words.len() < length {
-        words.reserve_exact(length - words.len());
-        words.resize(length, 0);
-    }
 }
 
 /// An odd number of cache lines: rows of a tile then never fall into one set of the cache.
@@ -181,7 +174,7 @@ impl Rows {
         self.depth = kind.row_words(inputs);
         self.stride = stride(self.depth);
         let length = words_of_rows(kind, count, inputs);
-        grow(&mut self.words, length);
+        self.words.make_room(length);
         self.group_stride = match kind {
             WeightType::Int8 => self.depth.div_ceil(quads::GROUP),
             _ => 0,

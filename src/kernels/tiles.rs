@@ -178,9 +178,9 @@ impl<const INPUTS: usize> WithSimd for PanelTile<'_, INPUTS> {
 /// How many of so many rows are best taken first.
 #[inline(always)]
 fn piece<const INPUTS: usize, S: Simd>(count: usize) -> usize {
-    // 12 rows by two vectors fill the 32 registers of a 512-bit unit, 6 the 16 of others. Where panels are widened
-    // on the way the compiler spills more than some 7 rows into memory even with 32. Few rows take four vectors of
-    // 256 bits, for a unit has more than four sums under way: 3 then are as fast a row as 6, and 4 are not.
+    // 12 rows by two vectors fill the 32 registers of a 512-bit unit, 6 the 16 of others. Where a panel is widened on
+    // the way the compiler spills 12 rows even with 32. Few rows take four vectors of 256 bits, for a unit has more than
+    // four sums under way: 3 then are as fast a row as 6, and 4 are not.
     match (S::F32_LANES, count) {
         (8, 7 | 8) => count - 3,
         (8, 10) => 5,

@@ -14,13 +14,19 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Two prompts each: a text, and the next one behind it with its pairs.
+/// Two prompts each: the beginning of a text, and another one behind it with its pairs.
 const CHAINS: usize = 250;
-/// Tokens of an answer, which nothing ends before. Ten in a hundred, one behind the other, go on for longer: through
-/// several blocks of the cache.
+/// Three prompts each, of whole texts: as long as those of a corpus.
+const WHOLE_CHAINS: usize = 10;
+/// Tokens of an answer, which nothing ends before. Ten in a hundred, one behind the other, and those of whole texts go on
+/// for longer: through several blocks of the cache.
 const NEW_TOKENS: [usize; 2] = [10, 150];
-/// Bytes of a text: the beginnings of the samples.
+/// Bytes of the beginning of a text.
 const TEXT_BYTES: usize = 180;
+/// Tokens of a prompt at most whose texts are no whole ones.
+const BEGUN_TOKENS: usize = 320;
+/// Bytes of a whole text: of three, a chain keeps to the context of the synthesizer.
+const WHOLE_BYTES: std::ops::Range<usize> = 900..1400;
 
 /// One at a time, each computed anew.
 const ALONE: EngineSettings = EngineSettings {
@@ -39,8 +45,8 @@ const TOGETHER: EngineSettings = EngineSettings {
     ..ALONE
 };
 
-/// The beginnings of the bundled samples.
-fn texts() -> Vec<String> {
+/// The bundled samples: of each chain, one text behind the other.
+fn chains() -> Vec<Vec<String>> {
     let samples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/samples");
     let files = ["biomedicine.xml", "finance.jsonl", "general.jsonl"];
     let files = files.map(|name| samples.join(name)).to_vec();
@@ -56,14 +62,19 @@ fn texts() -> Vec<String> {
         [&text[..middle], &text[middle..end]]
     });
     let pieces: Vec<String> = pieces.filter(|text| text.len() > 50).map(String::from).collect();
-    assert!(pieces.len() >= 2 * CHAINS, "{} pieces of text", pieces.len());
-    pieces
+    let (first, second) = pieces[..2 * CHAINS].split_at(CHAINS);
+    let begun = first.iter().zip(second).map(|(first, second)| vec![first.clone(), second.clone()]);
+    let whole = texts.iter().filter(|text| WHOLE_BYTES.contains(&text.len())).cloned();
+    let whole: Vec<String> = whole.take(3 * WHOLE_CHAINS).collect();
+    assert_eq!(whole.len(), 3 * WHOLE_CHAINS, "whole texts");
+    begun.chain(whole.chunks(3).map(<[String]>::to_vec)).collect()
 }
 
-/// The answers of one or several engines to all prompts, and what these counted.
+/// The answers of one or several engines to prompts with the keys from `first`, and what these counted.
 fn generate(
     settings: EngineSettings,
     engines: usize,
+    first: usize,
     prompts: &[Vec<u32>],
 ) -> (BTreeMap<u64, Vec<u32>>, BTreeMap<&'static str, u64>) {
     let synthesizer = Model::trained(BUNDLED).unwrap();
@@ -80,9 +91,10 @@ fn generate(
     let request = |(key, tokens): (usize, &Vec<u32>)| Request {
         key: key as u64,
         tokens: tokens.clone(),
-        new_tokens_max: NEW_TOKENS[usize::from(key / 10 % 10 == 0)],
+        new_tokens_max: NEW_TOKENS[usize::from(key / 10 % 10 == 0 || tokens.len() > BEGUN_TOKENS)],
     };
-    let mut waiting: Vec<Request> = prompts.iter().enumerate().map(request).rev().collect();
+    let mut waiting: Vec<Request> = (first..).zip(prompts).map(request).collect();
+    waiting.reverse();
     let mut answers = BTreeMap::new();
     while answers.len() < prompts.len() {
         while let Some(request) = waiting.pop() {
@@ -97,31 +109,45 @@ fn generate(
     (answers, counters.figures().into())
 }
 
-/// Prompts of two rounds: the second goes on from the first and its answer, as it was generated.
+/// The prompts of all rounds, and the answer of each alone: a round goes on from the one before and its answers, as they
+/// were generated.
 fn prompts() -> (Vec<Vec<u32>>, BTreeMap<u64, Vec<u32>>) {
     let writer = PromptWriter::new(Model::trained(BUNDLED).unwrap().tokenizer).unwrap();
-    let texts = texts();
-    let mut prompts: Vec<Vec<u32>> =
-        texts.iter().take(CHAINS).map(|text| writer.question(text)).collect();
-    let (answers, _) = generate(ALONE, 1, &prompts);
-    for ((text, first), answer) in texts[CHAINS..].iter().zip(0..CHAINS).zip(answers.values()) {
-        let first = prompts[first].clone();
-        prompts.push([first, answer.clone(), vec![writer.eos()], writer.question(text)].concat());
+    let chains = chains();
+    let mut so_far = vec![Vec::new(); chains.len()];
+    let (mut prompts, mut alone) = (Vec::new(), BTreeMap::new());
+    for round in 0.. {
+        let asked: Vec<usize> =
+            (0..chains.len()).filter(|&chain| round < chains[chain].len()).collect();
+        if asked.is_empty() {
+            break;
+        }
+        let first = prompts.len();
+        for &chain in &asked {
+            so_far[chain].extend(writer.question(&chains[chain][round]));
+            prompts.push(so_far[chain].clone());
+        }
+        let (answers, _) = generate(ALONE, 1, first, &prompts[first..]);
+        for (&chain, answer) in asked.iter().zip(answers.values()) {
+            so_far[chain].extend(answer.iter().chain([&writer.eos()]));
+        }
+        alone.extend(answers);
     }
-    let (answers, _) = generate(ALONE, 1, &prompts);
-    (prompts, answers)
+    (prompts, alone)
 }
 
 #[test]
-fn five_hundred_prompts_have_one_answer_each() {
+fn more_than_five_hundred_prompts_have_one_answer_each() {
     let (prompts, alone) = prompts();
-    assert_eq!(prompts.len(), 500);
+    assert_eq!(prompts.len(), 2 * CHAINS + 3 * WHOLE_CHAINS);
+    let longest = prompts.iter().map(Vec::len).max().unwrap();
     let config = Model::trained(BUNDLED).unwrap().config;
     let block = Cache::block_bytes(&config, candle_core::DType::F32);
+    assert!((1000..config.max_position_embeddings - NEW_TOKENS[1]).contains(&longest), "{longest}");
     let context = config.max_position_embeddings / headwater::kernels::cached::BLOCK;
     let narrow = EngineSettings { cache_bytes: (context + 4) * block, ..TOGETHER };
     for (settings, engines) in [(TOGETHER, 1), (narrow, 1), (TOGETHER, 2)] {
-        let (found, counts) = generate(settings, engines, &prompts);
+        let (found, counts) = generate(settings, engines, 0, &prompts);
         assert!(found == alone, "{engines} engines change answers: {settings:?}");
         assert!(counts["accepted_tokens"] > 100, "{counts:?}");
         assert!(settings != narrow || counts["preemptions"] > 0, "{counts:?}");

@@ -134,7 +134,7 @@ impl Task<'_> {
                 None => None,
             };
             let own = cache.block(self.run, self.head, block).expect("a table of all blocks");
-            let at_once = queries_at_once(layout.kind);
+            let at_once = rows_at_once(layout.kind);
             for first in (0..queries.len()).step_by(at_once) {
                 let rows = first..(first + at_once).min(queries.len());
                 let start = block * BLOCK;
@@ -160,7 +160,8 @@ struct Buffers {
     scratch: Box<Scratch>,
 }
 
-/// What folding a block needs on the way.
+/// What folding a block needs on the way. No vector of it lies in two lines of the cache.
+#[repr(align(64))]
 struct Scratch {
     /// `[side][half][query][position]`
     scores: [[[[f32; PANEL]; ROWS]; BLOCK / PANEL]; 2],
@@ -309,15 +310,6 @@ impl WithSimd for Weigh<'_> {
             let weights = &mut weights[row * BLOCK..][..kind.row_words(BLOCK)];
             layout::row(kind.in_rows(), &own, weights);
         }
-    }
-}
-
-/// Queries of a fold at most: what a tile takes at a time, or all that there is room for where each call widens its
-/// panel.
-fn queries_at_once(kind: WeightType) -> usize {
-    match kind {
-        WeightType::Bf16 if are_widened() => ROWS,
-        kind => rows_at_once(kind),
     }
 }
 

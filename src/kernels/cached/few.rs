@@ -117,7 +117,8 @@ impl<Put: Fn(usize, usize, &[f32])> Few<'_, Put> {
     }
 }
 
-/// What folding a block needs on the way.
+/// What folding a block needs on the way. No vector of it lies in two lines of the cache.
+#[repr(align(64))]
 struct Scratch<const QUERIES: usize> {
     /// `[half][query][position]`
     scores: [[[f32; PANEL]; QUERIES]; BLOCK / PANEL],

@@ -22,6 +22,7 @@ mod few;
 mod wanted;
 mod weigh;
 
+use super::aligned::Aligned;
 use super::attention::Heads;
 use super::packed::WeightType;
 use super::real::LANES;
@@ -75,8 +76,8 @@ pub struct LayerCache {
 /// Keys and values of one head.
 #[derive(Debug)]
 struct Pages {
-    keys: Vec<u32>,
-    values: Vec<u32>,
+    keys: Aligned<u32>,
+    values: Aligned<u32>,
 }
 
 /// Keys and values of one block.
@@ -125,8 +126,8 @@ impl LayerCache {
         let kind = if dtype == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
         let layout = Layout { kind, heads };
         let pages = |_| Pages {
-            keys: vec![0; blocks * layout.key_page()],
-            values: vec![0; blocks * layout.value_page()],
+            keys: Aligned::zeros(blocks * layout.key_page()),
+            values: Aligned::zeros(blocks * layout.value_page()),
         };
         LayerCache { pages: (0..heads.key_value).map(pages).collect(), layout }
     }

@@ -9,14 +9,15 @@ use std::ops::Range;
 /// Vectors of weights that are computed side by side.
 pub(super) const AT_ONCE: usize = 4;
 
-/// One query on its way through the blocks.
+/// One query on its way through the blocks. No vector of its sums lies in two lines of the cache.
+#[repr(C, align(64))]
 pub(super) struct Query {
+    /// Sum of the weights so far, in lanes that are added at the end.
+    pub(super) total: [f32; BLOCK],
     position: usize,
     first_visible: usize,
     /// The highest score so far.
     top: f32,
-    /// Sum of the weights so far, in lanes that are added at the end.
-    pub(super) total: [f32; BLOCK],
 }
 
 impl Query {
