@@ -1,12 +1,11 @@
 //! Memory that begins with a line of the cache, whatever the allocator gives.
 
+use super::fetch::LINE;
 use std::ops::{Deref, DerefMut};
 
-/// Bytes of a line.
-const LINE: usize = 64;
-
 /// Numbers that begin with a line of the cache, so that no vector of them lies in two: with half of them in two, as memory of
-/// glibc has it, the loops of products run 4 to 10 % slower (docs/engine.md).
+/// glibc has it, the loops of products run 4 to 10 % slower (docs/engine.md). A cache of keys and values is gigabytes of zeros that
+/// nobody touches before they are wanted: the crate for such memory, `aligned-vec`, writes them all.
 #[derive(Debug, Default)]
 pub(crate) struct Aligned<T> {
     memory: Vec<T>,

@@ -163,7 +163,7 @@ fn portable(rows: &[u32], stride: usize, panel: &[u32], out: &mut [[f32; PANEL]]
                 }
             },
         );
-        whole_tile(PanelTile {
+        whole_tile::<1>(PanelTile {
             rows: cast_slice(x),
             stride: steps * INPUTS,
             panel: cast_slice(whole),

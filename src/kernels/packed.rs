@@ -100,7 +100,7 @@ impl WeightType {
         match self {
             WeightType::F32 => {
                 let ahead = ahead.beside(panel.len() / PANEL);
-                whole_tile(PanelTile { rows, stride, panel, ahead, goes_on: false, out });
+                whole_tile::<1>(PanelTile { rows, stride, panel, ahead, goes_on: false, out });
             }
             WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
             WeightType::Bf16x3 => bf16x3::tile(rows, stride, panel, out),

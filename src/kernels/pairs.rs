@@ -16,7 +16,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
-use super::tiles::{Ahead, PANEL, PanelTile};
+use super::tiles::{Ahead, PANEL, PanelTile, whole_tile};
 
 /// Words of a row of `inputs` elements.
 pub(crate) fn words(inputs: usize) -> usize {
@@ -52,7 +52,7 @@ pub(crate) fn tile(
         return avx512::tile(rows, stride, panel, ahead, out);
     }
     let ahead = ahead.beside(panel.len() / PANEL);
-    widening_tile(PanelTile { rows, stride, panel, ahead, goes_on: false, out });
+    whole_tile::<2>(PanelTile { rows, stride, panel, ahead, goes_on: false, out });
 }
 
 /// Whether this CPU multiplies bf16 in f32. Rows then stand in f32 already.
@@ -62,11 +62,6 @@ pub(crate) fn are_widened() -> bool {
     return !amx::is_there() && !avx512::is_there();
     #[cfg(not(target_arch = "x86_64"))]
     true
-}
-
-/// Rows in f32, and a panel of pairs that is widened on its way.
-pub(crate) fn widening_tile(tile: PanelTile<'_, 2>) {
-    pulp::Arch::new().dispatch(tile);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -216,7 +211,7 @@ mod tests {
         let multiply = |rows, panel: &[u32], goes_on, out: &mut [[f32; PANEL]]| {
             // Fetching ends far behind the panel, which is allowed.
             let ahead = Span::new(panel.as_ptr(), 1 << 20);
-            widening_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
+            whole_tile::<2>(PanelTile { rows, stride, panel, ahead, goes_on, out });
         };
         multiply(packed, panel, false, &mut found);
         assert_eq!(found, twin, "{what}");

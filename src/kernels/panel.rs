@@ -9,7 +9,7 @@
 //! part before left it: it is the same chain of multiply-adds, cut or not.
 
 use super::packed::{PackedWeight, WeightType};
-use super::pairs::{self, are_widened};
+use super::pairs::are_widened;
 use super::quads::{self, QuadPanel, QuadRows};
 use super::rows::Rows;
 use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
@@ -94,11 +94,11 @@ impl Panel<'_> {
         match self.kind {
             WeightType::F32 => {
                 let (rows, ahead) = (&words[own.start..], ahead.beside(own.len()));
-                whole_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
+                whole_tile::<1>(PanelTile { rows, stride, panel, ahead, goes_on, out });
             }
             WeightType::Bf16 if are_widened() => {
                 let (rows, ahead) = (&words[2 * own.start..], ahead.beside(own.len()));
-                pairs::widening_tile(PanelTile { rows, stride, panel, ahead, goes_on, out });
+                whole_tile::<2>(PanelTile { rows, stride, panel, ahead, goes_on, out });
             }
             WeightType::Bf16 | WeightType::Bf16x3 => {
                 debug_assert!(part.is_first() && part.is_last());

@@ -306,6 +306,18 @@ mod tests {
         (0..OUTPUTS).flat_map(column).collect()
     }
 
+    #[test]
+    fn rows_of_a_tile_become_columns_in_one_square_and_in_two() {
+        let tile: Sums =
+            std::array::from_fn(|row| std::array::from_fn(|lane| (100 * row + lane) as f32));
+        let (one, two) = (super::turned::<1>(&tile), super::turned::<2>(&tile));
+        for lane in 0..PANEL {
+            let column = tile.map(|row| row[lane]);
+            assert_eq!(one[lane][..SQUARE], column[..SQUARE]);
+            assert_eq!(two[lane], column);
+        }
+    }
+
     fn check(kind: WeightType, round: fn(f32) -> f32) {
         let weights = [0, 1].map(|_| random(&[OUTPUTS, INPUTS], DType::F32));
         let packed = weights.each_ref().map(|t| PackedWeight::of_type(t, kind).unwrap());

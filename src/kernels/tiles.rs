@@ -141,8 +141,8 @@ macro_rules! by_constant {
     };
 }
 
-/// Rows in f32 against a panel in f32.
-pub(crate) fn whole_tile(tile: PanelTile<'_, 1>) {
+/// Rows in f32 against a panel in f32, or one in bf16 that is widened on its way.
+pub(crate) fn whole_tile<const INPUTS: usize>(tile: PanelTile<'_, INPUTS>) {
     pulp::Arch::new().dispatch(tile);
 }
 
@@ -408,7 +408,7 @@ mod tests {
                     let mut start = 0;
                     ours.fill([f32::NAN; PANEL]);
                     for &end in cuts.iter().chain([&inputs]) {
-                        whole_tile(PanelTile {
+                        whole_tile::<1>(PanelTile {
                             rows: &x[start..],
                             stride,
                             panel: &panel[start * PANEL..end * PANEL],
