@@ -13,6 +13,7 @@ use candle_core::{DType, Device, Tensor};
 use headwater::kernels::packed::WeightType;
 use headwater::kernels::peak;
 use headwater::model::config::ModelConfig;
+use headwater::model::precision::Precision;
 
 /// The ceilings of a device.
 #[derive(Clone, Copy, Debug)]
@@ -24,24 +25,38 @@ pub(super) struct Ceiling {
 }
 
 impl Ceiling {
-    /// Measures a CPU, for weights of this type.
-    pub(super) fn of_cpu(kind: WeightType) -> Self {
-        Ceiling {
-            operations_per_s: peak::operations_per_second(kind),
-            bytes_per_s: peak::bytes_per_second(),
-        }
-    }
-
-    /// Measures any other device: large products, and a large tensor that is read and written.
+    /// Measures a device when all is done: what is read for it would else be the most memory that a small model ever has.
+    /// It is known to have done so many operations a second `before`, and the better counts: either may fall into a bad
+    /// moment of a shared machine.
     ///
     /// # Errors
     /// If the device fails.
-    pub(super) fn of_device(device: &Device, dtype: DType) -> Result<Self> {
-        let matrix = Tensor::ones((SIDE, SIDE), dtype, device)?;
-        let copy = best_seconds(8, device, || &matrix + 1.0)?;
-        let bytes = 2 * SIDE * SIDE * dtype.size_in_bytes();
-        Ok(Ceiling { operations_per_s: products(device, dtype)?, bytes_per_s: bytes as f64 / copy })
+    pub(super) fn measure(device: &Device, precision: Precision, before: f64) -> Result<Self> {
+        let operations_per_s = operations_per_second(device, precision)?.max(before);
+        let bytes_per_s = match device.is_cpu() {
+            true => peak::bytes_per_second(),
+            false => copies(device, precision.tensors()?)?,
+        };
+        Ok(Ceiling { operations_per_s, bytes_per_s })
     }
+}
+
+/// Operations a second of a device: in the registers of a CPU, in large products of any other.
+///
+/// # Errors
+/// If the device fails.
+pub(super) fn operations_per_second(device: &Device, precision: Precision) -> Result<f64> {
+    match device.is_cpu() {
+        true => Ok(peak::operations_per_second(precision.packed(), peak::TURNS)),
+        false => products(device, precision.tensors()?),
+    }
+}
+
+/// Bytes of a large tensor that a GPU reads and writes in a second.
+fn copies(device: &Device, dtype: DType) -> Result<f64> {
+    let matrix = Tensor::ones((SIDE, SIDE), dtype, device)?;
+    let seconds = best_seconds(8, device, || &matrix + 1.0)?;
+    Ok((2 * SIDE * SIDE * dtype.size_in_bytes()) as f64 / seconds)
 }
 
 /// Side of a matrix that keeps a GPU busy.

@@ -1,10 +1,12 @@
 //! The synthesis engine, timed.
 //!
 //! ```text
-//! ceilings ─▶ load ─▶ prompts alone ─▶ steps of a whole batch alone ─▶ all requests through the engine
+//! load ─▶ prompts alone ─▶ steps of a whole batch alone ─▶ all requests through the engine
 //! ```
+//!
+//! Ceilings are measured before and behind it.
 
-use super::ceiling::{Ceiling, Cost};
+use super::ceiling::{self, Ceiling, Cost};
 use super::workload::{Answered, Workload};
 use crate::shell::args::StepArgs;
 use crate::shell::models::{BUNDLED, Model};
@@ -71,26 +73,22 @@ pub(super) struct Synth {
 /// If the flags cannot work or the device fails.
 pub(super) fn run(args: &Synth) -> Result<ExitCode> {
     let setup = Setup::new(args).map_err(wrong_use)?;
-    let ceiling = setup.ceiling()?;
-    eprintln!(
-        "{} on {} in {}: {} parameters; ceilings {:.1} Gop/s, {:.1} GB/s",
-        args.model,
-        args.device,
-        setup.model.precision.name(),
-        count(setup.config().parameter_count()),
-        ceiling.operations_per_s / 1e9,
-        ceiling.bytes_per_s / 1e9,
-    );
+    let (device, precision) = (&setup.device, setup.model.precision);
+    let parameters = count(setup.config().parameter_count());
+    eprintln!("{} on {} in {}: {parameters} parameters", args.model, args.device, precision.name());
+    let before = ceiling::operations_per_second(device, precision)?;
     let model = setup.load()?;
     let cost = setup.cost(&model);
     let prompts = setup.batch();
     let mut phases = Phases::new(&model, &prompts, setup.new_tokens, setup.engine.step_tokens_max)?;
+    phases.warm_up()?;
     let prefill = phases.prompts()?;
     let decode = phases.steps(setup.new_tokens)?;
     drop(phases);
-    let measured = Measured { prompts: &prompts, prefill, decode, ceiling, cost };
-    forget_peak(std::slice::from_ref(&setup.device))?; // that of the phases
+    forget_peak(std::slice::from_ref(device))?; // that of the phases
     let whole = setup.whole(model, &args.steps)?;
+    let ceiling = Ceiling::measure(device, precision, before)?;
+    let measured = Measured { prompts: &prompts, prefill, decode, ceiling, cost };
     eprint!("{}", measured.table(&whole, setup.new_tokens));
     println!("{}", figures(args, &setup, &measured, &whole));
     Ok(ExitCode::SUCCESS)
@@ -151,13 +149,6 @@ impl Setup {
         &self.model.config
     }
 
-    fn ceiling(&self) -> Result<Ceiling> {
-        match self.device.is_cpu() {
-            true => Ok(Ceiling::of_cpu(self.model.precision.packed())),
-            false => Ceiling::of_device(&self.device, self.model.precision.tensors()?),
-        }
-    }
-
     fn load(&self) -> Result<Llama> {
         match Shape::named(&self.model.name) {
             Some(_) => Ok(random(self.config(), self.model.precision, &self.device)?),
@@ -196,7 +187,13 @@ impl Setup {
         let seconds = start.elapsed().as_secs_f64();
         drop(queue);
         thread.join().map_err(|_| anyhow!("the engine's thread failed"))?;
-        Ok(Whole { answered, seconds, counters })
+        Ok(Whole {
+            answered,
+            seconds,
+            counters,
+            memory_bytes: peak_memory(),
+            device_memory_bytes: device_memory(std::slice::from_ref(&self.device)),
+        })
     }
 }
 
@@ -252,7 +249,10 @@ impl Measured<'_> {
         let decode = self.decode_at_best(new_tokens) / self.decode.seconds;
         let steps = format!("steps of {} alone", self.prompts.len());
         let tokens = whole.answered.output_tokens as f64 / whole.seconds;
-        row("prompts alone", self.prefill.rate(), prefill)
+        let Ceiling { operations_per_s, bytes_per_s } = self.ceiling;
+        let (operations, bytes) = (operations_per_s / 1e9, bytes_per_s / 1e9);
+        format!("ceilings {operations:.1} Gop/s, {bytes:.1} GB/s\n")
+            + &row("prompts alone", self.prefill.rate(), prefill)
             + &row(&steps, self.decode.rate(), decode)
             + &format!("{:<30} {tokens:>9.0} new tokens/s\n", "all requests")
     }
@@ -263,12 +263,16 @@ struct Whole {
     answered: Answered,
     seconds: f64,
     counters: Arc<EngineCounters>,
+    /// The most that this process had so far.
+    memory_bytes: u64,
+    /// The most that was in use meanwhile; none on a CPU.
+    device_memory_bytes: Option<u64>,
 }
 
 /// What was measured, as one line of JSON.
 fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) -> Value {
     let Measured { prefill, decode, ceiling, .. } = measured;
-    let Whole { answered, seconds, counters } = whole;
+    let Whole { answered, seconds, counters, .. } = whole;
     let engine: BTreeMap<_, _> = counters.figures().into();
     let per = |part: u64, whole: u64| part as f64 / whole.max(1) as f64;
     let prefill_share = measured.prefill_at_best() / prefill.seconds;
@@ -294,8 +298,8 @@ fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) 
         "prefix_hit_rate": per(engine["cached_tokens"], answered.prompt_tokens),
         "draft_hit_rate": per(engine["accepted_tokens"], engine["drafted_tokens"]),
         "batch_mean": per(engine["sequences"], engine["steps"]),
-        "memory_bytes": peak_memory(),
-        "device_memory_bytes": device_memory(std::slice::from_ref(&setup.device)),
+        "memory_bytes": whole.memory_bytes,
+        "device_memory_bytes": whole.device_memory_bytes,
         "engine": engine,
         "ceiling": {
             "operations_per_s": ceiling.operations_per_s,

@@ -1,7 +1,7 @@
 //! The trainer, timed.
 //!
 //! ```text
-//! ceilings ─▶ parameters ─▶ one step that does not count ─▶ steps: forward, backward, AdamW
+//! ceilings ─▶ parameters ─▶ one step that does not count ─▶ steps: forward, backward, AdamW ─▶ ceilings
 //! ```
 //!
 //! MFU (Chowdhery et al., 2022, appendix B; arXiv 2204.02311) is what the model's products and attention cost by
@@ -73,26 +73,25 @@ pub(super) struct Train {
 /// If the flags cannot work or the device fails.
 pub(super) fn run(args: &Train) -> Result<ExitCode> {
     let setup = Setup::new(args).map_err(wrong_use)?;
-    let ceilings = setup.ceilings()?;
+    let parameters = count(setup.model.config.parameter_count());
+    let compute = setup.compute.as_str();
+    eprintln!("{} on {} in {compute}: {parameters} parameters", args.model, args.device);
+    let before = setup.ceilings()?;
+    forget_peak(&setup.devices)?; // that of the ceilings
+    let measured = setup.measure(args)?;
+    let ceilings = before.or_better(setup.ceilings()?);
     eprintln!(
-        "{} on {} in {}: {} parameters; ceilings {:.1} Gop/s in large products{}",
-        args.model,
-        args.device,
-        setup.compute.as_str(),
-        count(setup.model.config.parameter_count()),
+        "ceilings {:.1} Gop/s in large products{}",
         ceilings.products / 1e9,
         ceilings.peak.map_or(String::new(), |peak| format!(", {:.1} at most", peak / 1e9)),
     );
-    forget_peak(&setup.devices)?; // that of the ceilings
-    let measured = setup.measure(args)?;
-    let share = measured.operations_per_s / ceilings.products;
     eprintln!(
         "{:.0} tokens/s, {:.0} ms a step, {:.1} Gop/s = {:.1} % of large products, {} at most",
         measured.tokens_per_s(),
         measured.median_ms(),
         measured.operations_per_s / 1e9,
-        100.0 * share,
-        bytes(device_memory(&setup.devices).unwrap_or_else(peak_memory)),
+        100.0 * measured.operations_per_s / ceilings.products,
+        bytes(measured.device_memory_bytes.unwrap_or(measured.memory_bytes)),
     );
     println!("{}", setup.figures(args, &measured, &ceilings));
     Ok(ExitCode::SUCCESS)
@@ -104,6 +103,16 @@ struct Ceilings {
     products: f64,
     /// Registers only on a CPU, what its maker says of a GPU; none for a GPU that is not known.
     peak: Option<f64>,
+}
+
+impl Ceilings {
+    /// The better of each: either measurement may fall into a bad moment of a shared machine.
+    fn or_better(self, other: Self) -> Self {
+        Ceilings {
+            products: self.products.max(other.products),
+            peak: self.peak.zip(other.peak).map(|(one, other)| one.max(other)),
+        }
+    }
 }
 
 /// Everything that decides what is measured.
@@ -122,6 +131,10 @@ struct Measured {
     steps: Vec<f64>,
     operations_per_s: f64,
     losses: [f64; 2],
+    /// The most that this process had.
+    memory_bytes: u64,
+    /// The most that was in use; none on a CPU.
+    device_memory_bytes: Option<u64>,
 }
 
 impl Setup {
@@ -164,11 +177,12 @@ impl Setup {
 
     fn ceilings(&self) -> Result<Ceilings> {
         let device = &self.devices[0];
-        let peak = metrics::peak(device, self.compute, &self.model.config);
         if device.is_cpu() {
             let kind = host_products(&self.model.config, self.compute)?;
+            let peak = Some(peak::operations_per_second(kind, peak::TURNS));
             return Ok(Ceilings { products: ceiling::cpu_products(kind)?, peak });
         }
+        let peak = metrics::peak(device, self.compute, &self.model.config);
         let count = self.devices.len() as f64;
         let products = count * ceiling::products(device, self.compute)?;
         Ok(Ceilings { products, peak: peak.map(|peak| count * peak) })
@@ -208,7 +222,14 @@ impl Setup {
         let sequence = whole as f64 * per_item(self.item_tokens) + per_item(rest);
         let seconds = steps.iter().sum::<f64>() / 1e3;
         let operations_per_s = sequence * (args.batch * args.steps) as f64 / seconds;
-        Ok(Measured { tokens, steps, operations_per_s, losses: [first, last] })
+        Ok(Measured {
+            tokens,
+            steps,
+            operations_per_s,
+            losses: [first, last],
+            memory_bytes: peak_memory(),
+            device_memory_bytes: device_memory(&self.devices),
+        })
     }
 
     /// Until the devices have done all that they were given.
@@ -237,8 +258,8 @@ impl Setup {
             "operations_per_s": measured.operations_per_s,
             "mfu": ceilings.peak.map(|peak| measured.operations_per_s / peak),
             "share_of_ceiling": measured.operations_per_s / ceilings.products,
-            "memory_bytes": peak_memory(),
-            "device_memory_bytes": device_memory(&self.devices),
+            "memory_bytes": measured.memory_bytes,
+            "device_memory_bytes": measured.device_memory_bytes,
             "first_loss": measured.losses[0],
             "last_loss": measured.losses[1],
             "ceiling": {

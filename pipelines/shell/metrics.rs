@@ -18,11 +18,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The file in a run folder.
 const NAME: &str = "metrics.jsonl";
+
+/// How long a CPU is believed to do no more than it was measured to, before it is tried once again.
+const BELIEVED: Duration = Duration::from_secs(60);
 
 /// What a step took on this machine: the fields of a line that differ between equal runs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -80,7 +83,7 @@ pub struct OfPart {
 pub(super) struct Gauge {
     config: ModelConfig,
     devices: Vec<Device>,
-    peak_operations_per_s: Option<f64>,
+    compute: DType,
     /// When the trainer last had nothing to do but wait for sequences.
     idle: Instant,
 }
@@ -91,12 +94,10 @@ impl Gauge {
     /// # Errors
     /// If the trainer cannot be looked at.
     pub(super) fn new(trainer: &Trainer) -> Result<Self> {
-        let devices = trainer.devices();
         Ok(Gauge {
             config: trainer.config().clone(),
-            devices: devices.to_vec(),
-            peak_operations_per_s: peak(&devices[0], trainer.compute(), trainer.config())
-                .map(|peak| peak * devices.len() as f64),
+            devices: trainer.devices().to_vec(),
+            compute: trainer.compute(),
             idle: Instant::now(),
         })
     }
@@ -111,12 +112,14 @@ impl Gauge {
         let (spent, waited) = (start.elapsed(), start.duration_since(self.idle));
         let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         let rate = operations(&self.config, batch) / spent.as_secs_f64();
+        let peak = peak(&self.devices[0], self.compute, &self.config)
+            .map(|peak| peak * self.devices.len() as f64);
         Measured {
             unix_time: rounded(now(), 3),
             step_ms: rounded(1e3 * spent.as_secs_f64(), 1),
             tokens_per_s: rounded(tokens as f64 / spent.as_secs_f64(), 1),
-            mfu: self.peak_operations_per_s.map(|peak| rounded(rate / peak, 4)),
-            peak_operations_per_s: self.peak_operations_per_s.map(f64::round),
+            mfu: peak.map(|peak| rounded(rate / peak, 4)),
+            peak_operations_per_s: peak.map(f64::round),
             data_wait_share: rounded(share(waited, spent), 4),
             memory_bytes: peak_memory(),
             device_memory_bytes: device_memory(&self.devices),
@@ -160,10 +163,11 @@ pub(super) fn values(path: &Path) -> Result<Vec<Value>> {
     text.lines().enumerate().map(value).collect()
 }
 
-/// What a device does at best with such a model in such a type, in operations a second. A CPU is measured once, which takes some
-/// tenths of a second; it should have nothing else to do meanwhile.
+/// What a device does at best with such a model in such a type, in operations a second. A CPU is measured when this is
+/// first asked, which takes some tenths of a second; it should have nothing else to do meanwhile. It is tried again for some
+/// hundredths of a second a minute later, and so on: on a machine that is shared the first time may be a bad moment.
 pub fn peak(device: &Device, compute: DType, config: &ModelConfig) -> Option<f64> {
-    static CPU: [OnceLock<f64>; 3] = [const { OnceLock::new() }; 3];
+    static CPU: [Mutex<Option<Best>>; 3] = [const { Mutex::new(None) }; 3];
     if !device.is_cpu() {
         let name = gpu_name(device).filter(|_| compute == DType::BF16);
         return name.and_then(|name| peak::of_gpu(&name));
@@ -174,7 +178,30 @@ pub fn peak(device: &Device, compute: DType, config: &ModelConfig) -> Option<f64
         WeightType::Bf16x3 => 1,
         WeightType::Bf16 | WeightType::Int8 => 2,
     };
-    Some(*CPU[place].get_or_init(|| peak::operations_per_second(kind)))
+    let mut best = CPU[place].lock().unwrap_or_else(PoisonError::into_inner);
+    let now = Instant::now();
+    let known = Best::at(*best, now, |turns| peak::operations_per_second(kind, turns));
+    *best = Some(known);
+    Some(known.operations_per_s)
+}
+
+/// The best that a CPU has done so far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Best {
+    operations_per_s: f64,
+    tried: Instant,
+}
+
+impl Best {
+    /// What is known `now`: `before`, unless it is to be tried again. `measure` has so many turns.
+    fn at(before: Option<Self>, now: Instant, measure: impl FnOnce(usize) -> f64) -> Self {
+        let operations_per_s = match before {
+            Some(before) if now.duration_since(before.tried) < BELIEVED => return before,
+            Some(before) => before.operations_per_s.max(measure(1)),
+            None => measure(peak::TURNS),
+        };
+        Best { operations_per_s, tried: now }
+    }
 }
 
 /// Floating-point operations to train on some sequences: each item attends to itself only.
@@ -324,10 +351,22 @@ mod tests {
     }
 
     #[test]
-    fn the_peak_of_a_cpu_is_measured_once() {
+    fn the_peak_of_a_cpu_is_measured() {
         let config = Shape::named("2m").expect("a shape").config();
-        let peak = || peak(&Device::Cpu, DType::F32, &config);
-        assert!(peak().is_some_and(|peak| peak > 0.0));
-        assert_eq!(peak(), peak());
+        let peak = peak(&Device::Cpu, DType::F32, &config);
+        assert!(peak.is_some_and(|peak| peak > 0.0));
+    }
+
+    #[test]
+    fn a_peak_of_a_bad_moment_rises_a_minute_later_and_none_falls() {
+        let start = Instant::now();
+        let first = Best::at(None, start, |turns| turns as f64);
+        assert_eq!(first.operations_per_s, peak::TURNS as f64);
+        let soon = start + BELIEVED / 2;
+        assert_eq!(Best::at(Some(first), soon, |_| panic!("it is believed")), first);
+        let later = start + BELIEVED;
+        let at = |seen: f64| Best::at(Some(first), later, |turns| seen * turns as f64);
+        assert_eq!(at(100.0), Best { operations_per_s: 100.0, tried: later });
+        assert_eq!(at(1.0), Best { tried: later, ..first });
     }
 }

@@ -61,6 +61,22 @@ impl<'a> Phases<'a> {
         Ok(Phases { model, cache, prompts, tables, tokens: Vec::new(), step_tokens })
     }
 
+    /// Runs a prompt and a step behind it which do not count: of the first ones a device has to load its kernels, and memory
+    /// is asked for.
+    ///
+    /// # Errors
+    /// If the device fails.
+    ///
+    /// # Panics
+    /// If there is no room for a token behind the first prompt.
+    pub fn warm_up(&mut self) -> Result<()> {
+        self.run_prompts(0..1)?;
+        let position = self.prompts[0].len();
+        let run = Run { first_row: 0, rows: 1, position, table: self.tables[0].clone() };
+        let ids = std::mem::take(&mut self.tokens);
+        self.step(&ids, &[position as u32], &[run], &[0]).map(|_| ())
+    }
+
     /// Runs all prompts, as many in a step as its rows allow, one at least.
     ///
     /// # Errors
@@ -170,6 +186,7 @@ mod tests {
     fn check(step_tokens: usize) {
         let (model, prompts) = (model(), prompts());
         let mut together = Phases::new(&model, &prompts, 4, step_tokens).unwrap();
+        together.warm_up().unwrap();
         assert_eq!(together.prompts().unwrap().tokens, 116);
         assert_eq!(together.steps(4).unwrap().tokens, 16);
         for (index, prompt) in prompts.iter().enumerate() {

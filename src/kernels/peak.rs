@@ -22,7 +22,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 /// Turns, of which the best counts.
-const TURNS: usize = 8;
+pub const TURNS: usize = 8;
 
 /// Multiply-adds in each chain of a turn: some tens of milliseconds.
 const LENGTH: usize = 1 << 23;
@@ -36,16 +36,16 @@ const CHAINS_OF_256_BITS: usize = 12;
 /// Bytes of the buffer that is read.
 const BUFFER: usize = 512 << 20;
 
-/// Multiplications and additions a second in registers, on all threads, for weights of this type. A CPU
-/// without instructions for the type has the rate of f32.
-pub fn operations_per_second(kind: WeightType) -> f64 {
+/// Multiplications and additions a second in registers, on all threads, for weights of this type, in the best of so many
+/// turns of some tens of milliseconds. A CPU without instructions for the type has the rate of f32.
+pub fn operations_per_second(kind: WeightType, turns: usize) -> f64 {
     let chains = match kind {
         WeightType::F32 => floats,
         WeightType::Bf16 => pairs,
         WeightType::Bf16x3 => parts,
         WeightType::Int8 => quads,
     };
-    best(|| {
+    best(turns, || {
         let start = Instant::now();
         let operations: usize = rayon::broadcast(|_| chains()).into_iter().sum();
         operations as f64 / start.elapsed().as_secs_f64()
@@ -74,7 +74,7 @@ pub fn threads() -> usize {
 pub fn bytes_per_second() -> f64 {
     let buffer = vec![1.0f32; BUFFER / size_of::<f32>()];
     let share = buffer.len().div_ceil(rayon::current_num_threads());
-    best(|| {
+    best(TURNS, || {
         let start = Instant::now();
         let sum: f32 =
             buffer.par_chunks(share).map(|part| pulp::Arch::new().dispatch(Sum(part))).sum();
@@ -83,8 +83,8 @@ pub fn bytes_per_second() -> f64 {
     })
 }
 
-fn best(mut turn: impl FnMut() -> f64) -> f64 {
-    (0..TURNS).map(|_| turn()).fold(0.0, f64::max)
+fn best(turns: usize, mut turn: impl FnMut() -> f64) -> f64 {
+    (0..turns).map(|_| turn()).fold(0.0, f64::max)
 }
 
 struct Sum<'a>(&'a [f32]);
