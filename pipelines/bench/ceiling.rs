@@ -35,7 +35,7 @@ impl Ceiling {
         let operations_per_s = operations_per_second(device, precision)?.max(before);
         let bytes_per_s = match device.is_cpu() {
             true => peak::bytes_per_second(),
-            false => copies(device, precision.tensors()?)?,
+            false => copies(device)?,
         };
         Ok(Ceiling { operations_per_s, bytes_per_s })
     }
@@ -52,15 +52,20 @@ pub(super) fn operations_per_second(device: &Device, precision: Precision) -> Re
     }
 }
 
-/// Bytes of a large tensor that a GPU reads and writes in a second.
-fn copies(device: &Device, dtype: DType) -> Result<f64> {
-    let matrix = Tensor::ones((SIDE, SIDE), dtype, device)?;
-    let seconds = best_seconds(8, device, || &matrix + 1.0)?;
-    Ok((2 * SIDE * SIDE * dtype.size_in_bytes()) as f64 / seconds)
+/// Bytes that a GPU reads and writes in a second where it copies a tensor far larger than its caches, several times for each
+/// wait: to begin takes as long as to copy a small one.
+fn copies(device: &Device) -> Result<f64> {
+    const TIMES: usize = 4;
+    let tensor = Tensor::zeros(COPIED, DType::U8, device)?;
+    let copy = || (1..TIMES).try_fold(tensor.copy()?, |_, _| tensor.copy());
+    Ok((2 * TIMES * COPIED) as f64 / best_seconds(8, device, copy)?)
 }
 
 /// Side of a matrix that keeps a GPU busy.
 const SIDE: usize = 8192;
+
+/// Bytes of a tensor that is copied.
+const COPIED: usize = 1 << 30;
 
 /// Side of one that is large for a CPU.
 const CPU_SIDE: usize = 2048;

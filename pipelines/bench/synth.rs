@@ -20,8 +20,10 @@ use headwater::engine::metrics::EngineCounters;
 use headwater::engine::phases::{Phase, Phases};
 use headwater::engine::schedule::{PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
+use headwater::kernels::cached::BLOCK;
 use headwater::kernels::cuda::forget_peak;
 use headwater::kernels::peak::threads;
+use headwater::model::cache::Cache;
 use headwater::model::config::ModelConfig;
 use headwater::model::device;
 use headwater::model::precision::Precision;
@@ -79,7 +81,7 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
     let before = ceiling::operations_per_second(device, precision)?;
     let model = setup.load()?;
     let cost = setup.cost(&model);
-    let prompts = setup.batch();
+    let prompts = setup.batch(&model, &args.steps)?;
     let mut phases = Phases::new(&model, &prompts, setup.new_tokens, setup.engine.step_tokens_max)?;
     phases.warm_up()?;
     let prefill = phases.prompts()?;
@@ -163,18 +165,31 @@ impl Setup {
         Cost::new(self.config(), weight_bytes, cache)
     }
 
-    /// The prompts of one full batch.
-    fn batch(&self) -> Vec<Vec<u32>> {
+    /// The prompts of one full batch, or as many as there is room for in a cache.
+    fn batch(&self, model: &Llama, steps: &StepArgs) -> Result<Vec<Vec<u32>>> {
         let mut prompts = self.workload.first();
-        prompts.truncate(self.engine.sequences_max);
-        prompts
+        let room =
+            self.cache_bytes(model, steps)? / Cache::block_bytes(&model.config, model.dtype());
+        let mut blocks = 0;
+        let fits = prompts.iter().take_while(|prompt| {
+            blocks += (prompt.len() + self.new_tokens).div_ceil(BLOCK);
+            blocks <= room
+        });
+        let fits = fits.count().max(1);
+        prompts.truncate(fits.min(self.engine.sequences_max));
+        Ok(prompts)
+    }
+
+    /// Bytes for keys and values, as the engine has them.
+    fn cache_bytes(&self, model: &Llama, steps: &StepArgs) -> Result<usize> {
+        let reserved = model.step_bytes(self.engine.step_tokens_max) as u64;
+        Ok(steps.cache_bytes(model.free_bytes()?, reserved, 1))
     }
 
     /// Has all requests answered by an engine.
     fn whole(&self, model: Llama, steps: &StepArgs) -> Result<Whole> {
-        let reserved = model.step_bytes(self.engine.step_tokens_max) as u64;
-        let cache_bytes = steps.cache_bytes(model.free_bytes()?, reserved, 1);
-        let settings = EngineSettings { cache_bytes, ..self.engine };
+        let settings =
+            EngineSettings { cache_bytes: self.cache_bytes(&model, steps)?, ..self.engine };
         let counters = Arc::new(EngineCounters::default());
         let ends = match &self.workload {
             Workload::Random(_) => Vec::new(),
@@ -182,6 +197,7 @@ impl Setup {
         };
         let failed = |error| eprintln!("error: the engine failed: {error}");
         let (queue, thread) = engine::start(model, ends, settings, counters.clone(), failed)?;
+        self.device.synchronize()?; // its cache is being cleared
         let start = Instant::now();
         let answered = self.workload.clone().run(&queue, self.new_tokens)?;
         let seconds = start.elapsed().as_secs_f64();

@@ -259,12 +259,13 @@ fn describe_request_store(settings: &Settings) -> String {
 /// Turns that a rate of products is measured in.
 const TURNS: usize = 8;
 
-/// Operations a second in products of square matrices: the best of some turns, behind one that does not count.
+/// Operations a second in products of square matrices of random numbers (GPUs are faster with equal ones): the best of some
+/// turns, behind one that does not count.
 ///
 /// # Errors
 /// If the device fails.
 pub fn matrix_rate(device: &Device, dtype: DType, side: usize) -> Result<f64> {
-    let matrix = Tensor::ones((side, side), dtype, device)?;
+    let matrix = Tensor::randn(0f32, 1.0, (side, side), device)?.to_dtype(dtype)?;
     let seconds = best_seconds(TURNS, device, || matrix.matmul(&matrix))?;
     Ok(2.0 * (side as f64).powi(3) / seconds)
 }
@@ -278,7 +279,7 @@ pub fn cpu_matrix_rate(kind: WeightType, side: usize) -> Result<f64> {
     if kind == WeightType::F32 {
         return matrix_rate(&device, DType::F32, side);
     }
-    let matrix = Tensor::ones((side, side), DType::F32, &device)?;
+    let matrix = Tensor::randn(0f32, 1.0, (side, side), &device)?;
     let weight = PackedWeight::of_type(&matrix, kind)?;
     let seconds = best_seconds(TURNS, &device, || weight.multiply(&matrix))?;
     Ok(2.0 * (side as f64).powi(3) / seconds)

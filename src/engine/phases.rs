@@ -61,20 +61,20 @@ impl<'a> Phases<'a> {
         Ok(Phases { model, cache, prompts, tables, tokens: Vec::new(), step_tokens })
     }
 
-    /// Runs a prompt and a step behind it which do not count: of the first ones a device has to load its kernels, and memory
-    /// is asked for.
+    /// Runs a step of prompts and one of a token behind each which do not count: for the first of each a device has to load
+    /// kernels, and memory is asked for.
     ///
     /// # Errors
     /// If the device fails.
     ///
     /// # Panics
-    /// If there is no room for a token behind the first prompt.
+    /// If there is no room for a token behind the prompts.
     pub fn warm_up(&mut self) -> Result<()> {
-        self.run_prompts(0..1)?;
-        let position = self.prompts[0].len();
-        let run = Run { first_row: 0, rows: 1, position, table: self.tables[0].clone() };
-        let ids = std::mem::take(&mut self.tokens);
-        self.step(&ids, &[position as u32], &[run], &[0]).map(|_| ())
+        self.run_prompts(0..self.fitting(0))?;
+        self.tokens = vec![0; self.prompts.len()];
+        self.steps(1)?;
+        self.tokens.clear();
+        Ok(())
     }
 
     /// Runs all prompts, as many in a step as its rows allow, one at least.
@@ -86,17 +86,22 @@ impl<'a> Phases<'a> {
         let mut first = 0;
         self.tokens.clear();
         while first < self.prompts.len() {
-            let mut rows = 0;
-            let fits = self.prompts[first..].iter().take_while(|prompt| {
-                rows += prompt.len();
-                rows <= self.step_tokens
-            });
-            let end = first + fits.count().max(1);
+            let end = self.fitting(first);
             self.run_prompts(first..end)?;
             first = end;
         }
         let tokens = self.prompts.iter().map(|prompt| prompt.len() as u64).sum();
         Ok(Phase { tokens, seconds: start.elapsed().as_secs_f64() })
+    }
+
+    /// Behind the prompts from `first` that fit a step, one at least.
+    fn fitting(&self, first: usize) -> usize {
+        let mut rows = 0;
+        let fits = self.prompts[first..].iter().take_while(|prompt| {
+            rows += prompt.len();
+            rows <= self.step_tokens
+        });
+        first + fits.count().max(1)
     }
 
     fn run_prompts(&mut self, range: std::ops::Range<usize>) -> Result<()> {

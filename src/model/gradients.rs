@@ -109,7 +109,9 @@ pub(super) fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     if !tensor.device().is_cpu() || is_emulated() {
         // Rows first: the sum of all in one go would be that of one block of threads.
         let rows = tensor.sqr()?.sum(D::Minus1)?;
-        return rows.sum_all()?.to_dtype(DType::F64)?.to_scalar();
+        // Of a vector that is a number already, which a GPU has no dimensions to sum over.
+        let total = if rows.rank() == 0 { rows } else { rows.sum_all()? };
+        return total.to_dtype(DType::F64)?.to_scalar();
     }
     let flat = tensor.flatten_all()?.contiguous()?;
     crate::kernels::sum_of_squares(&flat)
