@@ -6,6 +6,7 @@
 //! ```
 
 use crate::shell::models::{BUNDLED, Model};
+use crate::shell::terminal::show;
 use crate::shell::training::latest;
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, bail, ensure};
@@ -64,17 +65,68 @@ pub fn run(args: &Inspect) -> Result<ExitCode> {
             let shown = ShownDocument::find(&folder, &manifest, id)?;
             (shown.json(), shown.describe())
         }
-        (None, None) => overview(&folder, &manifest)?,
+        (None, None) => match folder.configuration()? {
+            configuration if is_of_training(&configuration) => training(&folder, &configuration)?,
+            configuration => overview(&folder, &manifest, &configuration)?,
+        },
     };
     match args.json {
-        true => println!("{value:#}"),
-        false => print!("{text}"),
+        true => show!("{value:#}")?,
+        false => show!("{}", text.trim_end())?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn overview(folder: &RunFolder, manifest: &Manifest) -> Result<(Value, String)> {
-    let configuration = folder.configuration()?;
+/// Whether a run has no sequences of its own: it trained on those of another, or on rows.
+fn is_of_training(configuration: &Value) -> bool {
+    ["train", "tune"].iter().any(|command| configuration["command"] == *command)
+}
+
+/// What a run came to that has no sequences of its own: the account it wrote at its end.
+fn training(folder: &RunFolder, configuration: &Value) -> Result<(Value, String)> {
+    let path = folder.path().join("ledger.json");
+    let account: Option<Value> = match path.exists() {
+        true => {
+            let text = std::fs::read_to_string(&path).with_context(|| format!("{path:?}"))?;
+            Some(serde_json::from_str(&text).with_context(|| format!("{path:?}"))?)
+        }
+        false => None,
+    };
+    let latest = latest(folder.path())?;
+    let progress = latest.as_deref().map(checkpoint::progress).transpose()?;
+    let (sequences, tokens) =
+        progress.map_or((0, 0), |progress| (progress.next_sequence, progress.tokens));
+    let mut text = format!(
+        "{} {}: {sequences} sequences, {tokens} tokens trained on at the latest checkpoint; {}\n",
+        configuration["command"].as_str().unwrap_or("run"),
+        folder.path().display(),
+        match &account {
+            Some(account) => format!("unknown {}", account["unknown"]),
+            None => "it has not ended".into(),
+        },
+    );
+    if let Some(latest) = &latest {
+        let _ = writeln!(text, "latest checkpoint {}", latest.display());
+    }
+    let counts = account.as_ref().and_then(|account| account["counts"].as_object());
+    for (name, amount) in counts.into_iter().flatten() {
+        let _ = writeln!(text, "  {amount:>12} {name}");
+    }
+    let value = json!({
+        "configuration": configuration,
+        "ledger": account.as_ref().map(|account| &account["counts"]),
+        "unknown": account.as_ref().map(|account| &account["unknown"]),
+        "checkpoint": latest,
+        "trained": { "sequences": sequences, "tokens": tokens },
+    });
+    Ok((value, text))
+}
+
+fn overview(
+    folder: &RunFolder,
+    manifest: &Manifest,
+    configuration: &Value,
+) -> Result<(Value, String)> {
     let latest = latest(folder.path())?;
     let trained = latest.as_deref().map(checkpoint::progress).transpose()?;
     let (sequences, tokens) =
@@ -120,6 +172,7 @@ impl ShownSequence {
             (epoch.first_sequence..epoch.first_sequence + epoch.sequences).contains(&number)
         };
         let Some(epoch) = manifest.epochs.iter().find(holds) else {
+            ensure!(count > 0, "there is no sequence {number}: the run has none of its own");
             bail!("there is no sequence {number}: the run has {count}, counted from 0");
         };
         let index = (number - epoch.first_sequence) as usize;

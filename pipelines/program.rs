@@ -24,21 +24,10 @@ enum Command {
     Bench(bench::Bench),
 }
 
-impl Command {
-    /// Whether it has something to bring to a safe point before it stops.
-    fn leaves_a_run(&self) -> bool {
-        !matches!(self, Command::Inspect(_) | Command::Bench(_))
-    }
-}
-
 /// Runs the program on the arguments it was started with.
 pub fn run() -> ExitCode {
     let command = || -> anyhow::Result<ExitCode> {
-        let command = Headwater::parse().command;
-        if command.leaves_a_run() {
-            shell::stop::listen()?;
-        }
-        match command {
+        match Headwater::parse().command {
             Command::Demo(args) => demo::run(args),
             Command::Pubmed(args) => pubmed::run(*args),
             Command::Finance(args) => finance::run(*args),

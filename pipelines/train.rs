@@ -12,11 +12,13 @@ use crate::shell::metrics::{self, Totals};
 use crate::shell::models::Model;
 use crate::shell::plan::{self, count, seconds};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
+use crate::shell::published::MODELS;
 use crate::shell::report;
-use crate::shell::running::abort_on_panic;
+use crate::shell::running::begin;
 use crate::shell::sources::FLOW;
 use crate::shell::stop::STOPPED;
 use crate::shell::summary::describe_skipped;
+use crate::shell::terminal::{show, tell};
 use crate::shell::train_args::TrainArgs;
 use crate::shell::training::{Drive, Ended, Told, Trained, latest, train_on};
 use crate::shell::{has_rejected, wrong_use};
@@ -39,6 +41,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 use xxhash_rust::xxh3::xxh3_128;
+
+/// Passes over the sequences at most: each is a list of its epochs.
+const EPOCHS_MAX: u64 = 10_000;
 
 /// Train a model on the shards of an existing run
 #[derive(Args, Clone, Debug)]
@@ -68,16 +73,22 @@ pub struct Train {
 /// # Errors
 /// If the shards and the model do not fit each other, training diverges, or the disk refuses.
 pub fn run(args: &Train) -> Result<ExitCode> {
+    let mut args = args.clone();
+    let published = args.train.resolve(&MODELS).map_err(wrong_use)?;
+    let args = &args;
     let source = Source::open(args).map_err(wrong_use)?;
-    let sequences = source.manifest.sequences() * args.epochs;
+    let sequences = source.sequences;
     let (device, seed) = (&source.devices[0], args.machine.seed);
     let settings =
         plan::training(&args.train, &source.model.name, (sequences, source.length), device, seed);
-    eprint!("{}", source.describe(args, &settings));
+    tell!("{}", source.describe(args, &settings).trim_end());
+    if let Some(published) = published {
+        tell!("  published     {}", published.describe());
+    }
     if args.machine.dry_run {
         return Ok(ExitCode::SUCCESS);
     }
-    abort_on_panic();
+    begin()?;
     let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
     let devices = &source.devices;
     let compute = args.train.train_dtype.dtype(&devices[0]);
@@ -112,7 +123,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         })?;
     drop(progress);
     if ended == Ended::Stopped {
-        eprintln!("stopped; run the same command again to go on");
+        tell!("stopped; run the same command again to go on");
         return Ok(ExitCode::from(STOPPED));
     }
     let trained = drive.trained().context("there was nothing to learn")?;
@@ -125,6 +136,8 @@ pub fn run(args: &Train) -> Result<ExitCode> {
 struct Source {
     shards: RunFolder,
     manifest: Manifest,
+    /// Those of all passes.
+    sequences: u64,
     length: usize,
     model: Model,
     devices: Vec<Device>,
@@ -141,6 +154,8 @@ impl Source {
         let shards = RunFolder::existing(&args.shards).context("--shards")?;
         let manifest = shards.manifest()?;
         ensure!(manifest.sequences() > 0, "{:?} holds no sequences yet", args.shards);
+        ensure!(args.epochs <= EPOCHS_MAX, "--epochs {} is more than {EPOCHS_MAX}", args.epochs);
+        let sequences = manifest.sequences() * args.epochs;
         let origin = shards.configuration()?;
         let length = origin["length"].as_u64().context("run.json says no length")? as usize;
         let model = args.train.model(length)?;
@@ -154,7 +169,7 @@ impl Source {
         );
         let held_out = args.train.held_out(&Fields::detected(), &model, length)?;
         let mixed = mixed(&origin);
-        Ok(Source { shards, manifest, length, model, devices, mixed, held_out })
+        Ok(Source { shards, manifest, sequences, length, model, devices, mixed, held_out })
     }
 
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {
@@ -258,10 +273,10 @@ fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<
             "held_out": evaluations,
             "totals": totals,
         });
-        println!("{summary:#}");
+        show!("{summary:#}")?;
         return Ok(());
     }
-    println!(
+    show!(
         "trained on {} sequences, {} tokens, in {} steps and {}; loss {:.3} at the start, {:.3} at the end{}\n{}",
         last.next_sequence,
         count(last.tokens_total),
@@ -271,15 +286,15 @@ fn close(args: &Train, sequences: u64, trained: &Trained, spent: f64) -> Result<
         last.loss,
         describe_skipped(last.skipped_total),
         totals.describe(),
-    );
+    )?;
     if !evaluations.is_empty() {
         let rejected = held_out::describe_rejected(also);
-        println!("held out: {}{rejected}", held_out::describe_evaluations(evaluations));
+        show!("held out: {}{rejected}", held_out::describe_evaluations(evaluations))?;
     }
     let out = args.out.display();
-    println!(
+    show!(
         "the model is in {out}/checkpoints/step-{:08}/, the curves in {out}/report.html",
         last.step
-    );
+    )?;
     Ok(())
 }

@@ -4,23 +4,25 @@
 //! task rows ─▶ lessons (few-shot, one dataset an item) ─▶ packed sequences ─▶ trainer ─▶ model/ ─▶ exam
 //! ```
 
+mod report;
+
 use crate::shell::args::{MachineArgs, check_progress};
 use crate::shell::evaluation::{CONTEXT_MAX, evaluate};
 use crate::shell::models::Model;
-use crate::shell::plan::{OPTIMIZER, count, seconds};
+use crate::shell::plan::{OPTIMIZER, count};
 use crate::shell::progress::{Expected, Progress, TrainMeter};
 use crate::shell::published::{Published, SYNTHESIZER};
-use crate::shell::report;
-use crate::shell::running::abort_on_panic;
+use crate::shell::running::begin;
 use crate::shell::settings::digests;
 use crate::shell::stop::STOPPED;
+use crate::shell::terminal::tell;
 use crate::shell::train_args::{Compute, check_rate, micro_batch_tokens, probability};
 use crate::shell::training::{Drive, Ended, Told, Trained, TrainingFolder, latest};
 use crate::shell::{has_rejected, wrong_use};
 use anyhow::{Context, Result, bail, ensure};
 use candle_core::{DType, Device};
 use clap::Args;
-use headwater::eval::{Exam, ExamBounds, Scores};
+use headwater::eval::{Exam, ExamBounds};
 use headwater::format::{compressed, durable, input, tasks};
 use headwater::ledger::Ledger;
 use headwater::meter::Meters;
@@ -34,7 +36,8 @@ use headwater::tokenizer::Tokenizer;
 use headwater::train::checkpoint::Retention;
 use headwater::train::schedule::{Decay, Schedule};
 use headwater::train::tuning::{LessonSettings, Lessons, LossOn};
-use headwater::train::{HiddenDropout, StepReport, TrainSettings, Trainer};
+use headwater::train::{HiddenDropout, TrainSettings, Trainer};
+use report::Report;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -142,11 +145,11 @@ impl Tune {
 /// If the settings cannot work, training diverges, or the disk refuses.
 pub fn run(args: &Tune) -> Result<ExitCode> {
     let class = Class::open(args).map_err(wrong_use)?;
-    eprint!("{}", class.describe(args));
+    tell!("{}", class.describe(args).trim_end());
     if args.machine.dry_run {
         return Ok(ExitCode::SUCCESS);
     }
-    abort_on_panic();
+    begin()?;
     let _lock = RunFolder::claim(&args.out, &class.configuration(args)?)?.lock()?;
     class.write_rejected(args)?;
     let start = Instant::now();
@@ -173,7 +176,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
         }
     };
     let Some(scores) = scores else {
-        eprintln!("stopped; run the same command again to go on");
+        tell!("stopped; run the same command again to go on");
         return Ok(ExitCode::from(STOPPED));
     };
     let held_out = Some(&class.held_out).filter(|held_out| !held_out.is_empty());
@@ -182,7 +185,8 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     let report =
         Report { first, last, held_out_loss, scores, spent: start.elapsed().as_secs_f64() };
     report.close(args, &class)?;
-    Ok(has_rejected(!class.rejected.is_empty(), args.machine.strict))
+    let has_any = !class.rejected.is_empty() || !class.held_out_rejected.is_empty();
+    Ok(has_rejected(has_any, args.machine.strict))
 }
 
 /// What is learned, and who learns it.
@@ -195,7 +199,9 @@ struct Class {
     rows_read: u64,
     held_out_rows: Vec<tasks::Task>,
     held_out: Vec<Sequence>,
+    held_out_used: u64,
     rejected: Vec<Rejected>,
+    held_out_rejected: Vec<Rejected>,
     training: TrainSettings,
 }
 
@@ -243,9 +249,19 @@ impl Class {
             "no row of the input can be used{}",
             rejected.first().map(|first| format!("; the first: {first}")).unwrap_or_default()
         );
-        let (held_out_rows, _) = read(&args.held_out)?;
-        let held_out =
-            Lessons::new(held_out_rows.clone(), &writer, lesson_settings.clone()).0.epoch(0);
+        let (held_out_rows, mut held_out_rejected) = read(&args.held_out)?;
+        let (held_out, unused) =
+            Lessons::new(held_out_rows.clone(), &writer, lesson_settings.clone());
+        held_out_rejected.extend(unused);
+        ensure!(
+            args.held_out.is_empty() || held_out.rows() > 0,
+            "--held-out: no row of its files can be used{}",
+            held_out_rejected
+                .first()
+                .map(|first| format!("; the first: {first}"))
+                .unwrap_or_default()
+        );
+        let (held_out_used, held_out) = (held_out.rows() as u64, held_out.epoch(0));
         let training = training(args, lessons.tokens().0, &device);
         Ok(Class {
             model,
@@ -256,7 +272,9 @@ impl Class {
             rows_read,
             held_out_rows,
             held_out,
+            held_out_used,
             rejected,
+            held_out_rejected,
             training,
         })
     }
@@ -266,14 +284,15 @@ impl Class {
         let published = args.set_up().map(|it| format!("  published     {}\n", it.describe()));
         let published = published.unwrap_or_default();
         format!(
-            "  rows          {} of {} read; {} tokens, {} of them learned\n  held out      {} rows\n  \
+            "  rows          {} of {} read; {} tokens, {} of them learned\n  held out      {} of {} rows read\n  \
              base          {}: {} parameters\n  training      {} passes, {} steps of {} sequences of {} \
              tokens, peak rate {:.1e}, warm-up {}\n{published}  output        {}\n",
             self.lessons.rows(),
             self.rows_read,
             count(tokens),
             count(learned),
-            self.held_out_rows.len(),
+            self.held_out_used,
+            self.held_out_used + self.held_out_rejected.len() as u64,
             self.model.name,
             count(self.model.config.parameter_count()),
             args.epochs(),
@@ -315,7 +334,10 @@ impl Class {
     fn write_rejected(&self, args: &Tune) -> Result<()> {
         let folder = args.out.join("rejected");
         std::fs::create_dir_all(&folder).with_context(|| format!("could not create {folder:?}"))?;
-        durable::write(&folder.join("rows.jsonl.zst"), &compressed::write(&self.rejected))?;
+        for (name, rejected) in [("rows", &self.rejected), ("held_out", &self.held_out_rejected)] {
+            let path = folder.join(format!("{name}.jsonl.zst"));
+            durable::write(&path, &compressed::write(rejected))?;
+        }
         Ok(())
     }
 
@@ -363,6 +385,12 @@ impl Class {
         ledger.add("tune/used", self.lessons.rows() as u64);
         for rejected in &self.rejected {
             ledger.add(format!("tune/rejected/{}", rejected.reason), 1);
+        }
+        if !self.held_out.is_empty() {
+            ledger.add("held_out/used", self.held_out_used);
+        }
+        for rejected in &self.held_out_rejected {
+            ledger.add(format!("held_out/rejected/{}", rejected.reason), 1);
         }
         ledger
     }
@@ -423,71 +451,6 @@ fn training(args: &Tune, tokens: u64, device: &Device) -> TrainSettings {
         recompute: false,
         z_loss: 0.0,
         dropout: HiddenDropout::of(args.hidden_dropout, args.machine.seed),
-    }
-}
-
-/// What tuning came to.
-struct Report {
-    first: StepReport,
-    last: StepReport,
-    held_out_loss: Option<f64>,
-    scores: Scores,
-    spent: f64,
-}
-
-impl Report {
-    /// Writes `ledger.json` and `evaluation.json`, and prints.
-    fn close(&self, args: &Tune, class: &Class) -> Result<()> {
-        let Report { first, last, held_out_loss, scores, spent } = self;
-        let ledger = class.ledger();
-        let counted = ledger.get("tune/used") + ledger.sum("tune/rejected/");
-        let unknown = ledger.get("tune/rows").abs_diff(counted);
-        let account = json!({ "unknown": unknown, "counts": ledger });
-        let evaluation = json!({
-            "held_out_loss": held_out_loss,
-            "scores": scores,
-            "loss_first": first.loss,
-            "loss_last": last.loss,
-            "steps": last.step,
-        });
-        durable::write(&args.out.join("ledger.json"), format!("{account:#}\n").as_bytes())?;
-        durable::write(&args.out.join("evaluation.json"), format!("{evaluation:#}\n").as_bytes())?;
-        let loss = held_out_loss.map_or("not asked for".into(), |loss| format!("{loss:.4}"));
-        report::write(&args.out, &[("held-out loss", loss)])?;
-        if args.machine.json {
-            println!(
-                "{:#}",
-                json!({ "ledger": account, "evaluation": evaluation, "seconds": spent })
-            );
-            return Ok(());
-        }
-        println!(
-            "tuned in {} steps, {} tokens and {}; loss {:.3} at the start, {:.3} at the end",
-            last.step,
-            count(last.tokens_total),
-            seconds(*spent),
-            first.loss,
-            last.loss,
-        );
-        for (name, amount) in ledger.iter() {
-            println!("  {amount:>9} {name}");
-        }
-        println!("  {unknown:>9} unknown");
-        if let Some(loss) = held_out_loss {
-            println!("held-out loss {loss:.4}");
-        }
-        if scores.texts > 0 {
-            println!(
-                "of {} held-out texts, {:.1} % got a pair, {:.2} on average; pairs F1 {:.3}, answer F1 {:.3}",
-                scores.texts,
-                100.0 * scores.texts_with_pairs as f64 / scores.texts as f64,
-                scores.pairs as f64 / scores.texts as f64,
-                scores.pairs_f1,
-                scores.answer_f1,
-            );
-        }
-        println!("the tuned model is in {}", args.out.join("model").display());
-        Ok(())
     }
 }
 

@@ -25,7 +25,7 @@ use headwater_pipelines::shell::args::RunArgs;
 use headwater_pipelines::shell::parts::Parts;
 use headwater_pipelines::shell::running::run;
 use headwater_pipelines::shell::settings::{Preset, Settings};
-use headwater_pipelines::shell::{finish, report, stop, wrong_use};
+use headwater_pipelines::shell::{finish, report, wrong_use};
 use std::io::BufRead;
 use std::path::Path;
 use std::process::ExitCode;
@@ -58,7 +58,6 @@ static MBOX: Format = Format { extension: "mbox", name: "mailing list", read: re
 fn main() -> ExitCode {
     MBOX.register();
     let pipeline = || -> Result<ExitCode> {
-        stop::listen()?;
         let args = Args::parse().run;
         let json = args.machine.json;
         let settings = Settings::new(PRESET, args).map_err(wrong_use)?;

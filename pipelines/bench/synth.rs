@@ -12,6 +12,7 @@ use crate::shell::args::StepArgs;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::count;
 use crate::shell::summary::{device_memory, peak_memory};
+use crate::shell::terminal::{show, tell};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, anyhow, ensure};
 use candle_core::{DType, Device, Tensor};
@@ -57,7 +58,7 @@ pub(super) struct Synth {
     #[arg(long, value_name = "N")]
     requests: Option<usize>,
     /// Tokens of a random prompt
-    #[arg(long, default_value_t = 512, value_name = "N")]
+    #[arg(long, default_value_t = 512, value_name = "N", conflicts_with = "prompts")]
     prompt_tokens: usize,
     /// Tokens to generate: of random prompts always so many, of texts at most [default: 128; with --prompts 400]
     #[arg(long, value_name = "N")]
@@ -77,7 +78,7 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
     let setup = Setup::new(args).map_err(wrong_use)?;
     let (device, precision) = (&setup.device, setup.model.precision);
     let parameters = count(setup.config().parameter_count());
-    eprintln!("{} on {} in {}: {parameters} parameters", args.model, args.device, precision.name());
+    tell!("{} on {} in {}: {parameters} parameters", args.model, args.device, precision.name());
     let before = ceiling::operations_per_second(device, precision)?;
     let model = setup.load()?;
     let cost = setup.cost(&model);
@@ -91,8 +92,8 @@ pub(super) fn run(args: &Synth) -> Result<ExitCode> {
     let whole = setup.whole(model, &args.steps)?;
     let ceiling = Ceiling::measure(device, precision, before)?;
     let measured = Measured { prompts: &prompts, prefill, decode, ceiling, cost };
-    eprint!("{}", measured.table(&whole, setup.new_tokens));
-    println!("{}", figures(args, &setup, &measured, &whole));
+    tell!("{}", measured.table(&whole, setup.new_tokens).trim_end());
+    show!("{}", figures(args, &setup, &measured, &whole))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -114,6 +115,7 @@ impl Setup {
             args.output_tokens.unwrap_or(if args.prompts.is_empty() { 128 } else { 400 });
         ensure!(new_tokens > 0, "--output-tokens must be 1 at least");
         ensure!(args.rounds > 0, "--rounds must be 1 at least");
+        ensure!(args.requests != Some(0), "--requests must be 1 at least");
         let random = args.prompts.is_empty();
         let mut model = match Shape::named(&args.model) {
             Some(shape) => Model::random(shape, &tokenizer),
@@ -135,11 +137,14 @@ impl Setup {
                 args.prompt_tokens
             );
             // Nothing is shared and nothing copied; what random weights repeat must not count as speed.
+            ensure!(args.steps.speculation != "always", "--speculation always wants --prompts");
             engine.means.prefix_reuse = PrefixReuse::Off;
             engine.means.speculation = Speculation::Off;
-            let requests = args.requests.unwrap_or(64);
-            ensure!(requests > 0, "--requests must be 1 at least");
-            Workload::random(requests, args.prompt_tokens, model.config.vocab_size)
+            Workload::random(
+                args.requests.unwrap_or(64),
+                args.prompt_tokens,
+                model.config.vocab_size,
+            )
         } else {
             let writer = PromptWriter::new(model.tokenizer.clone())?;
             Workload::corpus(&args.prompts, args.requests, args.rounds, writer, room)?
@@ -195,7 +200,7 @@ impl Setup {
             Workload::Random(_) => Vec::new(),
             Workload::Corpus(_) => self.config().eos_token_ids.clone(),
         };
-        let failed = |error| eprintln!("error: the engine failed: {error}");
+        let failed = |error| tell!("error: the engine failed: {error}");
         let (queue, thread) = engine::start(model, ends, settings, counters.clone(), failed)?;
         self.device.synchronize()?; // its cache is being cleared
         let start = Instant::now();

@@ -9,7 +9,9 @@
 
 use crate::shell::args::RunArgs;
 use crate::shell::parts::admission;
+use crate::shell::plan::Plan;
 use crate::shell::settings::{Preset, Settings};
+use crate::shell::terminal::{show, tell};
 use crate::shell::wrong_use;
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -66,6 +68,10 @@ pub(super) struct Text {
 pub(super) fn run(args: Text) -> Result<ExitCode> {
     let quiet = args.run.machine.progress == "none";
     let settings = Settings::new(PRESET, args.run).map_err(wrong_use)?;
+    if settings.machine.dry_run {
+        tell!("{}", Plan::new(&settings)?.describe(&settings).trim_end());
+        return Ok(ExitCode::SUCCESS);
+    }
     let is_new = !settings.out.join("manifest.jsonl").exists();
     ensure!(is_new, "--out {:?} holds a run: measuring wants a new folder", settings.out);
     let decompressing = decompress(&settings.inputs)?;
@@ -75,9 +81,9 @@ pub(super) fn run(args: Text) -> Result<ExitCode> {
     let manifest = path.run(&settings)?;
     let spent = start.elapsed().as_secs_f64();
     if !quiet {
-        eprint!("{}", path.table(spent));
+        tell!("{}", path.table(spent).trim_end());
     }
-    println!("{}", path.figures(&manifest, spent, decompressing));
+    show!("{}", path.figures(&manifest, spent, decompressing))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -13,6 +13,7 @@ use crate::shell::metrics;
 use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
 use crate::shell::summary::{device_memory, peak_memory};
+use crate::shell::terminal::{show, tell};
 use crate::shell::train_args::{Compute, micro_batch_tokens, probability};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
@@ -29,6 +30,9 @@ use headwater::train::{HiddenDropout, TrainSettings, Trainer, check_dealing, hos
 use serde_json::{Value, json};
 use std::process::ExitCode;
 use std::time::Instant;
+
+/// Tokens of a step at most: their ids are in memory.
+const TOKENS_MAX: usize = 1 << 30;
 
 /// Train on random tokens, as fast as this machine can
 #[derive(Args, Clone, Debug)]
@@ -75,17 +79,17 @@ pub(super) fn run(args: &Train) -> Result<ExitCode> {
     let setup = Setup::new(args).map_err(wrong_use)?;
     let parameters = count(setup.model.config.parameter_count());
     let compute = setup.compute.as_str();
-    eprintln!("{} on {} in {compute}: {parameters} parameters", args.model, args.device);
+    tell!("{} on {} in {compute}: {parameters} parameters", args.model, args.device);
     let before = setup.ceilings()?;
     forget_peak(&setup.devices)?; // that of the ceilings
     let measured = setup.measure(args)?;
     let ceilings = before.or_better(setup.ceilings()?);
-    eprintln!(
+    tell!(
         "ceilings {:.1} Gop/s in large products{}",
         ceilings.products / 1e9,
         ceilings.peak.map_or(String::new(), |peak| format!(", {:.1} at most", peak / 1e9)),
     );
-    eprintln!(
+    tell!(
         "{:.0} tokens/s, {:.0} ms a step, {:.1} Gop/s = {:.1} % of large products, {} at most",
         measured.tokens_per_s(),
         measured.median_ms(),
@@ -93,7 +97,7 @@ pub(super) fn run(args: &Train) -> Result<ExitCode> {
         100.0 * measured.operations_per_s / ceilings.products,
         bytes(measured.device_memory_bytes.unwrap_or(measured.memory_bytes)),
     );
-    println!("{}", setup.figures(args, &measured, &ceilings));
+    show!("{}", setup.figures(args, &measured, &ceilings))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -142,6 +146,13 @@ impl Setup {
         let devices = device::group(&args.device).context("--device")?;
         let compute = args.dtype.dtype(&devices[0]);
         ensure!(args.batch > 0, "--batch must be 1 at least");
+        let tokens = args.batch.checked_mul(args.length);
+        ensure!(
+            tokens.is_some_and(|tokens| tokens <= TOKENS_MAX),
+            "--batch {} of --length {} is more than {TOKENS_MAX} tokens a step",
+            args.batch,
+            args.length
+        );
         ensure!(args.steps > 0, "--steps must be 1 at least");
         ensure!(args.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
         ensure!(args.length > 1, "--length must be 2 at least: the first token is not learned");

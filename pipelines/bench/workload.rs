@@ -5,6 +5,7 @@
 //! corpus    a chain of texts: round r asks with the texts and pairs of the rounds before it
 //! ```
 
+use crate::shell::terminal::tell;
 use anyhow::{Context, Result, bail, ensure};
 use crossbeam_channel::unbounded;
 use headwater::chain::{Chain, Generation, Prompt, chains};
@@ -85,12 +86,30 @@ impl Workload {
         let (inputs, _) = files(paths)?;
         let found = Documents::new(inputs, "bench", Fields::detected());
         let fits = |text: &Document| writer.question_fits(text.seen(), prompt_tokens_max);
+        let (mut too_long, mut rejected) = (0, Vec::new());
         let texts = found.filter_map(|found| match found {
-            Found::Document(document) => Some(*document).filter(fits),
-            Found::Rejected(_) | Found::Withdrawn { .. } => None,
+            Found::Document(document) => {
+                let fits = fits(&document);
+                too_long += u64::from(!fits);
+                fits.then_some(*document)
+            }
+            Found::Rejected(bad) => {
+                rejected.push(bad);
+                None
+            }
+            Found::Withdrawn { .. } => None,
         });
         let texts: Vec<Document> = texts.take(limit.unwrap_or(usize::MAX)).collect();
-        ensure!(!texts.is_empty(), "--prompts has no text that fits into a prompt");
+        let first = rejected.first().map(|first| format!("; the first: {first}"));
+        let left_out = format!(
+            "{too_long} texts too long for a prompt, {} records that cannot be used{}",
+            rejected.len(),
+            first.unwrap_or_default()
+        );
+        ensure!(!texts.is_empty(), "--prompts has no text to ask about: {left_out}");
+        if too_long > 0 || !rejected.is_empty() {
+            tell!("left out of --prompts: {left_out}");
+        }
         let chains = chains(texts, rounds);
         Ok(Workload::Corpus(Box::new(Corpus { chains, writer, prompt_tokens_max })))
     }

@@ -125,7 +125,7 @@ pub struct MixArgs {
     #[arg(long, value_name = "NAME=FILE,…")]
     pub also: Vec<String>,
     /// Tokens of augmented documents to those of the other sources, in the order general, tasks, also;
-    /// behind commas, other shares from later epochs on, as in 1:1,10=1:2 [default: 1:1]
+    /// behind commas, other shares from later epochs on, as in 1:1,10=1:2 [default: 1:1; for scratch, as long as its tasks last]
     #[arg(long, value_name = "A:B…")]
     pub ratio: Option<String>,
     /// How often a source is read; may be given several times [default: for ever; tasks of scratch 4]
@@ -235,6 +235,9 @@ pub struct StepArgs {
     pub speculation: String,
 }
 
+/// Sequences at a time, and rows of a step, at most.
+const ROWS_MAX: usize = 1 << 20;
+
 /// Sequences at a time and rows of a step on a CPU.
 const CPU_BATCH: (usize, usize) = (32, 512);
 
@@ -266,8 +269,10 @@ impl StepArgs {
     /// # Errors
     /// Says which flag cannot work, and why.
     pub fn settings(&self, on_cpu: bool, cache_bytes: usize) -> Result<EngineSettings> {
-        ensure!(self.sequences != Some(0), "--sequences must be 1 at least");
-        ensure!(self.step_tokens != Some(0), "--step-tokens must be 1 at least");
+        for (flag, count) in [("sequences", self.sequences), ("step-tokens", self.step_tokens)] {
+            let fits = count.is_none_or(|count| (1..=ROWS_MAX).contains(&count));
+            ensure!(fits, "--{flag} takes 1 to {ROWS_MAX}");
+        }
         let (sequences, step_tokens) = if on_cpu { CPU_BATCH } else { GPU_BATCH };
         let sequences_max = self.sequences.unwrap_or(sequences);
         Ok(EngineSettings {
@@ -283,7 +288,7 @@ impl StepArgs {
     /// GPU, of `free` bytes that are free, of which `reserved` will be wanted by others.
     pub fn cache_bytes(&self, free: Option<usize>, reserved: u64, engines: usize) -> usize {
         match (self.cache_mib, free) {
-            (Some(mib), _) => mib << 20,
+            (Some(mib), _) => mib.saturating_mul(1 << 20),
             (None, Some(free)) => {
                 let left = (free as u64).saturating_sub(reserved);
                 (left as f64 * GPU_CACHE_SHARE) as usize / engines

@@ -23,6 +23,7 @@ mod split;
 pub mod stop;
 pub mod summary;
 mod tensorboard;
+pub(crate) mod terminal;
 pub mod train_args;
 pub mod training;
 
@@ -31,6 +32,7 @@ use headwater::Error;
 use headwater::run::RunFolder;
 use running::Outcome;
 use std::process::ExitCode;
+use terminal::{show, tell};
 
 /// Status of a run that failed: its state is safe.
 const FAILED: u8 = 1;
@@ -44,20 +46,20 @@ const REJECTED: u8 = 3;
 /// Prints what a run came to; returns the status of the process.
 ///
 /// # Errors
-/// If the run folder cannot be read.
+/// If the run folder cannot be read, or nothing can be printed.
 pub fn finish(outcome: &Outcome, json: bool, example: bool) -> Result<ExitCode> {
     let Outcome::Done(summary) = outcome else {
         return Ok(ExitCode::SUCCESS);
     };
     if json {
-        println!("{:#}", summary.json());
+        show!("{:#}", summary.json())?;
     } else {
         if example && let Some(document) = summary.example(&RunFolder::existing(summary.run())?)? {
-            println!("one augmented document, {} tokens:\n", document.tokens);
-            println!("{}\n", document.text);
+            show!("one augmented document, {} tokens:\n", document.tokens)?;
+            show!("{}\n", document.text)?;
         }
-        println!("what became of everything:\n{}", summary.describe());
-        println!("where it lies:\n{}", summary.places());
+        show!("what became of everything:\n{}", summary.describe())?;
+        show!("where it lies:\n{}", summary.places())?;
     }
     Ok(has_rejected(summary.rejected() > 0, summary.is_strict()))
 }
@@ -86,7 +88,7 @@ pub fn wrong_use(error: anyhow::Error) -> anyhow::Error {
 
 /// Says what went wrong; returns the status of the process.
 pub fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("error: {error:#}");
+    tell!("error: {error:#}");
     let is_setting = matches!(error.downcast_ref(), Some(Error::Setting(_)));
     ExitCode::from(if is_setting || error.is::<WrongUse>() { WRONG_USE } else { FAILED })
 }

@@ -4,6 +4,7 @@ use super::memory::training_bytes;
 use super::models::Model;
 use super::plan::{Plan, training_configuration};
 use super::settings::Settings;
+use super::terminal::tell;
 use anyhow::Result;
 use candle_core::Device;
 use headwater::augment::Augmenter;
@@ -230,8 +231,8 @@ pub fn admission(settings: &Settings, writer: &PromptWriter) -> Result<Admission
 
 /// Ends the run: what is committed is safe.
 pub fn fail(reason: &str) -> ! {
-    eprintln!("error: {reason}");
-    eprintln!("what is committed is safe; run the same command again to go on");
+    tell!("error: {reason}");
+    tell!("what is committed is safe; run the same command again to go on");
     std::process::exit(1)
 }
 

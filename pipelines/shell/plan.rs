@@ -8,6 +8,7 @@ use super::train_args::TrainArgs;
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 use headwater::block::Converted;
+use headwater::engine::schedule::PrefixReuse;
 use headwater::format::census::{Census, census};
 use headwater::kernels::packed::{PackedWeight, WeightType};
 use headwater::train::optimizer::AdamW;
@@ -140,11 +141,18 @@ impl Plan {
     ///
     /// # Errors
     /// If the device fails.
-    pub fn seconds_at_least(&self, settings: &Settings) -> Result<f64> {
+    pub fn seconds_of_products(&self, settings: &Settings) -> Result<f64> {
         let synthesizer = &settings.synthesizer;
         let rounds = settings.preset.rounds as u64;
-        let shown = self.prompt_tokens * rounds.div_ceil(2) + PAIR_TOKENS_PER_TEXT;
-        let tokens = (self.census.documents * shown) as f64;
+        let pairs = PAIR_TOKENS_PER_TEXT.min(settings.augment.new_tokens as u64);
+        let shown = self.prompt_tokens * rounds.div_ceil(2) + pairs;
+        let Converted { part, of } = settings.preset.converted;
+        // What the cache holds of the round before is not computed again.
+        let computed = match settings.engine_settings(0).means.prefix_reuse {
+            PrefixReuse::On => self.prompt_tokens + pairs,
+            PrefixReuse::Off => shown,
+        };
+        let tokens = self.census.documents as f64 * part as f64 / of as f64 * computed as f64;
         let flops = tokens * synthesizer.config.training_flops_per_token(shown as usize) / 3.0;
         let rate = |kind, dtype| match settings.devices[0].is_cpu() {
             true => cpu_matrix_rate(kind, 1024),

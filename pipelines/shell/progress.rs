@@ -2,6 +2,7 @@
 
 use super::metrics::Measured;
 use super::plan::{bytes, count, seconds};
+use super::terminal::tell;
 use headwater::meter::Meters;
 use headwater::train::StepReport;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -171,7 +172,7 @@ impl Watch {
             let passed = self.start.elapsed();
             if passed >= next {
                 next = passed + LINE_EVERY;
-                eprintln!("{}", self.line(passed.as_secs_f64()));
+                tell!("{}", self.line(passed.as_secs_f64()));
             }
         }
     }

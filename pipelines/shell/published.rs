@@ -106,6 +106,9 @@ pub const DOMAIN: [Published; 1] = [Published {
     steps: 4000,
 }];
 
+/// All models that are trained, whatever made their sequences.
+pub static MODELS: [Published; 3] = [SCRATCH[0], SCRATCH[1], DOMAIN[0]];
+
 /// The synthesizer, tuned from Mistral-7B: 0.2 billion tokens, 5 times. The number of passes is not certain.
 pub const SYNTHESIZER: Published = Published {
     name: "mistral-7b",

@@ -9,6 +9,7 @@ use super::settings::Settings;
 use super::split;
 use super::stop;
 use super::summary::Summary;
+use super::terminal::tell;
 use super::training::{Drive, Ended, Told, Trained, latest, train_on};
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::Receiver;
@@ -42,14 +43,14 @@ pub fn run(
     dataflow: impl Fn(&mut Worker, &Parts) + Send + Sync + 'static,
 ) -> Result<Outcome> {
     let plan = Plan::new(settings)?;
-    eprint!("{}", plan.describe(settings));
+    tell!("{}", plan.describe(settings).trim_end());
     if settings.machine.dry_run {
-        let least = plan.seconds_at_least(settings)?;
-        eprintln!("  time          {} at least, at this machine's matrix rate", seconds(least));
+        let products = seconds(plan.seconds_of_products(settings)?);
+        tell!("  time          about {products} in matrix products alone, at this machine's rate");
         return Ok(Outcome::Planned);
     }
     let start = Instant::now();
-    abort_on_panic();
+    begin()?;
     let (feed, sequences) = Feed::new();
     let feed = plan.training.is_some().then_some(feed);
     let [synthesis, training] = split::shares(settings.engine.train_threads)?;
@@ -59,7 +60,7 @@ pub fn run(
     let parts = Arc::new(Parts::open(settings, &plan, feed)?);
     if parts.manifest.next_epoch() > 0 {
         let epochs = parts.manifest.next_epoch();
-        eprintln!("going on in {} behind {epochs} epochs", settings.out.display());
+        tell!("going on in {} behind {epochs} epochs", settings.out.display());
     }
     let train_meter = Arc::new(TrainMeter::default());
     let progress = Progress::start(
@@ -104,12 +105,21 @@ fn expected(settings: &Settings, plan: &Plan, parts: &Parts) -> Expected {
     }
 }
 
+/// From now on there is something to keep: the run stops where it is safe.
+///
+/// # Errors
+/// If the system does not let it listen for signals.
+pub fn begin() -> Result<()> {
+    abort_on_panic();
+    stop::listen()
+}
+
 /// A panic in one worker would leave the others waiting for ever: it ends the process instead.
-pub fn abort_on_panic() {
+fn abort_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
-        eprintln!("what is committed is safe; run the same command again to go on");
+        tell!("what is committed is safe; run the same command again to go on");
         std::process::abort();
     }));
 }
@@ -214,6 +224,6 @@ fn stop_without_trainer() {
 }
 
 fn stopped() -> ! {
-    eprintln!("stopped; run the same command again to go on");
+    tell!("stopped; run the same command again to go on");
     std::process::exit(stop::STOPPED.into())
 }

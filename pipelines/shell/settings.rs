@@ -159,7 +159,7 @@ impl Settings {
             document_rules: gates.document_rules(preset.words_min, preset.unique)?,
             pair_rules: gates.pair_rules()?,
             long_texts: long_texts(&augment.long_texts)?,
-            sources: Sources::new(&mix, &preset, &inputs, &fields)?,
+            sources: Sources::new(&mix, &preset, &inputs, &fields, input.limit)?,
             packing: packing(&mix)?,
             lanes: mix.lanes,
             limit: input.limit,
@@ -334,6 +334,7 @@ fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
 fn check_store(engine: &EngineArgs) -> Result<()> {
     ensure!(engine.request_store_mib > 0, "--request-store-mib must be 1 at least");
     if let Some(folder) = engine.request_store.as_deref().map(Path::new) {
+        ensure!(folder != Path::new(""), "--request-store takes a directory, or off");
         ensure!(!folder.exists() || folder.is_dir(), "--request-store {folder:?} is no folder");
     }
     Ok(())

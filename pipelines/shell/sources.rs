@@ -60,6 +60,7 @@ impl Sources {
         preset: &Preset,
         inputs: &[PathBuf],
         fields: &Fields,
+        limit: Option<u64>,
     ) -> Result<Self> {
         let mut sides = sides(args, preset, fields)?;
         set_passes(&mut sides, &args.passes)?;
@@ -75,7 +76,7 @@ impl Sources {
                 "--ratio wants something to mix in: name files with --general, --tasks or --also"
             ),
             Some(text) => ratio(text, &names)?,
-            None => usual_shares(&sides, inputs, fields)?,
+            None => usual_shares(&sides, (inputs, limit), fields)?,
         };
         Ok(Sources { rules: MixRules { names, shares, at_end }, sides })
     }
@@ -196,15 +197,19 @@ fn set_passes(sides: &mut [Side], passes: &[String]) -> Result<()> {
 
 /// One to one with general instructions; what is read so many times is spread over all of the input, by
 /// the bytes of both.
-fn usual_shares(sides: &[Side], inputs: &[PathBuf], fields: &Fields) -> Result<Shares> {
+fn usual_shares(
+    sides: &[Side],
+    (inputs, limit): (&[PathBuf], Option<u64>),
+    fields: &Fields,
+) -> Result<Shares> {
     if sides.iter().all(|side| side.kind == Kind::Instructions) {
         return Ok(vec![(0, vec![1; sides.len() + 1])]);
     }
-    let mut shares = vec![text_bytes(inputs, fields)?.max(1)];
+    let mut shares = vec![text_bytes(inputs, fields, limit)?.max(1)];
     for side in sides {
         shares.push(match (&side.kind, side.passes) {
             (Kind::Tasks, Some(passes)) => passes * task_bytes(&side.files)?,
-            (Kind::Texts(fields), Some(passes)) => passes * text_bytes(&side.files, fields)?,
+            (Kind::Texts(fields), Some(passes)) => passes * text_bytes(&side.files, fields, None)?,
             _ => bail!(
                 "say with --ratio how much {:?} is to give: it is read for ever, beside others",
                 side.name
@@ -217,8 +222,8 @@ fn usual_shares(sides: &[Side], inputs: &[PathBuf], fields: &Fields) -> Result<S
     Ok(vec![(0, shares.into_iter().map(part).collect())])
 }
 
-fn text_bytes(files: &[PathBuf], fields: &Fields) -> Result<u64> {
-    Ok(census(files, fields, None)?.text_bytes)
+fn text_bytes(files: &[PathBuf], fields: &Fields, limit: Option<u64>) -> Result<u64> {
+    Ok(census(files, fields, limit)?.text_bytes)
 }
 
 fn task_bytes(files: &[PathBuf]) -> Result<u64> {

@@ -15,6 +15,7 @@ mod rendering;
 mod requests;
 mod rounds;
 mod rules;
+mod terminal;
 mod tidy;
 mod training;
 mod watched;

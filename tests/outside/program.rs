@@ -101,7 +101,7 @@ fn a_dry_run_shows_the_plan_and_does_nothing() {
     arguments.push("--dry-run".into());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     check(&arguments, 0, "20 documents");
-    check(&arguments, 0, "at this machine's matrix rate");
+    check(&arguments, 0, "in matrix products alone");
     assert!(!out.exists());
 }
 
@@ -146,6 +146,17 @@ fn a_run_can_be_inspected_and_trained_on() {
     assert_eq!(summary["ledger"]["unknown"], 0);
     let (first, last) = (&summary["first"]["loss"], &summary["last"]["loss"]);
     assert!(last.as_f64() < first.as_f64(), "{summary}");
+    check(&["inspect", again], 0, "unknown 0");
+    check(&["inspect", again, "--sequence", "0"], 1, "none of its own");
+
+    let plan = |more: &[&str], status, said| {
+        let other = place.path().join("other");
+        let train = ["train", "--shards", run, "--out", other.to_str().unwrap(), "--dry-run"];
+        check(&[&train[..], more].concat(), status, said);
+    };
+    plan(&["--published", "500m"], 0, "200000 steps of 256 sequences");
+    plan(&["--published", "nobody"], 2, "not \"nobody\"");
+    plan(&["--model", "2m", "--epochs", "384307168202282326"], 2, "--epochs");
 }
 
 #[test]
@@ -190,6 +201,9 @@ fn the_engine_is_measured_on_random_prompts_and_on_chains_of_texts() {
     assert_ne!(digest(random), digest(&random.replace("--output-tokens 5", "--output-tokens 6")));
     assert_ne!(digest(&chains.replace("--requests 8", "--requests 7")), expected);
     check(&["bench", "synth", "--rounds", "2"], 2, "--prompts");
+    check(&["bench", "synth", "--requests", "0"], 2, "--requests must be 1");
+    check(&["bench", "synth", "--speculation", "always"], 2, "wants --prompts");
+    check(&["bench", "synth", "--sequences", "1000000000000"], 2, "--sequences takes 1 to");
     check(&["bench", "synth", "--model", "7q"], 2, "7q");
     check(&["bench", "synth", "--prompt-tokens", "2000"], 2, "--output-tokens 128 do not fit");
 }
@@ -214,6 +228,7 @@ fn the_trainer_is_measured_on_random_tokens() {
     }
     check(&["bench", "train", "--item-tokens", "513"], 2, "--item-tokens");
     check(&["bench", "train", "--model", "7q"], 2, "7q");
+    check(&["bench", "train", "--batch", "99999999999999999"], 2, "tokens a step");
 }
 
 #[test]
@@ -255,6 +270,11 @@ fn a_synthesizer_is_tuned_examined_and_accounted_for() {
     };
     assert_eq!(read("ledger.json")["counts"]["tune/rows"], 61);
     assert_eq!(read("ledger.json")["counts"]["tune/used"], 60);
+    assert_eq!(read("ledger.json")["counts"]["held_out/used"], 60);
+    assert_eq!(read("ledger.json")["counts"]["held_out/rejected/malformed_row"], 1);
+    assert!(out.join("rejected/held_out.jsonl.zst").exists());
+    check(&["inspect", out.to_str().unwrap()], 0, "unknown 0");
+    check(&[&arguments[..], &["--strict"]].concat(), 3, "held_out/rejected/malformed_row");
     let evaluation = read("evaluation.json");
     assert_eq!(evaluation["scores"]["texts"], 3);
     assert!(evaluation["loss_last"].as_f64() < evaluation["loss_first"].as_f64());
