@@ -169,7 +169,7 @@ pub fn run(args: &Tune) -> Result<ExitCode> {
     let scores = match class.teach(&mut drive, args)? {
         Ended::Stopped => None,
         Ended::Done => {
-            drive.finish()?;
+            drive.finish()?; // it has nothing held out that a stop could leave for later
             let dtype = tensors(&args.dtype, &class.device)?;
             drive.trainer.export(&model, &class.model.tokenizer, dtype)?;
             evaluate(&class.exam(args)?, &model, &class.device)?

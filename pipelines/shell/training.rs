@@ -130,12 +130,19 @@ impl Drive {
     ///
     /// # Errors
     /// If the device fails or the disk refuses.
-    pub fn begin(&mut self) -> Result<()> {
-        if self.trainer.progress().step == 0 {
-            self.evaluate()?;
-        }
+    pub fn begin(&mut self) -> Result<Ended> {
+        // Of a step that a run goes on behind, what is held out was measured, unless the run was stopped meanwhile.
+        let ended = match self.is_to_be_evaluated() {
+            true => self.evaluate()?,
+            false => Ended::Done,
+        };
         self.gauge.wait();
-        Ok(())
+        Ok(ended)
+    }
+
+    /// Whether what is held out is to be measured behind the steps so far, if these are not all.
+    fn is_to_be_evaluated(&self) -> bool {
+        self.trainer.progress().step.is_multiple_of(self.told.eval_every.max(1))
     }
 
     /// Learns from one batch; `watch` sees the report and what the step took.
@@ -165,8 +172,8 @@ impl Drive {
         let step = report.step;
         let first = self.span.take().map_or_else(|| report.clone(), |(first, _)| first);
         self.span = Some((first, report));
-        if step.is_multiple_of(self.told.eval_every.max(1)) {
-            self.evaluate()?;
+        if self.is_to_be_evaluated() {
+            self.evaluate()?; // a stop is seen below
         }
         let stop = stop::asked();
         if stop || step.is_multiple_of(self.folder.checkpoint_every) {
@@ -192,9 +199,10 @@ impl Drive {
     ///
     /// # Errors
     /// If the device fails or the disk refuses.
-    pub fn finish(&mut self) -> Result<()> {
-        self.evaluate()?;
-        self.checkpoint()
+    pub fn finish(&mut self) -> Result<Ended> {
+        let ended = self.evaluate()?;
+        self.checkpoint()?;
+        Ok(ended)
     }
 
     /// What it came to, steps before a resume included; nothing if there was nothing to learn.
@@ -205,15 +213,20 @@ impl Drive {
         Some(Trained { first, last, evaluations: self.evaluations.last().to_vec(), ledger })
     }
 
-    /// The loss of each held-out source at this step, unless it is known.
-    fn evaluate(&mut self) -> Result<()> {
+    /// The loss of each held-out source at this step, unless it is known. A stop leaves it for the next time.
+    fn evaluate(&mut self) -> Result<Ended> {
         let step = self.trainer.progress().step;
         let is_known = self.evaluations.last().first().is_some_and(|known| known.step == step);
         if self.told.held_out.is_empty() || is_known {
-            return Ok(());
+            return Ok(Ended::Done);
         }
-        self.evaluations.write(self.trainer.evaluate_held_out(&self.told.held_out)?)?;
-        self.board.evaluations(now(), self.evaluations.last())
+        let goes_on = || !stop::asked();
+        let Some(losses) = self.trainer.evaluate_held_out(&self.told.held_out, &goes_on)? else {
+            return Ok(Ended::Stopped);
+        };
+        self.evaluations.write(losses)?;
+        self.board.evaluations(now(), self.evaluations.last())?;
+        Ok(Ended::Done)
     }
 
     /// Losses by the names of their sources, where there are several.
@@ -257,7 +270,9 @@ pub fn train_on(
     mut watch: impl FnMut(&StepReport, &Measured),
 ) -> Result<Ended> {
     threads::set_at_work(true);
-    drive.begin()?;
+    if drive.begin()? == Ended::Stopped {
+        return Ok(Ended::Stopped);
+    }
     let mut waiting: VecDeque<Sequence> = VecDeque::new();
     let behind = drive.trainer.progress().next_sequence;
     for epoch in epochs.iter().filter(|epoch| epoch.first_sequence + epoch.sequences > behind) {
@@ -287,8 +302,7 @@ pub fn train_on(
     if !waiting.is_empty() && drive.step(waiting.make_contiguous(), &mut watch)? == Ended::Stopped {
         return Ok(Ended::Stopped);
     }
-    drive.finish()?;
-    Ok(Ended::Done)
+    drive.finish()
 }
 
 /// Learns from whole batches while there are any.

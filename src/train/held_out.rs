@@ -146,23 +146,35 @@ impl HeldOut {
 }
 
 impl Trainer {
-    /// The loss of each held-out source, in their order. Changes nothing.
+    /// The loss of each held-out source, in their order; none if `goes_on`, which is asked now and then, says no. Changes
+    /// nothing.
     ///
     /// # Errors
     /// If the device fails.
-    pub fn evaluate_held_out(&mut self, held_out: &HeldOut) -> Result<Vec<Evaluation>> {
-        let evaluate = |source: &Source| {
-            let loss = self.evaluate(&source.sequences)?;
+    pub fn evaluate_held_out(
+        &mut self,
+        held_out: &HeldOut,
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<Option<Vec<Evaluation>>> {
+        let mut evaluate = |source: &Source| {
+            let Some(loss) = self.evaluate_while(&source.sequences, goes_on)? else {
+                return Ok(None);
+            };
             let finite = |value: f64| Some(value).filter(|value| value.is_finite());
-            Ok(Evaluation {
+            Ok(Some(Evaluation {
                 step: self.progress().step,
                 source: source.name.clone(),
                 loss: finite(loss),
                 perplexity: finite(loss.exp()),
                 tokens: source.tokens,
-            })
+            }))
         };
-        held_out.sources.iter().map(evaluate).collect()
+        held_out
+            .sources
+            .iter()
+            .map(|source| evaluate(source).transpose())
+            .collect::<Option<_>>()
+            .transpose()
     }
 }
 

@@ -252,13 +252,31 @@ impl Trainer {
     /// # Errors
     /// If the device fails.
     pub fn evaluate(&mut self, sequences: &[Sequence]) -> Result<f64> {
+        let loss = self.evaluate_while(sequences, &|| true)?;
+        Ok(loss.expect("nothing stops it"))
+    }
+
+    /// The same; none if `goes_on`, which is asked between micro-batches, says no.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn evaluate_while(
+        &mut self,
+        sequences: &[Sequence],
+        goes_on: &dyn Fn() -> bool,
+    ) -> Result<Option<f64>> {
         let batches = micro_batches(sequences, self.settings.micro_batch_tokens);
         let (mut total, mut count) = (0.0, 0);
-        for losses in self.replicas.losses(&batches)? {
-            total += losses.iter().sum::<f64>();
-            count += losses.len();
+        for batches in batches.chunks(self.devices().len()) {
+            if !goes_on() {
+                return Ok(None);
+            }
+            for losses in self.replicas.losses(batches)? {
+                total += losses.iter().sum::<f64>();
+                count += losses.len();
+            }
         }
-        Ok(total / count.max(1) as f64)
+        Ok(Some(total / count.max(1) as f64))
     }
 
     fn bad_step(

@@ -311,14 +311,18 @@ fn held_out_texts_are_measured_and_not_learned() {
     let held_out = HeldOut::read(&[file], &Fields::detected(), &small(), 20).unwrap();
     let mut trainer = trainer(settings(false, 1e-2));
     let before = bits(&trainer);
-    let first = trainer.evaluate_held_out(&held_out).unwrap();
-    assert_eq!(trainer.evaluate_held_out(&held_out).unwrap(), first);
+    let measure = |trainer: &mut Trainer| {
+        trainer.evaluate_held_out(&held_out, &|| true).unwrap().expect("nothing stops it")
+    };
+    let first = measure(&mut trainer);
+    assert_eq!(trainer.evaluate_held_out(&held_out, &|| false).unwrap(), None);
+    assert_eq!(measure(&mut trainer), first);
     assert_eq!(bits(&trainer), before);
     assert_eq!((first.len(), first[0].step, first[0].source.as_str()), (1, 0, "valid"));
     assert_eq!(first[0].tokens, held_out.ledger().get("held_out/tokens/valid"));
     assert_eq!(first[0].perplexity, first[0].loss.map(f64::exp));
     trainer.step(&sequences(0)).unwrap();
-    let second = trainer.evaluate_held_out(&held_out).unwrap();
+    let second = measure(&mut trainer);
     assert_eq!(second[0].step, 1);
     assert_ne!(second[0].loss, first[0].loss);
 }

@@ -151,6 +151,33 @@ fn training_that_is_killed_at_any_moment_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn a_stop_does_not_wait_for_what_is_measured_and_loses_none_of_it() {
+    let place = tempfile::tempdir().unwrap();
+    let (shards, held_out) = (shards(place.path()), held_out(place.path()));
+    let text = "The fever fell on the second day, and the cough on the fourth. ".repeat(6000);
+    std::fs::write(&held_out[1], text).unwrap();
+    let line =
+        |out: &Path| training(&shards, out, &held_out).replace("--eval-every 3", "--eval-every 50");
+    let [expected, found] = ["expected", "found"].map(|name| place.path().join(name));
+    check(&words(&line(&expected)), 0, "perplexity");
+
+    let mut program = command(&words(&line(&found)));
+    let mut child = program.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while !found.join("eval.jsonl").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it measured anything");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!((lines(&found.join("eval.jsonl")), checkpoints(&found).0), (0, Vec::new()));
+
+    check(&words(&line(&found)), 0, "perplexity");
+    assert_same_steps(&found, &expected);
+    assert_same(&found, &expected, is_measured);
+}
+
+#[test]
 fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     let place = tempfile::tempdir().unwrap();
     let (documents, general) = corpus(place.path());
