@@ -1,4 +1,5 @@
-//! Ctrl-C: the first asks the run to stop where it is safe, the second ends it at once.
+//! Ctrl-C: the first asks the run to stop where it is safe, the second ends it at once. So does a terminal that ends, but
+//! only the first.
 
 use super::terminal::tell;
 use anyhow::{Context, Result};
@@ -24,11 +25,15 @@ pub fn listen() -> Result<()> {
     let signals = [SIGINT, SIGTERM].into_iter().chain((!is_ignored(SIGHUP)).then_some(SIGHUP));
     let mut signals = Signals::new(signals).context("could not listen for signals")?;
     let wait = move || {
-        for _ in signals.forever() {
-            if ASKED.swap(true, SeqCst) {
-                std::process::exit(STOPPED.into());
+        for signal in signals.forever() {
+            match (ASKED.swap(true, SeqCst), signal) {
+                (false, _) => {
+                    tell!("stopping at the next safe point; press Ctrl-C again to stop at once");
+                }
+                // Of a terminal that ends, both the system and the shell may tell.
+                (true, SIGHUP) => {}
+                (true, _) => std::process::exit(STOPPED.into()),
             }
-            tell!("stopping at the next safe point; press Ctrl-C again to stop at once");
         }
     };
     std::thread::Builder::new().name("signals".into()).spawn(wait)?;
