@@ -1,9 +1,10 @@
 //! How much memory a run takes, told before it is taken.
 
+use super::models::Model;
 use super::plan::bytes;
 use super::settings::Settings;
 use super::train_args::TrainArgs;
-use candle_core::{DType, Device};
+use candle_core::Device;
 use headwater::engine::blocks_wanted;
 use headwater::kernels::cuda::free_bytes;
 use headwater::model::backward::Keep;
@@ -79,13 +80,18 @@ pub(super) fn of_pipeline(settings: &Settings) -> (Need, u64) {
     let room = settings.engine.steps.cache_bytes(free, weights + shared, 1);
     let context = model.config.max_position_embeddings;
     let blocks = blocks_wanted(&settings.engine_settings(room), context);
-    let kept = match model.precision.tensors() {
-        Ok(dtype) if !devices[0].is_cpu() => dtype,
-        _ => DType::F32,
-    };
-    let cache = (blocks * Cache::block_bytes(&model.config, kept)).min(room) as u64;
+    let cache = (blocks * block_bytes(model, devices[0].is_cpu())).min(room) as u64;
     need.add(weights + cache, devices);
     (need, devices.len() as u64 * cache)
+}
+
+/// Bytes of the keys and values of a block of positions in all layers, where a model generates.
+pub(super) fn block_bytes(model: &Model, on_cpu: bool) -> usize {
+    let kept = match model.precision.tensors() {
+        Ok(dtype) if !on_cpu => dtype,
+        _ => model.precision.packed().cache_type(),
+    };
+    Cache::block_bytes(&model.config, kept)
 }
 
 /// Parameters with their state, gradients, and what micro-batches of sequences of `length` tokens take, on each of `devices`.

@@ -2,6 +2,7 @@
 
 use super::args::{AugmentArgs, EngineArgs, MachineArgs, MixArgs, RunArgs, check_progress};
 use super::gates;
+use super::memory;
 use super::models::Model;
 use super::published::Published;
 use super::ratio::part;
@@ -17,6 +18,7 @@ use headwater::format::input;
 use headwater::format::jsonl::Fields;
 use headwater::gate::{DocumentRules, PairRules};
 use headwater::kernels::bf16_unit;
+use headwater::kernels::cached::BLOCK;
 use headwater::kernels::packed::WeightType;
 use headwater::model::device;
 use headwater::model::precision::Precision;
@@ -140,8 +142,7 @@ impl Settings {
             gates.judge.as_deref().map(Model::trained).transpose().context("--judge")?;
         let on_cpu = synthesizer_devices[0].is_cpu();
         for model in [&mut synthesizer].into_iter().chain(&mut judge) {
-            let precision = Precision::choose(&engine.steps.dtype, model.precision, on_cpu);
-            model.precision = precision.context("--dtype")?;
+            set_precision(&engine, model, on_cpu)?;
         }
         let model = train.model(length)?;
         let training = (!no_train).then_some(devices.as_slice());
@@ -329,6 +330,21 @@ fn check_counts(engine: &EngineArgs, augment: &AugmentArgs) -> Result<()> {
     ensure!(augment.epochs_in_flight > 0, "--epochs-in-flight must be 1 at least");
     ensure!(engine.workers > 0, "--workers must be 1 at least");
     check_store(engine)
+}
+
+/// What a model generates in; a cache that was asked for holds one of its sequences at least.
+fn set_precision(engine: &EngineArgs, model: &mut Model, on_cpu: bool) -> Result<()> {
+    let precision = Precision::choose(&engine.steps.dtype, model.precision, on_cpu);
+    model.precision = precision.context("--dtype")?;
+    let Some(mib) = engine.steps.cache_mib else { return Ok(()) };
+    let context = model.config.max_position_embeddings;
+    let blocks = engine.steps.cache_bytes(None, 0, 1) / memory::block_bytes(model, on_cpu);
+    ensure!(
+        blocks >= context.div_ceil(BLOCK),
+        "--cache-mib {mib} holds {} tokens, less than the {context} of one sequence",
+        blocks * BLOCK
+    );
+    Ok(())
 }
 
 fn check_store(engine: &EngineArgs) -> Result<()> {

@@ -42,6 +42,14 @@ pub enum WeightType {
 }
 
 impl WeightType {
+    /// The type that keys and values are kept in beside such weights.
+    pub fn cache_type(self) -> DType {
+        match self {
+            WeightType::F32 | WeightType::Bf16x3 => DType::F32,
+            WeightType::Bf16 | WeightType::Int8 => DType::BF16,
+        }
+    }
+
     /// Words of `inputs` elements in a panel.
     pub(crate) fn words(self, inputs: usize) -> usize {
         match self {

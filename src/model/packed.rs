@@ -118,10 +118,7 @@ impl PackedLayers {
 
     /// The type that keys and values are kept in.
     pub(crate) fn cache_type(&self) -> candle_core::DType {
-        match self.kind {
-            WeightType::F32 | WeightType::Bf16x3 => candle_core::DType::F32,
-            WeightType::Bf16 | WeightType::Int8 => candle_core::DType::BF16,
-        }
+        self.kind.cache_type()
     }
 }
 

@@ -73,6 +73,8 @@ fn wrong_use_is_explained_before_anything_is_spent() {
     for name in ["pubmed", "tune", "train", "inspect"] {
         check(&[name], 2, "Example");
     }
+    let small = ["pubmed", "--input", documents, "--out", out, "--cache-mib", "1"];
+    check(&[&small[..], &["--dry-run"]].concat(), 2, "less than the 2048 of one sequence");
     check(&["pubmed", "--out", "x"], 2, "--input");
     check(&["pubmed", "--input", "/no/such/file", "--out", out], 2, "/no/such/file");
     let base = ["pubmed", "--input", documents, "--out", out];
