@@ -86,7 +86,7 @@ impl Workload {
         let (inputs, _) = files(paths)?;
         let found = Documents::new(inputs, "bench", Fields::detected());
         let fits = |text: &Document| writer.question_fits(text.seen(), prompt_tokens_max);
-        let (mut too_long, mut rejected) = (0, Vec::new());
+        let (mut too_long, mut rejected, mut first) = (0, 0, None);
         let texts = found.filter_map(|found| match found {
             Found::Document(document) => {
                 let fits = fits(&document);
@@ -94,20 +94,19 @@ impl Workload {
                 fits.then_some(*document)
             }
             Found::Rejected(bad) => {
-                rejected.push(bad);
+                rejected += 1;
+                first.get_or_insert(bad);
                 None
             }
             Found::Withdrawn { .. } => None,
         });
         let texts: Vec<Document> = texts.take(limit.unwrap_or(usize::MAX)).collect();
-        let first = rejected.first().map(|first| format!("; the first: {first}"));
+        let first = first.map(|first| format!("; the first: {first}")).unwrap_or_default();
         let left_out = format!(
-            "{too_long} texts too long for a prompt, {} records that cannot be used{}",
-            rejected.len(),
-            first.unwrap_or_default()
+            "{too_long} texts too long for a prompt, {rejected} records that cannot be used{first}"
         );
         ensure!(!texts.is_empty(), "--prompts has no text to ask about: {left_out}");
-        if too_long > 0 || !rejected.is_empty() {
+        if too_long + rejected > 0 {
             tell!("left out of --prompts: {left_out}");
         }
         let chains = chains(texts, rounds);

@@ -181,7 +181,7 @@ impl Llama {
     pub fn dtype(&self) -> DType {
         match &self.layers {
             Layers::Plain(_, layers) => layers.norm.dtype(),
-            Layers::Packed(_, layers) => layers.cache_type(),
+            Layers::Packed(_, layers) => layers.kind.cache_type(),
             Layers::Gpu(model) => model.dtype(),
         }
     }

@@ -115,11 +115,6 @@ impl PackedLayers {
             best
         })
     }
-
-    /// The type that keys and values are kept in.
-    pub(crate) fn cache_type(&self) -> candle_core::DType {
-        self.kind.cache_type()
-    }
 }
 
 impl PackedBlock {

@@ -75,6 +75,8 @@ fn wrong_use_is_explained_before_anything_is_spent() {
     }
     let small = ["pubmed", "--input", documents, "--out", out, "--cache-mib", "1"];
     check(&[&small[..], &["--dry-run"]].concat(), 2, "less than the 2048 of one sequence");
+    let nowhere = ["pubmed", "--input", documents, "--out", out, "--request-store", ""];
+    check(&nowhere, 2, "--request-store takes a directory");
     check(&["pubmed", "--out", "x"], 2, "--input");
     check(&["pubmed", "--input", "/no/such/file", "--out", out], 2, "/no/such/file");
     let base = ["pubmed", "--input", documents, "--out", out];
@@ -105,6 +107,35 @@ fn a_dry_run_shows_the_plan_and_does_nothing() {
     check(&arguments, 0, "20 documents");
     check(&arguments, 0, "in matrix products alone");
     assert!(!out.exists());
+    let [documents, out] = [&documents, &out].map(|path| path.to_str().unwrap());
+    let text = ["bench", "text", "--input", documents, "--out", out, "--dry-run"];
+    check(&text, 0, "20 documents");
+    assert!(!Path::new(out).exists());
+}
+
+#[test]
+fn tasks_of_scratch_last_as_long_as_the_texts_that_are_read() {
+    let place = tempfile::tempdir().unwrap();
+    let (documents, _) = corpus(place.path());
+    let rows = place.path().join("rows.jsonl");
+    let row = serde_json::json!({
+        "dataset": "sums",
+        "text": "Ann has 3 apples and Ben has 4 pears, which they share with nobody at all.",
+        "pairs": [{ "question": "How many apples?", "answer": "3" }],
+    });
+    std::fs::write(&rows, format!("{row}\n")).unwrap();
+    let [documents, rows] = [&documents, &rows].map(|path| path.to_str().unwrap());
+    let out = place.path().join("run");
+    let mix = |limit: &str| {
+        let plan = ["scratch", "--input", documents, "--tasks", rows, "--limit", limit];
+        let more = ["--model", "2m", "--out", out.to_str().unwrap(), "--dry-run"];
+        let output = run(&[&plan[..], &more].concat());
+        let said = String::from_utf8(output.stderr).unwrap();
+        let share = said.split("augmented : tasks = ").nth(1).unwrap_or_else(|| panic!("{said}"));
+        share.split(':').next().unwrap().to_owned()
+    };
+    assert_eq!(mix("20"), mix("1000"));
+    assert_ne!(mix("2"), mix("20"));
 }
 
 #[test]
@@ -204,6 +235,8 @@ fn the_engine_is_measured_on_random_prompts_and_on_chains_of_texts() {
     assert_ne!(digest(&chains.replace("--requests 8", "--requests 7")), expected);
     check(&["bench", "synth", "--rounds", "2"], 2, "--prompts");
     check(&["bench", "synth", "--requests", "0"], 2, "--requests must be 1");
+    let both = ["bench", "synth", "--prompts", "x", "--prompt-tokens", "9"];
+    check(&both, 2, "cannot be used with");
     check(&["bench", "synth", "--speculation", "always"], 2, "wants --prompts");
     check(&["bench", "synth", "--sequences", "1000000000000"], 2, "--sequences takes 1 to");
     check(&["bench", "synth", "--model", "7q"], 2, "7q");

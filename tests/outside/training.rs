@@ -171,6 +171,7 @@ fn a_stop_does_not_wait_for_what_is_measured_and_loses_none_of_it() {
     assert!(kill.unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert_eq!((lines(&found.join("eval.jsonl")), checkpoints(&found).0), (0, Vec::new()));
+    check(&["inspect", found.to_str().unwrap()], 0, "it has not ended");
 
     check(&words(&line(&found)), 0, "perplexity");
     assert_same_steps(&found, &expected);
