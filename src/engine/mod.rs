@@ -112,7 +112,8 @@ impl Engine {
             )));
         }
         let cache = model.cache(blocks)?;
-        let bounds = Bounds { sequences_max, step_tokens_max, blocks };
+        let prompts_at_once = model.parts_of_step(step_tokens_max);
+        let bounds = Bounds { sequences_max, step_tokens_max, blocks, prompts_at_once };
         Ok(Engine { model, cache, schedule: Schedule::new(bounds, means), ends, counters })
     }
 
@@ -143,13 +144,9 @@ impl Engine {
         let step = schedule.plan();
         let Step { ids, positions, runs, samples, .. } = &step;
         let rows = StepRows { ids, positions, runs, samples };
-        let stepped = model.step(cache, &rows).context("generation step")?;
-        // A GPU is at work now, and nothing of the next step depends on it but the tokens.
-        admit_waiting(schedule, model, jobs);
-        let sampled = match samples.is_empty() {
-            true => Vec::new(),
-            false => stepped.most_likely().context("generation step")?,
-        };
+        // Nothing of the next step depends on what a GPU is at but the tokens.
+        let meanwhile = || admit_waiting(schedule, model, jobs);
+        let sampled = model.next_tokens(cache, &rows, meanwhile).context("generation step")?;
         let done = schedule.take(&step, &sampled, &self.ends);
         let seconds = start.elapsed().as_secs_f64();
         schedule.measured(&step, seconds);

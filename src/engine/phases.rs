@@ -36,7 +36,7 @@ pub struct Phases<'a> {
 }
 
 impl<'a> Phases<'a> {
-    /// Room for `prompts` and `new_tokens` behind each; steps of prompts have about `step_tokens` rows.
+    /// Room for `prompts` and `new_tokens` behind each; steps of prompts have `step_tokens` rows at most.
     ///
     /// # Errors
     /// If the device has no room.
@@ -70,56 +70,64 @@ impl<'a> Phases<'a> {
     /// # Panics
     /// If there is no room for a token behind the prompts.
     pub fn warm_up(&mut self) -> Result<()> {
-        self.run_prompts(0..self.fitting(0))?;
         self.tokens = vec![0; self.prompts.len()];
+        self.run_prompts(&mut vec![0; self.prompts.len()])?;
         self.steps(1)?;
         self.tokens.clear();
         Ok(())
     }
 
-    /// Runs all prompts, as many in a step as its rows allow, one at least.
+    /// Runs all prompts, in steps as an engine takes them: some prompts at once, the others behind them.
     ///
     /// # Errors
     /// If the device fails.
     pub fn prompts(&mut self) -> Result<Phase> {
         let start = Instant::now();
-        let mut first = 0;
-        self.tokens.clear();
-        while first < self.prompts.len() {
-            let end = self.fitting(first);
-            self.run_prompts(first..end)?;
-            first = end;
+        self.tokens = vec![0; self.prompts.len()];
+        let mut computed = vec![0; self.prompts.len()];
+        while computed.iter().zip(self.prompts).any(|(&computed, prompt)| computed < prompt.len()) {
+            self.run_prompts(&mut computed)?;
         }
         let tokens = self.prompts.iter().map(|prompt| prompt.len() as u64).sum();
         Ok(Phase { tokens, seconds: start.elapsed().as_secs_f64() })
     }
 
-    /// Behind the prompts from `first` that fit a step, one at least.
-    fn fitting(&self, first: usize) -> usize {
-        let mut rows = 0;
-        let fits = self.prompts[first..].iter().take_while(|prompt| {
-            rows += prompt.len();
-            rows <= self.step_tokens
-        });
-        first + fits.count().max(1)
+    /// Rows that each prompt has of a step, when of each so many are computed.
+    fn portions(&self, computed: &[usize]) -> Vec<usize> {
+        let left = || self.prompts.iter().zip(computed).map(|(prompt, &done)| prompt.len() - done);
+        let share = self.step_tokens.div_ceil(self.model.parts_of_step(self.step_tokens)).max(1);
+        let mut room = self.step_tokens.max(1);
+        let mut take = |wanted: usize| {
+            let rows = wanted.min(room);
+            room -= rows;
+            rows
+        };
+        let portions: Vec<usize> = left().map(|left| take(left.min(share))).collect();
+        left().zip(portions).map(|(left, rows)| rows + take(left - rows)).collect()
     }
 
-    fn run_prompts(&mut self, range: std::ops::Range<usize>) -> Result<()> {
-        let (mut ids, mut positions, mut runs, mut last) = (vec![], vec![], vec![], vec![]);
-        for index in range {
-            let prompt = &self.prompts[index];
-            runs.push(Run {
-                first_row: ids.len(),
-                rows: prompt.len(),
-                position: 0,
-                table: self.tables[index].clone(),
-            });
-            ids.extend(prompt);
-            positions.extend(0..prompt.len() as u32);
-            last.push(ids.len() as u32 - 1);
+    fn run_prompts(&mut self, computed: &mut [usize]) -> Result<()> {
+        let (mut ids, mut positions, mut runs) = (vec![], vec![], vec![]);
+        let (mut samples, mut sampled) = (vec![], vec![]);
+        for (index, rows) in self.portions(computed).into_iter().enumerate() {
+            if rows == 0 {
+                continue;
+            }
+            let (prompt, position) = (&self.prompts[index], computed[index]);
+            let table = self.tables[index].clone();
+            runs.push(Run { first_row: ids.len(), rows, position, table });
+            ids.extend(&prompt[position..position + rows]);
+            positions.extend(position as u32..(position + rows) as u32);
+            computed[index] += rows;
+            if computed[index] == prompt.len() {
+                samples.push(ids.len() as u32 - 1);
+                sampled.push(index);
+            }
         }
-        let tokens = self.step(&ids, &positions, &runs, &last)?;
-        self.tokens.extend(tokens);
+        let tokens = self.step(&ids, &positions, &runs, &samples)?;
+        for (index, token) in sampled.into_iter().zip(tokens) {
+            self.tokens[index] = token;
+        }
         Ok(())
     }
 
@@ -129,7 +137,7 @@ impl<'a> Phases<'a> {
     /// If the device fails.
     ///
     /// # Panics
-    /// If the prompts have not been run.
+    /// If the prompts have not been run, or there is no room for so many.
     pub fn steps(&mut self, count: usize) -> Result<Phase> {
         let batch = self.prompts.len();
         assert_eq!(self.tokens.len(), batch, "prompts come first");
@@ -157,8 +165,7 @@ impl<'a> Phases<'a> {
         samples: &[u32],
     ) -> Result<Vec<u32>> {
         let rows = StepRows { ids, positions, runs, samples };
-        let stepped = self.model.step(&mut self.cache, &rows).context("generation step")?;
-        stepped.most_likely().context("generation step")
+        self.model.next_tokens(&mut self.cache, &rows, || ()).context("generation step")
     }
 }
 

@@ -27,6 +27,8 @@ pub struct Bounds {
     pub step_tokens_max: usize,
     /// Blocks of the cache.
     pub blocks: usize,
+    /// Prompts that have an equal share of a step, if there are so many: its parts then have about the same work.
+    pub prompts_at_once: usize,
 }
 
 /// Whether blocks of earlier sequences are used again.
@@ -103,6 +105,16 @@ pub struct Step {
     wants: Vec<Want>,
 }
 
+/// What a sequence has of a step.
+#[derive(Debug)]
+struct Portion {
+    rows: usize,
+    /// Tokens behind the last row.
+    guess: Vec<u32>,
+    /// Length of the match that they come from.
+    matched: usize,
+}
+
 /// What a run of the running sequence of the same index wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Want {
@@ -131,8 +143,9 @@ impl<T> Schedule<T> {
     /// # Panics
     /// If a bound is zero.
     pub fn new(bounds: Bounds, means: Means) -> Self {
-        let Bounds { sequences_max, step_tokens_max, blocks } = bounds;
-        assert!(sequences_max > 0 && step_tokens_max > 0 && blocks > 0, "{bounds:?}");
+        let Bounds { sequences_max, step_tokens_max, blocks, prompts_at_once } = bounds;
+        let all = [sequences_max, step_tokens_max, blocks, prompts_at_once];
+        assert!(all.iter().all(|&bound| bound > 0), "{bounds:?}");
         Schedule {
             bounds,
             means,
@@ -199,35 +212,55 @@ impl<T> Schedule<T> {
         let evictions = self.blocks.evictions();
         self.admit();
         let mut step = Step::default();
-        // Rows that younger sequences need to go on with: prompts leave them room.
-        let mut decoding = self.running.iter().filter(|sequence| sequence.left() == 1).count();
-        let mut index = 0;
-        while index < self.running.len() && step.ids.len() < self.bounds.step_tokens_max {
-            let left = self.running[index].left();
-            decoding -= usize::from(left == 1 && decoding > 0);
-            let room = self.bounds.step_tokens_max - step.ids.len();
-            let room = room.saturating_sub(decoding).max(1);
-            let rows = left.min(room);
-            if !self.secure(index, rows) {
-                break;
-            }
-            let (guess, matched) = match left {
-                1 => self.guess(index, room - rows),
-                _ => (Vec::new(), 0),
-            };
+        for (index, Portion { rows, guess, matched }) in self.share_out().into_iter().enumerate() {
+            let sequence = &mut self.running[index];
+            let left = sequence.left();
             let samples = if rows == left { 1 + guess.len() } else { 0 };
-            step.add(&mut self.running[index], rows, &guess, Want { samples, matched });
+            step.add(sequence, rows, &guess, Want { samples, matched });
             match left {
                 1 => self.metrics.decode_tokens += 1,
                 _ => self.metrics.prompt_tokens += rows as u64,
             }
             self.metrics.drafted_tokens += guess.len() as u64;
-            index += 1;
         }
         self.metrics.sequences = step.runs.len() as u64;
         self.metrics.evictions = self.blocks.evictions() - evictions;
         self.metrics.blocks_held = self.blocks.held() as u64;
         step
+    }
+
+    /// What each running sequence has of the next step, the oldest first.
+    fn share_out(&mut self) -> Vec<Portion> {
+        let mut portions = Vec::new();
+        let mut room = self.bounds.step_tokens_max;
+        // Rows that younger sequences need to go on with: prompts leave them room.
+        let mut decoding = self.running.iter().filter(|sequence| sequence.left() == 1).count();
+        let of_prompts = room.saturating_sub(decoding);
+        let share = of_prompts.div_ceil(self.bounds.prompts_at_once).max(1);
+        while portions.len() < self.running.len() && room > 0 {
+            let index = portions.len();
+            let left = self.running[index].left();
+            decoding -= usize::from(left == 1 && decoding > 0);
+            let most = room.saturating_sub(decoding).max(1);
+            let rows = left.min(most).min(share);
+            if !self.secure(index, rows) {
+                break;
+            }
+            let (guess, matched) = match left {
+                1 => self.guess(index, most - rows),
+                _ => (Vec::new(), 0),
+            };
+            room -= rows + guess.len();
+            portions.push(Portion { rows, guess, matched });
+        }
+        // What no younger prompt wanted.
+        for (portion, sequence) in portions.iter_mut().zip(&self.running) {
+            let more = sequence.left().min(sequence.room()) - portion.rows;
+            let more = more.min(room);
+            portion.rows += more;
+            room -= more;
+        }
+        portions
     }
 
     /// Appends the sampled tokens; returns the sequences that are finished, and whether each was closed

@@ -11,7 +11,7 @@
 
 use super::aligned::Aligned;
 use super::layout::{self, SQUARE};
-use super::packed::PackedWeight;
+use super::packed::{PackedWeight, WeightType};
 use super::panel::{self, part_of_row};
 use super::real::{Real, simd};
 use super::rows::Rows;
@@ -25,6 +25,26 @@ use std::ops::Range;
 const BLOCK_BYTES: [usize; 2] = [512 << 10, 1088 << 10];
 /// Tasks that the panels of a block are cut into.
 const TASKS: usize = 24;
+
+/// Rows from which on each thread may as well read all weights by itself, for it takes longer to multiply (docs/engine.md).
+/// Wider vectors and matrix units multiply in a fraction of the time, and need more rows: there it is not measured, and
+/// so many that weights take a small part of the time by counting.
+pub(crate) fn rows_of_part(kind: WeightType) -> usize {
+    match kind {
+        _ if has_wide_vectors() => 128,
+        WeightType::F32 | WeightType::Bf16x3 => 16,
+        WeightType::Bf16 => 12,
+        WeightType::Int8 => 8,
+    }
+}
+
+/// Whether anything multiplies in vectors of 512 bits.
+fn has_wide_vectors() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
 
 /// `out = x W^T` for some weights with the same inputs.
 pub(crate) fn set<const COUNT: usize>(parts: [(&PackedWeight, &mut [f32]); COUNT], x: &Rows) {

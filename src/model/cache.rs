@@ -38,13 +38,13 @@ impl Cache {
     /// # Errors
     /// If `qkv` are not rows in host memory, or the cache is not.
     pub fn step(&mut self, layer: usize, qkv: &[Tensor; 3], runs: &[Run]) -> Result<Tensor> {
-        self.layer(layer)?.step(qkv, runs)
+        self.layers()?[layer].step(qkv, runs)
     }
 
-    /// One layer of a cache in host memory.
-    pub(super) fn layer(&mut self, layer: usize) -> Result<&mut LayerCache> {
+    /// All layers of a cache in host memory.
+    pub(super) fn layers(&mut self) -> Result<&mut [LayerCache]> {
         match &mut self.store {
-            Store::Host(layers) => Ok(&mut layers[layer]),
+            Store::Host(layers) => Ok(layers),
             Store::Gpu(_) => bail!("a cache on a GPU takes whole steps"),
         }
     }

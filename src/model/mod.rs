@@ -19,6 +19,7 @@ pub mod precision;
 mod sampled;
 pub mod shape;
 pub mod size;
+mod steps;
 pub mod weights;
 
 use crate::error::Result as LoadResult;
@@ -28,6 +29,7 @@ use crate::kernels::embedding::embed;
 use crate::kernels::packed::WeightType;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::RopeTable;
+use crate::threads;
 use cache::{Cache, Store};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
@@ -205,6 +207,14 @@ impl Llama {
         }
     }
 
+    /// Parts that a step of so many rows is computed in, where its sequences are as many.
+    pub fn parts_of_step(&self, rows: usize) -> usize {
+        match &self.layers {
+            Layers::Packed(_, layers) => layers.parts(threads::all(), rows),
+            _ => 1,
+        }
+    }
+
     /// Room for `blocks` blocks of keys and values, where the model is.
     ///
     /// # Errors
@@ -230,7 +240,7 @@ impl Llama {
                 SteppedRows::Gpu(Box::new(model.step(cache, rows)?))
             }
             (Layers::Packed(inputs, layers), _) => {
-                SteppedRows::Host(step_packed(inputs, layers, cache, rows)?)
+                SteppedRows::Host(steps::step((inputs, layers), cache, rows)?)
             }
             _ => {
                 let attend = |layer, qkv: &[Tensor; 3]| cache.step(layer, qkv, rows.runs);
@@ -239,6 +249,29 @@ impl Llama {
             }
         };
         Ok(Stepped { model: self, rows: computed })
+    }
+
+    /// [`Llama::step`], and the most likely next tokens, each the first of several. `meanwhile` runs while a GPU computes, and
+    /// before a CPU does.
+    ///
+    /// # Errors
+    /// If the device fails, or the cache is another model's.
+    pub fn next_tokens(
+        &self,
+        cache: &mut Cache,
+        rows: &StepRows<'_>,
+        meanwhile: impl FnOnce(),
+    ) -> Result<Vec<u32>> {
+        if let Layers::Packed(inputs, layers) = &self.layers {
+            meanwhile();
+            return steps::next_tokens((inputs, layers), cache, rows);
+        }
+        let stepped = self.step(cache, rows)?;
+        meanwhile();
+        match rows.samples.is_empty() {
+            true => Ok(Vec::new()),
+            false => stepped.most_likely(),
+        }
     }
 
     /// Runs all blocks over rows of tokens in host memory, or, for training, on any device: `(rows, hidden)`,
@@ -265,11 +298,13 @@ impl Llama {
                     let shape = (ids.len(), rows.len() / ids.len());
                     Tensor::from_slice(rows, shape, &Device::Cpu)
                 };
-                run_packed(inputs, layers, (ids, positions), None, |layer, [q, k, v], out| {
+                let model = (inputs, layers);
+                let x = steps::run(model, (ids, positions), None, |layer, [q, k, v], out| {
                     let attended = attend(layer, &[tensor(q)?, tensor(k)?, tensor(v)?])?;
                     out.copy_from_slice(&attended.flatten_all()?.to_vec1()?);
                     Ok(())
-                })
+                })?;
+                tensor(&x)
             }
             Layers::Gpu(_) => bail!("a model on a GPU attends by itself: it takes steps"),
         }
@@ -326,39 +361,6 @@ impl Stepped<'_> {
             _ => unreachable!("a step is of one model"),
         }
     }
-}
-
-/// Computes a step of packed blocks: the rows whose next token is wanted.
-fn step_packed(
-    inputs: &Inputs,
-    layers: &PackedLayers,
-    cache: &mut Cache,
-    rows: &StepRows<'_>,
-) -> Result<Tensor> {
-    let wanted = rows.wanted()?;
-    let last = layers.blocks.len() - 1;
-    let step = (rows.ids, rows.positions);
-    let x = run_packed(inputs, layers, step, Some(&wanted.rows), |layer, [q, k, v], out| {
-        let cache = cache.layer(layer)?;
-        cache.store([k, v], rows.runs)?;
-        cache.attend(q, if layer < last { rows.runs } else { &wanted.runs }, out)
-    })?;
-    x.index_select(&Tensor::new(wanted.samples, x.device())?, 0)
-}
-
-/// Runs all packed blocks over rows of tokens, the last one over those of them that are `wanted`: `(rows, hidden)`.
-fn run_packed(
-    inputs: &Inputs,
-    layers: &PackedLayers,
-    (ids, positions): (&[u32], &[u32]),
-    wanted: Option<&[u32]>,
-    attend: impl FnMut(usize, [&[f32]; 3], &mut [f32]) -> Result<()> + Send,
-) -> Result<Tensor> {
-    let x = embed(&inputs.embed_tokens, ids)?;
-    let hidden = x.dim(D::Minus1)?;
-    let mut x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    layers.forward(&mut x, &inputs.table, positions, wanted, attend)?;
-    Tensor::from_vec(x, ((), hidden), &Device::Cpu)
 }
 
 /// Looks parameters up by their names.

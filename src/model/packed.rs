@@ -4,6 +4,8 @@
 //! to, one product for queries, keys and values, one for gate and up with the activation in it, and memory
 //! that is used again for every block. The test below holds the two against each other.
 
+use crate::kernels::attention::Heads;
+use crate::kernels::cached::Cut;
 use crate::kernels::first_of_largest;
 use crate::kernels::packed::{PackedWeight, WeightType};
 use crate::kernels::product;
@@ -64,6 +66,27 @@ fn with_scratch<R: Send>(work: impl FnOnce(&mut Scratch) -> R + Send) -> R {
 }
 
 impl PackedLayers {
+    /// How a step is cut for so many threads.
+    pub(crate) fn cut(&self, threads: usize, heads: &Heads) -> Cut {
+        let Some(block) = self.blocks.first() else { return Cut::NONE };
+        let weights = [&block.q_proj, &block.k_proj, &block.v_proj, &block.o_proj];
+        let weights =
+            weights.into_iter().chain([&block.gate_proj, &block.up_proj, &block.down_proj]);
+        let products: usize = weights.map(|weight| weight.inputs() * weight.outputs()).sum();
+        Cut {
+            parts: threads,
+            rows_min: product::rows_of_part(self.kind),
+            // Two multiply-adds for each element of a query, at about half the rate of products.
+            positions_of_row: products / (4 * heads.query * heads.width),
+            positions_max: heads.window.unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Parts that so many threads cut a step of so many rows into.
+    pub(crate) fn parts(&self, threads: usize, rows: usize) -> usize {
+        threads.min(rows / product::rows_of_part(self.kind)).max(1)
+    }
+
     /// Runs all blocks over `x (rows, hidden)`, in place. Where only some rows are `wanted` (each once, in
     /// their order), the last block computes no more of the others than their keys and values, and `x` has
     /// these rows alone behind it.
@@ -103,6 +126,9 @@ impl PackedLayers {
 
     /// The most likely next token after each of some rows, the first of several.
     pub(crate) fn most_likely(&self, x: &[f32]) -> Vec<u32> {
+        if x.is_empty() {
+            return Vec::new();
+        }
         with_scratch(|Scratch { rows, logits, .. }| {
             normalise_rows(x, &self.norm, self.epsilon, self.kind, rows);
             let vocabulary = self.head.outputs();

@@ -139,7 +139,8 @@ fn check_step(schedule: &Schedule<usize>, step: &Step, bounds: Bounds) {
     }
 }
 
-const BOUNDS: Bounds = Bounds { sequences_max: 3, step_tokens_max: 50, blocks: 12 };
+const BOUNDS: Bounds =
+    Bounds { sequences_max: 3, step_tokens_max: 50, blocks: 12, prompts_at_once: 1 };
 const PLAIN: Means = Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off };
 const ALL: Means = Means { prefix_reuse: PrefixReuse::On, speculation: Speculation::Always };
 
@@ -183,27 +184,46 @@ fn a_prompt_that_can_never_fit_is_handed_back() {
     assert_eq!(found, [None, Some(alone(&prompts[1], 8)), None]);
 }
 
-#[test]
-fn prompts_leave_room_for_whoever_is_generating() {
-    let mut schedule = Schedule::new(BOUNDS, PLAIN);
-    for (owner, length) in [("a", 90), ("b", 3)] {
+/// Rows and position of each run of the first steps of prompts of such lengths.
+fn first_steps(bounds: Bounds, lengths: &[usize], steps: usize) -> Vec<Vec<(usize, usize)>> {
+    let mut schedule = Schedule::new(bounds, PLAIN);
+    for (owner, &length) in lengths.iter().enumerate() {
         schedule.push(vec![1; length], 4, owner).unwrap();
     }
-    let mut shapes = Vec::new();
-    for _ in 0..2 {
+    let step = |_| {
         let step = schedule.plan();
-        shapes.push(step.runs.iter().map(|run| (run.rows, run.position)).collect::<Vec<_>>());
         schedule.take(&step, &vec![7; step.samples.len()], &[END]);
-    }
-    assert_eq!(shapes, [vec![(50, 0)], vec![(40, 50), (3, 0)]]);
-    let step = schedule.plan();
-    assert_eq!(step.runs.iter().map(|run| run.rows).collect::<Vec<_>>(), [1, 1]);
+        step.runs.iter().map(|run| (run.rows, run.position)).collect()
+    };
+    (0..steps).map(step).collect()
+}
+
+#[test]
+fn prompts_leave_room_for_whoever_is_generating() {
+    let steps = first_steps(BOUNDS, &[90, 3], 3);
+    assert_eq!(steps, [vec![(50, 0)], vec![(40, 50), (3, 0)], vec![(1, 90), (1, 3)]]);
+}
+
+#[test]
+fn prompts_that_come_at_once_have_equal_shares_of_a_step() {
+    let bounds = Bounds { prompts_at_once: 2, ..BOUNDS };
+    let steps = first_steps(bounds, &[3, 90, 90], 3);
+    let shares = [vec![(3, 0), (25, 0), (22, 0)], vec![(1, 3), (25, 25), (24, 22)]];
+    assert_eq!(steps[..2], shares);
+    assert_eq!(steps[2], [(1, 4), (25, 50), (24, 46)]);
+}
+
+#[test]
+fn a_prompt_takes_what_no_other_wants() {
+    let bounds = Bounds { prompts_at_once: 3, ..BOUNDS };
+    assert_eq!(first_steps(bounds, &[90], 1), [vec![(50, 0)]]);
+    assert_eq!(first_steps(bounds, &[90, 5], 1), [vec![(45, 0), (5, 0)]]);
 }
 
 #[test]
 fn a_round_computes_only_what_the_round_before_did_not() {
     let prompts = chain(4, 100, 40);
-    let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 20 };
+    let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 20, ..BOUNDS };
     let means = Means { prefix_reuse: PrefixReuse::On, ..PLAIN };
     let total = check(&prompts, 40, bounds, means);
     // All full blocks of the prompt before and its answer, whose last token was never a row.
@@ -217,7 +237,7 @@ fn a_round_computes_only_what_the_round_before_did_not() {
 #[test]
 fn a_prompt_that_is_all_there_still_has_a_row() {
     let prompts = [prompt(0, 2 * BLOCK), prompt(0, 2 * BLOCK)];
-    let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 5 };
+    let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 5, ..BOUNDS };
     let total = check(&prompts, 8, bounds, Means { prefix_reuse: PrefixReuse::On, ..PLAIN });
     assert_eq!(total.cached_tokens, BLOCK as u64);
 }
@@ -232,7 +252,7 @@ fn guesses_that_hold_save_steps() {
 fn the_youngest_goes_back_when_blocks_run_out() {
     // Three prompts of one block each fit with one block to spare; grown, they need twice as many.
     let prompts = [1, 2, 3].map(|first| prompt(first, BLOCK - 4));
-    let bounds = Bounds { sequences_max: 3, step_tokens_max: 200, blocks: 5 };
+    let bounds = Bounds { sequences_max: 3, step_tokens_max: 200, blocks: 5, ..BOUNDS };
     let total = check(&prompts, 100, bounds, PLAIN);
     assert!(total.preemptions > 0);
 }
@@ -241,7 +261,7 @@ proptest! {
     #[test]
     fn every_answer_is_that_of_the_model_alone(
         seeds in prop::collection::vec((0u32..4, 1usize..200, 1usize..4), 1..10),
-        shape in (1usize..6, 1usize..200, 1usize..20),
+        shape in (1usize..6, 1usize..200, 1usize..20, 1usize..4),
         limit in 1usize..90,
         at_a_time in 1usize..5,
         reuse in any::<bool>(),
@@ -249,8 +269,8 @@ proptest! {
             vec![Speculation::Off, Speculation::Auto, Speculation::Always]
         ),
     ) {
-        let (sequences_max, step_tokens_max, blocks) = shape;
-        let bounds = Bounds { sequences_max, step_tokens_max, blocks };
+        let (sequences_max, step_tokens_max, blocks, prompts_at_once) = shape;
+        let bounds = Bounds { sequences_max, step_tokens_max, blocks, prompts_at_once };
         let prefix_reuse = if reuse { PrefixReuse::On } else { PrefixReuse::Off };
         let mut prompts = Vec::new();
         for (first, length, rounds) in seeds {

@@ -15,24 +15,28 @@
 //! finite is no number, and queries of a tile share values that not all of them see.)
 
 // Reason: threads write different columns of the same rows, which slices cannot express.
-#![expect(unsafe_code, reason = "rows of one output are written by several threads")]
+#![expect(
+    unsafe_code,
+    reason = "rows of one output, and blocks of one cache, are written by several threads"
+)]
 
 mod attend;
 mod few;
+mod pages;
+mod parts;
 mod wanted;
 mod weigh;
 
-use super::aligned::Aligned;
 use super::attention::Heads;
 use super::packed::WeightType;
 use super::real::LANES;
-use super::rounding;
 use super::share::{Target, each};
 use super::storage::{elements, tensor};
 use super::tiles::PANEL;
 use attend::Task;
 use candle_core::{DType, Result, Tensor, bail};
-use pulp::bytemuck::cast_slice;
+use pages::Pages;
+pub(crate) use parts::{CachePart, Cut, StepPart, share};
 
 /// Positions of one block.
 pub const BLOCK: usize = LANES;
@@ -71,13 +75,6 @@ pub struct StepRows<'a> {
 pub struct LayerCache {
     pages: Vec<Pages>,
     layout: Layout,
-}
-
-/// Keys and values of one head.
-#[derive(Debug)]
-struct Pages {
-    keys: Aligned<u32>,
-    values: Aligned<u32>,
 }
 
 /// Keys and values of one block.
@@ -125,11 +122,15 @@ impl LayerCache {
     pub fn new(blocks: usize, heads: Heads, dtype: DType) -> Self {
         let kind = if dtype == DType::BF16 { WeightType::Bf16 } else { WeightType::F32 };
         let layout = Layout { kind, heads };
-        let pages = |_| Pages {
-            keys: Aligned::zeros(blocks * layout.key_page()),
-            values: Aligned::zeros(blocks * layout.value_page()),
-        };
-        LayerCache { pages: (0..heads.key_value).map(pages).collect(), layout }
+        LayerCache {
+            pages: (0..heads.key_value).map(|_| Pages::new(blocks, layout)).collect(),
+            layout,
+        }
+    }
+
+    /// How its rows divide into heads.
+    pub(crate) fn heads(&self) -> &Heads {
+        &self.layout.heads
     }
 
     /// Stores the rows' keys and values, then attends: `(rows, query heads * width)`.
@@ -151,17 +152,27 @@ impl LayerCache {
     ///
     /// # Errors
     /// If runs overlap or reach beyond the rows.
-    pub(crate) fn store(&mut self, [k, v]: [&[f32]; 2], runs: &[Run]) -> Result<()> {
+    pub(crate) fn store(&mut self, kv: [&[f32]; 2], runs: &[Run]) -> Result<()> {
+        // SAFETY: the layer is borrowed by nobody else.
+        unsafe { self.store_beside(kv, runs) }
+    }
+
+    /// [`LayerCache::store`] while others use other blocks.
+    ///
+    /// # Safety
+    /// Nobody else uses the blocks that the runs write to.
+    unsafe fn store_beside(&self, [k, v]: [&[f32]; 2], runs: &[Run]) -> Result<()> {
         let layout = self.layout;
         covered(runs, k.len() / (layout.heads.key_value * layout.heads.width))?;
-        each(self.pages.iter_mut().enumerate(), |(head, pages)| {
+        each(self.pages.iter().enumerate(), |(head, pages)| {
             for run in runs {
                 for row in 0..run.rows {
                     let from = (run.first_row + row) * layout.heads.key_value + head;
                     let columns = from * layout.heads.width..(from + 1) * layout.heads.width;
                     let position = run.position + row;
                     let at = (run.table[position / BLOCK] as usize, position % BLOCK);
-                    pages.store(layout, at, &k[columns.clone()], &v[columns]);
+                    // SAFETY: a head is one task, and nobody else uses the block.
+                    unsafe { pages.store(layout, at, &k[columns.clone()], &v[columns]) };
                 }
             }
         });
@@ -206,9 +217,8 @@ impl LayerCache {
     /// A block of a sequence, if it has so many.
     fn block(&self, run: &Run, head: usize, block: usize) -> Option<Block<'_>> {
         let at = *run.table.get(block)? as usize;
-        let Pages { keys, values } = &self.pages[head];
-        let (key, value) = (self.layout.key_page(), self.layout.value_page());
-        Some(Block { keys: &keys[at * key..][..key], values: &values[at * value..][..value] })
+        // SAFETY: a layer that is borrowed is not written to, but by parts of a step, each to blocks that no other uses.
+        Some(unsafe { self.pages[head].block(at) })
     }
 }
 
@@ -222,41 +232,6 @@ fn covered(runs: &[Run], rows: usize) -> Result<usize> {
         end = run.first_row + run.rows;
     }
     Ok(runs.iter().map(|run| run.rows).sum())
-}
-
-impl Pages {
-    fn store(&mut self, layout: Layout, (block, lane): (usize, usize), k: &[f32], v: &[f32]) {
-        let Pages { keys, values } = self;
-        let keys = &mut keys[block * layout.key_page()..][..layout.key_page()];
-        let values = &mut values[block * layout.value_page()..][..layout.value_page()];
-        if lane == 0 {
-            // Nothing is left of whoever had the block before.
-            keys.fill(0);
-            values.fill(0);
-        }
-        let half = &mut keys[lane / PANEL * PANEL * layout.key_words()..];
-        let words = half.iter_mut().skip(lane % PANEL).step_by(PANEL);
-        let stripes =
-            values.chunks_exact_mut(layout.kind.words(BLOCK) * PANEL).zip(v.chunks(PANEL));
-        match layout.kind {
-            WeightType::F32 => {
-                words.zip(k).for_each(|(word, key)| *word = key.to_bits());
-                for (stripe, v) in stripes {
-                    stripe[lane * PANEL..][..v.len()].copy_from_slice(cast_slice(v));
-                }
-            }
-            _ => {
-                let key = |k: &[f32]| rounding::pair(k[0], k.get(1).copied().unwrap_or(0.0));
-                words.zip(k.chunks(2)).for_each(|(word, k)| *word = key(k));
-                let shift = 16 * (lane % 2);
-                for (stripe, v) in stripes {
-                    for (word, &v) in stripe[lane / 2 * PANEL..].iter_mut().zip(v) {
-                        *word = *word & !(0xffff << shift) | rounding::round(v) << shift;
-                    }
-                }
-            }
-        }
-    }
 }
 
 #[cfg(test)]
