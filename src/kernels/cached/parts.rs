@@ -69,18 +69,14 @@ impl<'a> StepRows<'a> {
     }
 
     fn part(&self, runs: Range<usize>) -> Result<StepPart<'a>> {
-        let row_of = |run: usize| match self.runs.get(run) {
-            Some(run) if runs.len() < self.runs.len() => run.first_row,
-            _ => self.positions.len(),
-        };
+        let row_of =
+            |run: usize| self.runs.get(run).map_or(self.positions.len(), |run| run.first_row);
         let first = if runs.start == 0 { 0 } else { row_of(runs.start) };
         let rows = first..row_of(runs.end);
+        let place = |row| self.samples.partition_point(|&sample| (sample as usize) < row);
         let samples = match runs.len() == self.runs.len() {
-            true => self.samples,
-            false => {
-                let place = |row| self.samples.partition_point(|&sample| (sample as usize) < row);
-                &self.samples[place(rows.start)..place(rows.end)]
-            }
+            true => self.samples, // in any order
+            false => &self.samples[place(rows.start)..place(rows.end)],
         };
         let samples: Vec<u32> = samples.iter().map(|&row| row - first as u32).collect();
         let run = |run: &Run| Run { first_row: run.first_row - first, ..run.clone() };
