@@ -39,7 +39,7 @@ thread_local! {
     static ENTERED: RefCell<Option<Entered>> = const { RefCell::new(None) };
 }
 
-/// Threads there are: as many as cores, unless `RAYON_NUM_THREADS` says otherwise.
+/// Threads of the pool that this one is in, or else of the common one: as many as cores, unless `RAYON_NUM_THREADS` says otherwise.
 pub fn all() -> usize {
     rayon::current_num_threads()
 }

@@ -210,7 +210,9 @@ impl Llama {
     /// Parts that a step of so many rows is computed in, where its sequences are as many.
     pub fn parts_of_step(&self, rows: usize) -> usize {
         match &self.layers {
-            Layers::Packed(_, layers) => layers.parts(threads::all(), rows),
+            Layers::Packed(_, layers) => {
+                layers.cut(threads::all(), &self.config.heads()).parts_of(rows)
+            }
             _ => 1,
         }
     }

@@ -67,8 +67,11 @@ fn with_scratch<R: Send>(work: impl FnOnce(&mut Scratch) -> R + Send) -> R {
 
 impl PackedLayers {
     /// How a step is cut for so many threads.
+    ///
+    /// # Panics
+    /// If there are no blocks.
     pub(crate) fn cut(&self, threads: usize, heads: &Heads) -> Cut {
-        let Some(block) = self.blocks.first() else { return Cut::NONE };
+        let block = &self.blocks[0];
         let weights = [&block.q_proj, &block.k_proj, &block.v_proj, &block.o_proj];
         let weights =
             weights.into_iter().chain([&block.gate_proj, &block.up_proj, &block.down_proj]);
@@ -80,11 +83,6 @@ impl PackedLayers {
             positions_of_row: products / (4 * heads.query * heads.width),
             positions_max: heads.window.unwrap_or(usize::MAX),
         }
-    }
-
-    /// Parts that so many threads cut a step of so many rows into.
-    pub(crate) fn parts(&self, threads: usize, rows: usize) -> usize {
-        threads.min(rows / product::rows_of_part(self.kind)).max(1)
     }
 
     /// Runs all blocks over `x (rows, hidden)`, in place. Where only some rows are `wanted` (each once, in

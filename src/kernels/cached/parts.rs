@@ -49,9 +49,10 @@ pub(crate) struct CachePart<'a> {
 }
 
 impl Cut {
-    /// Not at all.
-    pub(crate) const NONE: Cut =
-        Cut { parts: 1, rows_min: 1, positions_of_row: 1, positions_max: usize::MAX };
+    /// Parts of so many rows at most, one at least.
+    pub(crate) fn parts_of(self, rows: usize) -> usize {
+        self.parts.min(rows / self.rows_min.max(1)).max(1)
+    }
 }
 
 impl<'a> StepRows<'a> {
@@ -90,7 +91,7 @@ impl<'a> StepRows<'a> {
     /// Runs before which the step is cut.
     fn ends(&self, cut: Cut) -> Vec<usize> {
         let rows = self.positions.len();
-        let parts = cut.parts.min(rows / cut.rows_min.max(1)).min(self.runs.len());
+        let parts = cut.parts_of(rows).min(self.runs.len());
         if parts < 2 || !self.is_in_order() {
             return Vec::new();
         }
