@@ -19,7 +19,7 @@ use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use headwater::engine::metrics::EngineCounters;
 use headwater::engine::phases::{Phase, Phases};
-use headwater::engine::schedule::{PrefixReuse, Speculation};
+use headwater::engine::schedule::{Means, PrefixReuse, Speculation};
 use headwater::engine::{self, EngineSettings};
 use headwater::kernels::cached::BLOCK;
 use headwater::kernels::cuda::forget_peak;
@@ -138,8 +138,8 @@ impl Setup {
             );
             // Nothing is shared and nothing copied; what random weights repeat must not count as speed.
             ensure!(args.steps.speculation != "always", "--speculation always wants --prompts");
-            engine.means.prefix_reuse = PrefixReuse::Off;
-            engine.means.speculation = Speculation::Off;
+            engine.means = Means { prefix_reuse: PrefixReuse::Off, speculation: Speculation::Off };
+            tell!("random prompts: prefix reuse and speculation are off, whatever is asked for");
             Workload::random(
                 args.requests.unwrap_or(64),
                 args.prompt_tokens,
@@ -316,7 +316,7 @@ fn figures(args: &Synth, setup: &Setup, measured: &Measured<'_>, whole: &Whole) 
         "tokens_per_s": answered.output_tokens as f64 / seconds,
         "prefill_tokens_per_s": prefill.rate(),
         "decode_tokens_per_s": decode.rate(),
-        "prefix_hit_rate": per(engine["cached_tokens"], answered.prompt_tokens),
+        "prefix_hit_rate": per(engine["cached_tokens"], engine["admitted_tokens"]),
         "draft_hit_rate": per(engine["accepted_tokens"], engine["drafted_tokens"]),
         "batch_mean": per(engine["sequences"], engine["steps"]),
         "memory_bytes": whole.memory_bytes,

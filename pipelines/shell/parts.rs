@@ -84,7 +84,7 @@ impl Parts {
             }
             None => (None, None),
         };
-        let counters = Arc::new(EngineCounters::default());
+        let counters = Arc::new(EngineCounters::with_log(&settings.out.join("engine.jsonl"))?);
         let start = |model, counters, next| -> Result<Queue> {
             let engines = start_engines(settings, model, counters, next)?;
             match &store {

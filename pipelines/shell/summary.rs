@@ -246,13 +246,12 @@ impl Summary {
     /// What the synthesis engines did in this run, as far as it went here.
     fn describe_engine(&self) -> String {
         let get = |name: &str| self.engine[name];
-        let prompts = get("prompt_tokens") + get("cached_tokens");
         format!(
             "{} steps of {:.1} sequences; {:.1} % of prompts were in the cache; {} of {} guessed tokens held; \
              {} sequences computed again",
             count(get("steps")),
             get("sequences") as f64 / get("steps").max(1) as f64,
-            100.0 * get("cached_tokens") as f64 / prompts.max(1) as f64,
+            100.0 * get("cached_tokens") as f64 / get("admitted_tokens").max(1) as f64,
             count(get("accepted_tokens")),
             count(get("drafted_tokens")),
             get("preemptions"),

@@ -250,10 +250,43 @@ fn few() -> Vec<Ask> {
 #[test]
 fn kernels_for_gpus_answer_as_the_cpu_does() {
     let settings = EngineSettings { sequences_max: 5, step_tokens_max: 90, means: ALL, ..ALONE };
+    // Without guesses each step is launched before the tokens of the one before are known.
+    let ahead = Means { speculation: Speculation::Off, ..ALL };
     let (alone, _) = generate(ALONE, &few(), &[END]);
+    assert!(alone.iter().any(|(_, finish)| *finish == Finish::Stop), "some are closed");
     for machine in machines() {
-        let (found, _) = generate_with(model_on(&machine, DType::F32), settings, &few(), &[END]);
-        assert!(found == alone, "answers differ on {}", machine.name);
+        for settings in [settings, EngineSettings { means: ahead, ..settings }] {
+            let model = model_on(&machine, DType::F32);
+            let (found, counts) = generate_with(model, settings, &few(), &[END]);
+            assert!(found == alone, "answers differ on {}", machine.name);
+            assert!(counts["cached_tokens"] > 0, "{counts:?}");
+            assert_eq!(counts["drafted_tokens"] > 0, settings.means == ALL, "{counts:?}");
+        }
+    }
+}
+
+#[test]
+fn in_bf16_gpus_serve_all_and_mostly_say_what_the_cpu_does() {
+    let twin = generate_with(model(Form::PackedAs(WeightType::Bf16)), ALONE, &few(), &[END]).0;
+    for machine in machines() {
+        let settings =
+            EngineSettings { sequences_max: 5, step_tokens_max: 40, means: ALL, ..ALONE };
+        let model = model_on(&machine, DType::BF16);
+        let (found, counts) = generate_with(model, settings, &few(), &[END]);
+        assert!(counts["drafted_tokens"] > 0 && counts["cached_tokens"] > 0, "{counts:?}");
+        assert!(found.iter().all(|(_, finish)| matches!(finish, Finish::Stop | Finish::Length)));
+        // Sums of another order may choose another token of two that are close, and all behind it differ.
+        let first = |answers: &[Answer]| -> Vec<Option<u32>> {
+            answers.iter().map(|(tokens, _)| tokens.first().copied()).collect()
+        };
+        let same =
+            first(&found).iter().zip(first(&twin)).filter(|(one, twin)| *one == twin).count();
+        assert!(
+            2 * same > twin.len(),
+            "{same} of {} begin the same on {}",
+            twin.len(),
+            machine.name
+        );
     }
 }
 

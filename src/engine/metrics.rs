@@ -1,6 +1,10 @@
 //! What an engine does: figures of one step, and totals that others may read at any time.
 
+use super::step_log::StepLog;
+use crate::error::Result;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 /// What one step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,7 +15,9 @@ pub struct StepMetrics {
     pub prompt_tokens: u64,
     /// Rows of tokens that were generated one step before.
     pub decode_tokens: u64,
-    /// Prompt tokens of admitted sequences that were in the cache already.
+    /// Tokens of prompts that were admitted for the first time.
+    pub admitted_tokens: u64,
+    /// Those of them that were in the cache already.
     pub cached_tokens: u64,
     /// Rows of guessed tokens.
     pub drafted_tokens: u64,
@@ -25,6 +31,8 @@ pub struct StepMetrics {
     pub evictions: u64,
     /// Blocks that sequences held.
     pub blocks_held: u64,
+    /// Blocks of the cache.
+    pub blocks: u64,
 }
 
 /// What an engine has done so far.
@@ -40,7 +48,9 @@ pub struct EngineCounters {
     pub prompt_tokens: AtomicU64,
     /// Rows of tokens that were generated one step before.
     pub decode_tokens: AtomicU64,
-    /// Prompt tokens that were in the cache already.
+    /// Tokens of prompts that were admitted for the first time.
+    pub admitted_tokens: AtomicU64,
+    /// Those of them that were in the cache already.
     pub cached_tokens: AtomicU64,
     /// Tokens guessed.
     pub drafted_tokens: AtomicU64,
@@ -52,53 +62,72 @@ pub struct EngineCounters {
     pub preemptions: AtomicU64,
     /// Blocks of earlier texts that were given to others.
     pub evictions: AtomicU64,
-    /// Blocks that sequences hold now.
+    /// Blocks that sequences hold now, in the engine that went a step last.
     pub blocks_held: AtomicU64,
     /// Microseconds that steps took.
     pub step_us: AtomicU64,
+    /// Where steps are written down.
+    log: Option<Mutex<StepLog>>,
 }
 
 impl EngineCounters {
-    /// Adds a step that took so long.
-    pub fn note(&self, step: &StepMetrics, seconds: f64) {
-        let StepMetrics {
-            sequences,
-            prompt_tokens,
-            decode_tokens,
-            cached_tokens,
-            drafted_tokens,
-            accepted_tokens,
-            generated_tokens,
-            preemptions,
-            evictions,
-            blocks_held,
-        } = *step;
+    /// Counts that also write down what steps do, behind what a file holds ([`StepLog`]).
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn with_log(path: &Path) -> Result<Self> {
+        Ok(EngineCounters { log: Some(Mutex::new(StepLog::open(path)?)), ..Self::default() })
+    }
+
+    /// Adds a step that took so long and left sequences with so many blocks.
+    ///
+    /// # Errors
+    /// If it is to be written down and the disk refuses.
+    pub fn note(&self, step: &StepMetrics, seconds: f64, blocks_held: usize) -> Result<()> {
         for (total, amount) in [
             (&self.steps, 1),
-            (&self.sequences, sequences),
-            (&self.prompt_tokens, prompt_tokens),
-            (&self.decode_tokens, decode_tokens),
-            (&self.cached_tokens, cached_tokens),
-            (&self.drafted_tokens, drafted_tokens),
-            (&self.accepted_tokens, accepted_tokens),
-            (&self.generated_tokens, generated_tokens),
-            (&self.preemptions, preemptions),
-            (&self.evictions, evictions),
+            (&self.sequences, step.sequences),
+            (&self.prompt_tokens, step.prompt_tokens),
+            (&self.decode_tokens, step.decode_tokens),
+            (&self.admitted_tokens, step.admitted_tokens),
+            (&self.cached_tokens, step.cached_tokens),
+            (&self.drafted_tokens, step.drafted_tokens),
+            (&self.accepted_tokens, step.accepted_tokens),
+            (&self.generated_tokens, step.generated_tokens),
+            (&self.preemptions, step.preemptions),
+            (&self.evictions, step.evictions),
             (&self.step_us, (seconds * 1e6) as u64),
         ] {
             total.fetch_add(amount, Relaxed);
         }
-        self.blocks_held.store(blocks_held, Relaxed);
+        self.blocks_held.store(blocks_held as u64, Relaxed);
+        self.in_log(|log| log.note(step, seconds))
+    }
+
+    /// An engine has nothing to do.
+    ///
+    /// # Errors
+    /// If the disk refuses what is to be written down.
+    pub fn rest(&self) -> Result<()> {
+        self.in_log(StepLog::end_line)
+    }
+
+    fn in_log(&self, write: impl FnOnce(&mut StepLog) -> Result<()>) -> Result<()> {
+        match &self.log {
+            Some(log) => write(&mut log.lock().unwrap_or_else(PoisonError::into_inner)),
+            None => Ok(()),
+        }
     }
 
     /// Name and value of each count, for whoever writes them down.
-    pub fn figures(&self) -> [(&'static str, u64); 13] {
+    pub fn figures(&self) -> [(&'static str, u64); 14] {
         [
             ("requests", &self.requests),
             ("steps", &self.steps),
             ("sequences", &self.sequences),
             ("prompt_tokens", &self.prompt_tokens),
             ("decode_tokens", &self.decode_tokens),
+            ("admitted_tokens", &self.admitted_tokens),
             ("cached_tokens", &self.cached_tokens),
             ("drafted_tokens", &self.drafted_tokens),
             ("accepted_tokens", &self.accepted_tokens),
@@ -117,11 +146,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn steps_add_up_and_blocks_are_those_of_the_last() {
+    fn steps_add_up_and_blocks_are_those_that_are_held_now() {
         let counters = EngineCounters::default();
         for blocks_held in [5, 3] {
-            let step = StepMetrics { sequences: 2, blocks_held, ..StepMetrics::default() };
-            counters.note(&step, 0.25);
+            let step = StepMetrics { sequences: 2, ..StepMetrics::default() };
+            counters.note(&step, 0.25, blocks_held).unwrap();
         }
         let figures = std::collections::BTreeMap::from(counters.figures());
         let found = ["steps", "sequences", "blocks_held", "step_us"].map(|name| figures[name]);

@@ -17,6 +17,7 @@ pub mod odds;
 pub mod phases;
 pub mod router;
 pub mod schedule;
+pub mod step_log;
 
 #[cfg(test)]
 mod invariance;
@@ -25,6 +26,7 @@ use crate::error::{Context, Error, Result};
 use crate::kernels::cached::{BLOCK, StepRows};
 use crate::model::Llama;
 use crate::model::cache::Cache;
+use crate::model::launched::Launched;
 use crate::record::Finish;
 use crate::synthesizer::{Job, Queue};
 use crate::threads;
@@ -120,10 +122,11 @@ impl Engine {
     /// Answers jobs until their senders are gone and all is answered.
     ///
     /// # Errors
-    /// If the device fails.
+    /// If the device fails, or the disk that steps are written down to.
     pub fn serve(&mut self, jobs: &Receiver<Job>) -> Result<()> {
         loop {
             if self.schedule.is_empty() {
+                self.counters.rest()?;
                 threads::set_at_work(false);
                 match jobs.recv() {
                     Ok(job) => admit(&mut self.schedule, &self.model, job),
@@ -133,31 +136,65 @@ impl Engine {
             }
             admit_waiting(&mut self.schedule, &self.model, jobs);
             if !self.schedule.is_empty() {
-                self.step(jobs)?;
+                self.go_on(jobs)?;
             }
         }
     }
 
-    fn step(&mut self, jobs: &Receiver<Job>) -> Result<()> {
-        let start = Instant::now();
-        let Engine { model, cache, schedule, .. } = self;
-        let step = schedule.plan();
-        let Step { ids, positions, runs, samples, .. } = &step;
+    /// Computes a step, and those behind it that can be laid out before its tokens are known. A device of its own has
+    /// the next step before it is through with one.
+    fn go_on(&mut self, jobs: &Receiver<Job>) -> Result<()> {
+        let mut start = Instant::now();
+        let mut step = self.schedule.plan();
+        let mut launched = self.launch(&step, None)?;
+        loop {
+            let next = match self.model.has_own_device() {
+                true => self.plan_next(jobs, &step),
+                false => None,
+            };
+            let next = match next {
+                Some(next) => Some((self.launch(&next, Some(&launched))?, next)),
+                None => None,
+            };
+            let sampled = launched.tokens().context("generation step")?;
+            let end = Instant::now();
+            self.take(&mut step, &sampled, (end - start).as_secs_f64())?;
+            match next {
+                Some(next) => (launched, step) = next,
+                None => return Ok(()),
+            }
+            start = end;
+        }
+    }
+
+    /// What can be done for the next step while a device is at one: it is laid out, or all but that.
+    fn plan_next(&mut self, jobs: &Receiver<Job>, step: &Step) -> Option<Step> {
+        admit_waiting(&mut self.schedule, &self.model, jobs);
+        let next = self.schedule.plan_ahead(step);
+        if next.is_none() {
+            self.schedule.prepare();
+        }
+        next
+    }
+
+    /// Has the device begin with a step; ids that are not known are those of the step before.
+    fn launch(&mut self, step: &Step, before: Option<&Launched>) -> Result<Launched> {
+        let Step { ids, positions, runs, samples, expected, .. } = step;
         let rows = StepRows { ids, positions, runs, samples };
-        // Nothing of the next step depends on what a GPU is at but the tokens.
-        let meanwhile = || admit_waiting(schedule, model, jobs);
-        let sampled = model.next_tokens(cache, &rows, meanwhile).context("generation step")?;
-        let done = schedule.take(&step, &sampled, &self.ends);
-        let seconds = start.elapsed().as_secs_f64();
-        schedule.measured(&step, seconds);
-        self.counters.note(schedule.metrics(), seconds);
+        let before = before.map(|before| (before, &expected[..]));
+        self.model.launch(&mut self.cache, &rows, before).context("generation step")
+    }
+
+    fn take(&mut self, step: &mut Step, sampled: &[u32], seconds: f64) -> Result<()> {
+        let done = self.schedule.take(step, sampled, &self.ends);
+        self.schedule.measured(step, seconds);
         for (sequence, closed) in done {
             let finish = if closed { Finish::Stop } else { Finish::Length };
             let tokens = sequence.generated().to_vec();
             self.counters.requests.fetch_add(1, Relaxed);
             sequence.owner.complete(tokens, finish);
         }
-        Ok(())
+        self.counters.note(&step.metrics, seconds, self.schedule.blocks_held())
     }
 }
 

@@ -165,7 +165,7 @@ impl<'a> Phases<'a> {
         samples: &[u32],
     ) -> Result<Vec<u32>> {
         let rows = StepRows { ids, positions, runs, samples };
-        self.model.next_tokens(&mut self.cache, &rows, || ()).context("generation step")
+        self.model.next_tokens(&mut self.cache, &rows).context("generation step")
     }
 }
 

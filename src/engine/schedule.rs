@@ -11,54 +11,17 @@
 //! order they came in. The oldest has a row in every step, and takes blocks from the youngest, so it comes
 //! to its end, and so does the next.
 
+mod ahead;
+mod means;
+
 use super::blocks::Blocks;
 use super::draft::{DRAFT_MAX, Lookup};
 use super::metrics::StepMetrics;
 use super::odds::{Measured, Odds};
-use crate::kernels::cached::{BLOCK, Run};
+use crate::kernels::cached::{BLOCK, Expected, Run};
 use std::collections::VecDeque;
 
-/// The bounds of a schedule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bounds {
-    /// Sequences that run at a time.
-    pub sequences_max: usize,
-    /// Rows of one step.
-    pub step_tokens_max: usize,
-    /// Blocks of the cache.
-    pub blocks: usize,
-    /// Prompts that have an equal share of a step, if there are so many: its parts then have about the same work.
-    pub prompts_at_once: usize,
-}
-
-/// Whether blocks of earlier sequences are used again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PrefixReuse {
-    /// A sequence computes all its tokens.
-    Off,
-    /// A sequence computes what is not in the cache.
-    On,
-}
-
-/// Whether tokens are guessed ahead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Speculation {
-    /// Never.
-    Off,
-    /// Where it is estimated to be faster.
-    Auto,
-    /// Wherever there is something to guess from.
-    Always,
-}
-
-/// What a schedule makes use of. Nothing of it changes a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Means {
-    /// Whether blocks of earlier sequences are used again.
-    pub prefix_reuse: PrefixReuse,
-    /// Whether tokens are guessed ahead.
-    pub speculation: Speculation,
-}
+pub use means::{Bounds, Means, PrefixReuse, Speculation};
 
 /// A sequence that is being generated; `T` is whatever belongs to it.
 #[derive(Debug)]
@@ -71,6 +34,12 @@ pub struct Sequence<T> {
     pub new_tokens_max: usize,
     /// What belongs to it.
     pub owner: T,
+    /// How many came in before it.
+    number: u64,
+    /// Whether it has had blocks before.
+    was_admitted: bool,
+    /// Whether its last token stands for one that a step in flight samples (`ahead`).
+    expects: bool,
     /// Tokens whose keys and values are in the cache.
     computed: usize,
     table: Vec<u32>,
@@ -85,8 +54,14 @@ impl<T> Sequence<T> {
         &self.tokens[self.prompt..]
     }
 
+    /// Whether it has all tokens that it may have, though not all need be known.
+    fn is_over(&self) -> bool {
+        self.generated().len() >= self.new_tokens_max
+    }
+
+    /// Tokens whose rows are to come.
     fn left(&self) -> usize {
-        self.tokens.len() - self.computed
+        if self.is_over() { 0 } else { self.tokens.len() - self.computed }
     }
 }
 
@@ -101,6 +76,10 @@ pub struct Step {
     pub runs: Vec<Run>,
     /// Rows whose next token is wanted.
     pub samples: Vec<u32>,
+    /// Rows whose ids are samples of the step before, and not known yet.
+    pub expected: Vec<Expected>,
+    /// What it does.
+    pub metrics: StepMetrics,
     /// What each run wants.
     wants: Vec<Want>,
 }
@@ -115,9 +94,11 @@ struct Portion {
     matched: usize,
 }
 
-/// What a run of the running sequence of the same index wants.
+/// What a run wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Want {
+    /// The number of its sequence.
+    sequence: u64,
     /// Rows at its end whose next token is wanted: none, or one and one for each guess.
     samples: usize,
     /// Length of the match that the guesses come from.
@@ -134,6 +115,9 @@ pub struct Schedule<T> {
     running: Vec<Sequence<T>>,
     blocks: Blocks,
     odds: Odds,
+    /// Sequences that came in.
+    pushed: u64,
+    /// What the step that is being laid out does.
     metrics: StepMetrics,
 }
 
@@ -153,17 +137,18 @@ impl<T> Schedule<T> {
             running: Vec::new(),
             blocks: Blocks::new(blocks),
             odds: Odds::default(),
+            pushed: 0,
             metrics: StepMetrics::default(),
         }
     }
 
-    /// Takes a prompt in, or hands its owner back if the whole cache would be too small for it.
+    /// Takes a prompt in, or hands its owner back if the whole cache would be too small for it or nothing is wanted.
     ///
     /// # Errors
     /// The owner.
     pub fn push(&mut self, prompt: Vec<u32>, new_tokens_max: usize, owner: T) -> Result<(), T> {
         let blocks = (prompt.len() + new_tokens_max).div_ceil(BLOCK);
-        if blocks > self.bounds.blocks || prompt.is_empty() {
+        if blocks > self.bounds.blocks || prompt.is_empty() || new_tokens_max == 0 {
             return Err(owner);
         }
         self.waiting.push_back(Sequence {
@@ -171,11 +156,15 @@ impl<T> Schedule<T> {
             tokens: prompt,
             new_tokens_max,
             owner,
+            number: self.pushed,
+            was_admitted: false,
+            expects: false,
             computed: 0,
             table: Vec::new(),
             filed: 0,
             lookup: Lookup::default(),
         });
+        self.pushed += 1;
         Ok(())
     }
 
@@ -191,32 +180,39 @@ impl<T> Schedule<T> {
 
     /// Whether another prompt would only wait.
     pub fn is_full(&self) -> bool {
-        !self.waiting.is_empty() || self.running.len() >= self.bounds.sequences_max
+        !self.waiting.is_empty() || self.going_on() >= self.bounds.sequences_max
     }
 
-    /// What the last step did.
-    pub fn metrics(&self) -> &StepMetrics {
-        &self.metrics
+    /// Sequences that run, but for those whose last token is only waited for.
+    fn going_on(&self) -> usize {
+        self.running.iter().filter(|sequence| !sequence.is_over()).count()
     }
 
-    /// Takes in how many seconds the last step took: costs decide how much is guessed.
+    /// Blocks that sequences hold.
+    pub fn blocks_held(&self) -> usize {
+        self.blocks.held()
+    }
+
+    /// Takes in how many seconds a step took: costs decide how much is guessed.
     pub fn measured(&mut self, step: &Step, seconds: f64) {
         let sampled_rows = step.samples.len();
-        let prompt_rows = self.metrics.prompt_tokens as usize;
+        let prompt_rows = step.metrics.prompt_tokens as usize;
         self.odds.measured(Measured { prompt_rows, sampled_rows, seconds });
     }
 
     /// Admits what fits and lays out the next step.
     pub fn plan(&mut self) -> Step {
-        self.metrics = StepMetrics::default();
         let evictions = self.blocks.evictions();
         self.admit();
         let mut step = Step::default();
         for (index, Portion { rows, guess, matched }) in self.share_out().into_iter().enumerate() {
             let sequence = &mut self.running[index];
             let left = sequence.left();
+            if left == 0 {
+                continue;
+            }
             let samples = if rows == left { 1 + guess.len() } else { 0 };
-            step.add(sequence, rows, &guess, Want { samples, matched });
+            step.add(sequence, rows, &guess, Want { sequence: sequence.number, samples, matched });
             match left {
                 1 => self.metrics.decode_tokens += 1,
                 _ => self.metrics.prompt_tokens += rows as u64,
@@ -226,6 +222,8 @@ impl<T> Schedule<T> {
         self.metrics.sequences = step.runs.len() as u64;
         self.metrics.evictions = self.blocks.evictions() - evictions;
         self.metrics.blocks_held = self.blocks.held() as u64;
+        self.metrics.blocks = self.bounds.blocks as u64;
+        step.metrics = std::mem::take(&mut self.metrics);
         step
     }
 
@@ -264,26 +262,34 @@ impl<T> Schedule<T> {
     }
 
     /// Appends the sampled tokens; returns the sequences that are finished, and whether each was closed
-    /// by one of `ends`.
+    /// by one of `ends`. Steps are taken in the order they were laid out in.
     ///
     /// # Panics
     /// If there is not one token for each sample of the step.
-    pub fn take(&mut self, step: &Step, sampled: &[u32], ends: &[u32]) -> Vec<(Sequence<T>, bool)> {
+    pub fn take(
+        &mut self,
+        step: &mut Step,
+        sampled: &[u32],
+        ends: &[u32],
+    ) -> Vec<(Sequence<T>, bool)> {
         assert_eq!(step.samples.len(), sampled.len(), "one token for each sample");
         let mut done = Vec::new();
         let mut taken = 0;
-        for (index, want) in step.wants.iter().enumerate() {
-            let sequence = &mut self.running[index];
+        for want in &step.wants {
             let rows = &step.samples[taken..taken + want.samples];
             let own = &sampled[taken..taken + want.samples];
             taken += want.samples;
+            let Some(index) = self.index_of(want.sequence) else {
+                continue; // the step before has ended it, or its blocks are gone again
+            };
+            let sequence = &mut self.running[index];
             let guesses = rows.iter().skip(1).map(|&row| step.ids[row as usize]);
             let (accepted, end) = sequence.accept(own, guesses, ends);
             if want.samples > 1 {
                 self.odds.compared(want.matched, want.samples - 1, accepted);
             }
-            self.metrics.accepted_tokens += accepted as u64;
-            self.metrics.generated_tokens += own.len().min(accepted + 1) as u64;
+            step.metrics.accepted_tokens += accepted as u64;
+            step.metrics.generated_tokens += own.len().min(accepted + 1) as u64;
             if self.means.prefix_reuse == PrefixReuse::On {
                 sequence.file(&mut self.blocks);
             }
@@ -299,8 +305,13 @@ impl<T> Schedule<T> {
             .collect()
     }
 
+    /// Where a sequence stands among those that run.
+    fn index_of(&self, number: u64) -> Option<usize> {
+        self.running.binary_search_by_key(&number, |sequence| sequence.number).ok()
+    }
+
     fn admit(&mut self) {
-        while self.running.len() < self.bounds.sequences_max
+        while self.going_on() < self.bounds.sequences_max
             && let Some(next) = self.waiting.front()
         {
             let tokens = &next.tokens;
@@ -322,7 +333,12 @@ impl<T> Schedule<T> {
             sequence.computed = found.len() * BLOCK;
             sequence.table = found;
             sequence.table.extend((0..fresh).map_while(|_| self.blocks.take()));
-            self.metrics.cached_tokens += sequence.computed as u64;
+            // What it finds of its own after it lost its blocks is not what earlier texts saved it.
+            if !sequence.was_admitted {
+                sequence.was_admitted = true;
+                self.metrics.admitted_tokens += sequence.prompt as u64;
+                self.metrics.cached_tokens += sequence.computed as u64;
+            }
             self.running.push(sequence);
         }
     }
@@ -393,6 +409,9 @@ impl<T> Sequence<T> {
     ) -> (usize, Option<bool>) {
         let mut accepted = 0;
         let mut guesses = guesses.fuse();
+        if std::mem::take(&mut self.expects) && !sampled.is_empty() {
+            self.tokens.pop();
+        }
         for &token in sampled {
             if ends.contains(&token) {
                 return (accepted, Some(true));
@@ -413,7 +432,8 @@ impl<T> Sequence<T> {
     /// Files the blocks that have become full. What guesses left behind is not among the computed tokens,
     /// so it is never part of one.
     fn file(&mut self, blocks: &mut Blocks) {
-        while (self.filed + 1) * BLOCK <= self.computed {
+        // A row behind the last token is computed of what was not known to have ended.
+        while (self.filed + 1) * BLOCK <= self.computed.min(self.tokens.len()) {
             let before = self.filed.checked_sub(1).map(|before| self.table[before]);
             let tokens = self.tokens.as_chunks::<BLOCK>().0[self.filed];
             self.table[self.filed] = blocks.file(before, tokens, self.table[self.filed]);

@@ -5,13 +5,14 @@
 //! in. Queries, keys and values are one product, and so are gate and up.
 
 use super::config::ModelConfig;
+use super::launched::Launched;
 use crate::error::{Context, Error, Result as LoadResult};
-use crate::kernels::cached::StepRows;
-use crate::kernels::cuda::kernels::{Angles, DeviceStep, Kernels, Pages, VECTOR};
-use crate::kernels::cuda::machine::{Element, Machine, Matrix};
+use crate::kernels::cached::{Expected, StepRows};
+use crate::kernels::cuda::kernels::{Angles, Columns, DeviceStep, Kernels, Pages, VECTOR};
+use crate::kernels::cuda::machine::{Element, Machine, Mark, Matrix};
 use crate::kernels::cuda::plan::Limits;
 use crate::kernels::rope::RopeTable;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 use std::sync::Arc;
 
 /// Rows of logits that there are at a time: with a large vocabulary they take more memory than all else.
@@ -33,7 +34,7 @@ struct GpuBlock {
 /// A model in the memory of a GPU.
 #[derive(Debug)]
 pub(crate) struct GpuModel {
-    kernels: Kernels,
+    kernels: Arc<Kernels>,
     embed_tokens: Arc<Matrix>,
     angles: Angles,
     blocks: Vec<GpuBlock>,
@@ -57,6 +58,22 @@ pub(crate) struct GpuStepped {
     step: DeviceStep,
 }
 
+/// A step that a GPU has begun with.
+#[derive(Debug)]
+pub(crate) struct GpuLaunched {
+    kernels: Arc<Kernels>,
+    tokens: Columns,
+    /// Where all of it is done.
+    done: Mark,
+}
+
+impl GpuLaunched {
+    /// The next token of each sample, as soon as they are there.
+    pub(crate) fn tokens(&self) -> Result<Vec<u32>> {
+        self.kernels.download_columns(&self.tokens, &self.done)
+    }
+}
+
 impl GpuModel {
     /// Brings parameters, which `get` returns in host memory, onto a machine.
     ///
@@ -75,7 +92,8 @@ impl GpuModel {
         }
         let embed_tokens = get("model.embed_tokens.weight")?;
         let element = Element::of(embed_tokens.dtype())?;
-        let kernels = Kernels::new(machine, element, config.heads()).map_err(unsupported)?;
+        let kernels =
+            Arc::new(Kernels::new(machine, element, config.heads()).map_err(unsupported)?);
         let upload = |name: &str, parts: &[Tensor]| kernels.upload(parts).context(name);
         let embed_tokens = Arc::new(upload("model.embed_tokens.weight", &[embed_tokens])?);
         let mut blocks = Vec::with_capacity(config.num_hidden_layers);
@@ -140,8 +158,14 @@ impl GpuModel {
     }
 
     /// Computes the rows of a step, and stores their keys and values. Where the next token of few is wanted,
-    /// the last block takes the keys and values of all, and runs whole for these.
-    pub(crate) fn step(&self, cache: &mut GpuCache, rows: &StepRows<'_>) -> Result<GpuStepped> {
+    /// the last block takes the keys and values of all, and runs whole for these. `before` is the step before, and the
+    /// rows whose ids are tokens of it.
+    pub(crate) fn step(
+        &self,
+        cache: &mut GpuCache,
+        rows: &StepRows<'_>,
+        before: Option<(&Launched, &[Expected])>,
+    ) -> Result<GpuStepped> {
         let limits = Limits {
             ids: self.embed_tokens.rows,
             positions: self.angles.cosines.rows,
@@ -149,6 +173,10 @@ impl GpuModel {
         };
         let kernels = &self.kernels;
         let step = kernels.begin(rows, limits)?;
+        if let Some((before, expected)) = before.filter(|(_, expected)| !expected.is_empty()) {
+            let Some(before) = before.gpu() else { bail!("the step before was not on this GPU") };
+            kernels.fill_ids(&step, &before.tokens, expected)?;
+        }
         let narrow = self.narrow(rows, limits)?;
         let mut x = kernels.embed(&self.embed_tokens, &step)?;
         let mut layers = self.blocks.iter().zip(&mut cache.layers).collect::<Vec<_>>();
@@ -156,7 +184,7 @@ impl GpuModel {
         for layer in layers {
             self.run(layer, &mut x, &step)?;
         }
-        let stepped = match last {
+        Ok(match last {
             None => GpuStepped { x, step },
             Some(((block, pages), narrow)) => {
                 self.qkv((block, pages), &x, &step)?;
@@ -164,11 +192,18 @@ impl GpuModel {
                 self.run((block, pages), &mut x, &narrow)?;
                 GpuStepped { x, step: narrow }
             }
-        };
-        if rows.samples.is_empty() {
-            kernels.wait()?; // nothing else will: steps are timed
-        }
-        Ok(stepped)
+        })
+    }
+
+    /// Launches [`GpuModel::step`], and what finds the most likely next tokens, the first of several.
+    pub(crate) fn launch(
+        &self,
+        cache: &mut GpuCache,
+        rows: &StepRows<'_>,
+        before: Option<(&Launched, &[Expected])>,
+    ) -> Result<GpuLaunched> {
+        let stepped = self.step(cache, rows, before)?;
+        self.most_likely(&stepped)
     }
 
     /// The rows of a step whose next token is wanted as a step of their own, whose ids name rows of the
@@ -248,10 +283,10 @@ impl GpuModel {
     }
 
     /// The most likely next tokens, the first of several: all come to the host at once.
-    pub(crate) fn most_likely(&self, stepped: &GpuStepped) -> Result<Vec<u32>> {
+    pub(crate) fn most_likely(&self, stepped: &GpuStepped) -> Result<GpuLaunched> {
         let tokens = self.kernels.columns_of(stepped.step.samples())?;
         self.logits_of(stepped, |first, logits| self.kernels.argmax(&logits, &tokens, first))?;
-        self.kernels.download_columns(&tokens)
+        Ok(GpuLaunched { kernels: self.kernels.clone(), tokens, done: self.kernels.mark()? })
     }
 }
 

@@ -11,6 +11,7 @@ pub mod device;
 mod gpu;
 mod gradients;
 pub(crate) mod host;
+pub mod launched;
 pub mod layers;
 mod load;
 mod packed;
@@ -23,7 +24,7 @@ mod steps;
 pub mod weights;
 
 use crate::error::Result as LoadResult;
-use crate::kernels::cached::StepRows;
+use crate::kernels::cached::{Expected, StepRows};
 use crate::kernels::cuda::machine::{Machine, machine};
 use crate::kernels::embedding::embed;
 use crate::kernels::packed::WeightType;
@@ -34,6 +35,7 @@ use cache::{Cache, Store};
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 use config::ModelConfig;
 use gpu::{GpuModel, GpuStepped};
+use launched::Launched;
 use layers::{Block, project};
 use load::{Given, Loaded, Parameters, Shapes, shape_of};
 use packed::PackedLayers;
@@ -239,7 +241,7 @@ impl Llama {
     pub fn step(&self, cache: &mut Cache, rows: &StepRows<'_>) -> Result<Stepped<'_>> {
         let computed = match (&self.layers, &mut cache.store) {
             (Layers::Gpu(model), Store::Gpu(cache)) => {
-                SteppedRows::Gpu(Box::new(model.step(cache, rows)?))
+                SteppedRows::Gpu(Box::new(model.step(cache, rows, None)?))
             }
             (Layers::Packed(inputs, layers), _) => {
                 SteppedRows::Host(steps::step((inputs, layers), cache, rows)?)
@@ -253,27 +255,44 @@ impl Llama {
         Ok(Stepped { model: self, rows: computed })
     }
 
-    /// [`Llama::step`], and the most likely next tokens, each the first of several. `meanwhile` runs while a GPU computes, and
-    /// before a CPU does.
+    /// Whether steps are computed by a device while this thread goes on.
+    pub fn has_own_device(&self) -> bool {
+        matches!(self.layers, Layers::Gpu(_))
+    }
+
+    /// [`Llama::step`], and the most likely next token of each sample, the first of several. A device of its own has only
+    /// begun when this returns. `before` is the step before, and the rows whose ids are tokens of it.
     ///
     /// # Errors
-    /// If the device fails, or the cache is another model's.
-    pub fn next_tokens(
+    /// If the device fails, the cache is another model's, or the step before has no such tokens.
+    pub fn launch(
         &self,
         cache: &mut Cache,
         rows: &StepRows<'_>,
-        meanwhile: impl FnOnce(),
-    ) -> Result<Vec<u32>> {
-        if let Layers::Packed(inputs, layers) = &self.layers {
-            meanwhile();
-            return steps::next_tokens((inputs, layers), cache, rows);
+        before: Option<(&Launched, &[Expected])>,
+    ) -> Result<Launched> {
+        if let (Layers::Gpu(model), Store::Gpu(cache)) = (&self.layers, &mut cache.store) {
+            return model.launch(cache, rows, before).map(Launched::on_gpu);
         }
-        let stepped = self.step(cache, rows)?;
-        meanwhile();
-        match rows.samples.is_empty() {
-            true => Ok(Vec::new()),
-            false => stepped.most_likely(),
-        }
+        let ids = launched::known_ids(rows, before)?;
+        let rows = &StepRows { ids: &ids, ..*rows };
+        let tokens = match &self.layers {
+            Layers::Packed(inputs, layers) => steps::next_tokens((inputs, layers), cache, rows)?,
+            _ if rows.samples.is_empty() => {
+                self.step(cache, rows)?;
+                Vec::new()
+            }
+            _ => self.step(cache, rows)?.most_likely()?,
+        };
+        Ok(Launched::on_host(tokens))
+    }
+
+    /// [`Llama::launch`], and waits for the tokens.
+    ///
+    /// # Errors
+    /// As [`Llama::launch`].
+    pub fn next_tokens(&self, cache: &mut Cache, rows: &StepRows<'_>) -> Result<Vec<u32>> {
+        self.launch(cache, rows, None)?.tokens()
     }
 
     /// Runs all blocks over rows of tokens in host memory, or, for training, on any device: `(rows, hidden)`,
@@ -355,7 +374,7 @@ impl Stepped<'_> {
     /// If the device fails.
     pub fn most_likely(&self) -> Result<Vec<u32>> {
         match (&self.model.layers, &self.rows) {
-            (Layers::Gpu(model), SteppedRows::Gpu(stepped)) => model.most_likely(stepped),
+            (Layers::Gpu(model), SteppedRows::Gpu(stepped)) => model.most_likely(stepped)?.tokens(),
             (Layers::Packed(_, layers), SteppedRows::Host(x)) => {
                 Ok(layers.most_likely(&x.flatten_all()?.to_vec1()?))
             }

@@ -127,7 +127,7 @@ mod tests {
                 StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &samples };
             let logits: Vec<Vec<f32>> =
                 model.step(&mut cache, &rows).unwrap().logits().unwrap().to_vec2().unwrap();
-            let tokens = model.next_tokens(&mut cache, &rows, || ()).unwrap();
+            let tokens = model.next_tokens(&mut cache, &rows).unwrap();
             assert_eq!(tokens.len(), logits.len());
             for (logits, token) in logits.iter().zip(tokens) {
                 assert_eq!(first_of_largest(logits), token as usize);

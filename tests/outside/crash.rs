@@ -51,7 +51,7 @@ fn last_checkpoint(run: &Path) -> PathBuf {
 
 /// Whether a file of a training holds clocks.
 pub(crate) fn is_measured(name: &Path) -> bool {
-    let names = ["metrics.jsonl", "report.html"].map(Path::new);
+    let names = ["metrics.jsonl", "engine.jsonl", "report.html"].map(Path::new);
     names.contains(&name) || name.starts_with("tensorboard")
 }
 

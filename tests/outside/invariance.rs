@@ -7,6 +7,7 @@ use headwater::engine::{self, EngineSettings};
 use headwater::format::documents::{Documents, Found};
 use headwater::format::jsonl::Fields;
 use headwater::model::cache::Cache;
+use headwater::model::precision::Precision;
 use headwater::prompt::PromptWriter;
 use headwater::synthesizer::{Queue, Request, Synthesizer};
 use headwater_pipelines::shell::models::{BUNDLED, Model};
@@ -72,12 +73,12 @@ fn chains() -> Vec<Vec<String>> {
 
 /// The answers of one or several engines to prompts with the keys from `first`, and what these counted.
 fn generate(
+    synthesizer: &Model,
     settings: EngineSettings,
     engines: usize,
     first: usize,
     prompts: &[Vec<u32>],
 ) -> (BTreeMap<u64, Vec<u32>>, BTreeMap<&'static str, u64>) {
-    let synthesizer = Model::trained(BUNDLED).unwrap();
     let counters = Arc::new(EngineCounters::default());
     let queues = (0..engines).map(|_| {
         let model = synthesizer.load(&candle_core::Device::Cpu).unwrap();
@@ -112,7 +113,8 @@ fn generate(
 /// The prompts of all rounds, and the answer of each alone: a round goes on from the one before and its answers, as they
 /// were generated.
 fn prompts() -> (Vec<Vec<u32>>, BTreeMap<u64, Vec<u32>>) {
-    let writer = PromptWriter::new(Model::trained(BUNDLED).unwrap().tokenizer).unwrap();
+    let synthesizer = Model::trained(BUNDLED).unwrap();
+    let writer = PromptWriter::new(synthesizer.tokenizer.clone()).unwrap();
     let chains = chains();
     let mut so_far = vec![Vec::new(); chains.len()];
     let (mut prompts, mut alone) = (Vec::new(), BTreeMap::new());
@@ -127,7 +129,7 @@ fn prompts() -> (Vec<Vec<u32>>, BTreeMap<u64, Vec<u32>>) {
             so_far[chain].extend(writer.question(&chains[chain][round]));
             prompts.push(so_far[chain].clone());
         }
-        let (answers, _) = generate(ALONE, 1, first, &prompts[first..]);
+        let (answers, _) = generate(&synthesizer, ALONE, 1, first, &prompts[first..]);
         for (&chain, answer) in asked.iter().zip(answers.values()) {
             so_far[chain].extend(answer.iter().chain([&writer.eos()]));
         }
@@ -136,21 +138,71 @@ fn prompts() -> (Vec<Vec<u32>>, BTreeMap<u64, Vec<u32>>) {
     (prompts, alone)
 }
 
+/// Settings that differ from one request at a time in one thing each, and in all.
+fn ways() -> [EngineSettings; 6] {
+    let [reuse, guesses, both] = [
+        (PrefixReuse::On, Speculation::Off),
+        (PrefixReuse::Off, Speculation::Always),
+        (PrefixReuse::On, Speculation::Auto),
+    ]
+    .map(|(prefix_reuse, speculation)| Means { prefix_reuse, speculation });
+    [
+        EngineSettings { sequences_max: 32, step_tokens_max: 4096, ..ALONE },
+        EngineSettings { step_tokens_max: 37, ..ALONE },
+        EngineSettings { sequences_max: 32, step_tokens_max: 512, means: reuse, ..ALONE },
+        EngineSettings { sequences_max: 32, step_tokens_max: 512, means: guesses, ..ALONE },
+        EngineSettings { sequences_max: 8, step_tokens_max: 256, means: both, ..ALONE },
+        TOGETHER,
+    ]
+}
+
+/// The same with so few blocks that sequences lose theirs.
+fn narrow() -> EngineSettings {
+    let config = Model::trained(BUNDLED).unwrap().config;
+    let block = Cache::block_bytes(&config, candle_core::DType::F32);
+    let context = config.max_position_embeddings / headwater::kernels::cached::BLOCK;
+    EngineSettings { cache_bytes: (context + 4) * block, ..TOGETHER }
+}
+
+/// Answers of engines are those of each alone, and what the settings allow for did happen.
+fn check(
+    synthesizer: &Model,
+    (settings, engines): (EngineSettings, usize),
+    prompts: &[Vec<u32>],
+    alone: &BTreeMap<u64, Vec<u32>>,
+) {
+    let (found, counts) = generate(synthesizer, settings, engines, 0, prompts);
+    assert!(found == *alone, "{engines} engines change answers: {settings:?}");
+    let Means { prefix_reuse, speculation } = settings.means;
+    let is_narrow = settings == narrow();
+    assert_eq!(counts["accepted_tokens"] > 100, speculation != Speculation::Off, "{counts:?}");
+    assert_eq!(counts["preemptions"] > 0, is_narrow, "{counts:?}");
+    let reuses = prefix_reuse == PrefixReuse::On;
+    assert!(is_narrow || (counts["cached_tokens"] > 5000) == reuses, "{counts:?}");
+}
+
 #[test]
 fn more_than_five_hundred_prompts_have_one_answer_each() {
     let (prompts, alone) = prompts();
     assert_eq!(prompts.len(), 2 * CHAINS + 3 * WHOLE_CHAINS);
     let longest = prompts.iter().map(Vec::len).max().unwrap();
-    let config = Model::trained(BUNDLED).unwrap().config;
-    let block = Cache::block_bytes(&config, candle_core::DType::F32);
-    assert!((1000..config.max_position_embeddings - NEW_TOKENS[1]).contains(&longest), "{longest}");
-    let context = config.max_position_embeddings / headwater::kernels::cached::BLOCK;
-    let narrow = EngineSettings { cache_bytes: (context + 4) * block, ..TOGETHER };
-    for (settings, engines) in [(TOGETHER, 1), (narrow, 1), (TOGETHER, 2)] {
-        let (found, counts) = generate(settings, engines, 0, &prompts);
-        assert!(found == alone, "{engines} engines change answers: {settings:?}");
-        assert!(counts["accepted_tokens"] > 100, "{counts:?}");
-        assert!(settings != narrow || counts["preemptions"] > 0, "{counts:?}");
-        assert!(settings == narrow || counts["cached_tokens"] > 5000, "{counts:?}");
+    let synthesizer = Model::trained(BUNDLED).unwrap();
+    let context = synthesizer.config.max_position_embeddings;
+    assert!((1000..context - NEW_TOKENS[1]).contains(&longest), "{longest}");
+    for settings in ways() {
+        check(&synthesizer, (settings, 1), &prompts, &alone);
+    }
+    check(&synthesizer, (narrow(), 1), &prompts, &alone);
+    check(&synthesizer, (TOGETHER, 2), &prompts, &alone);
+}
+
+#[test]
+fn in_16_and_8_bits_too_they_have_one_answer_each() {
+    let (prompts, _) = prompts();
+    for precision in [Precision::Bf16, Precision::Int8] {
+        let mut synthesizer = Model::trained(BUNDLED).unwrap();
+        synthesizer.precision = precision;
+        let (alone, _) = generate(&synthesizer, ALONE, 1, 0, &prompts);
+        check(&synthesizer, (TOGETHER, 1), &prompts, &alone);
     }
 }

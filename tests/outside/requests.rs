@@ -79,8 +79,29 @@ impl Runs {
     }
 
     fn assert_same(&self, left: &str, right: &str) {
-        let is_store = |path: &Path| path.starts_with("requests");
-        assert_same(&self.folder(left), &self.folder(right), is_store);
+        let of_this_run =
+            |path: &Path| path.starts_with("requests") || path.ends_with("engine.jsonl");
+        assert_same(&self.folder(left), &self.folder(right), of_this_run);
+    }
+
+    /// That the steps that were written down are those of the summary.
+    fn assert_steps_are_told(&self, out: &str, summary: &Value) {
+        let text = std::fs::read_to_string(self.folder(out).join("engine.jsonl")).unwrap();
+        let lines: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        for name in
+            ["steps", "prompt_tokens", "decode_tokens", "generated_tokens", "admitted_tokens"]
+        {
+            let sum: u64 = lines.iter().map(|line| line[name].as_u64().unwrap()).sum();
+            assert_eq!(sum, number(summary, "engine", name), "{name}");
+        }
+        for line in lines {
+            let share = line["cache_use"].as_f64().unwrap();
+            assert!(
+                (0.0..=1.0).contains(&share) && line["batch_mean"].as_f64() > Some(0.0),
+                "{line}"
+            );
+        }
     }
 }
 
@@ -95,6 +116,7 @@ fn a_run_that_is_repeated_with_its_store_generates_nothing_and_leaves_the_same_b
     assert_eq!(without["requests"], Value::Null);
     assert!(!runs.folder("without/requests").exists());
     assert!(number(&without, "engine", "generated_tokens") > 0);
+    runs.assert_steps_are_told("without", &without);
 
     let shared = "--request-store PLACE/shared --agreement 20";
     let cold = runs.run("cold", shared);

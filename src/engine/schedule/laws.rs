@@ -42,8 +42,13 @@ fn alone(prompt: &[u32], limit: usize) -> (Vec<u32>, bool) {
 }
 
 impl Fake {
-    fn compute(&mut self, step: &Step) -> Vec<u32> {
+    /// The tokens of a step; ids that it expects are among those of the step `before`.
+    fn compute(&mut self, step: &Step, before: &[u32]) -> Vec<u32> {
         let mut states = Vec::new();
+        let mut ids = step.ids.clone();
+        for Expected { row, sample } in &step.expected {
+            ids[*row as usize] = before[*sample as usize];
+        }
         for run in &step.runs {
             for row in 0..run.rows {
                 let at = |position: usize| (run.table[position / BLOCK] as usize, position % BLOCK);
@@ -57,11 +62,11 @@ impl Fake {
                 if lane == 0 {
                     self.cache[block].fill(0);
                 }
-                self.cache[block][lane] = fold(before, step.ids[run.first_row + row]);
+                self.cache[block][lane] = fold(before, ids[run.first_row + row]);
                 states.push(self.cache[block][lane]);
             }
         }
-        step.samples.iter().map(|&row| next(states[row as usize], step.ids[row as usize])).collect()
+        step.samples.iter().map(|&row| next(states[row as usize], ids[row as usize])).collect()
     }
 }
 
@@ -71,48 +76,72 @@ struct Outcome {
     /// For each prompt, what was generated and whether it was closed; none if it was handed back.
     answers: Vec<Option<(Vec<u32>, bool)>>,
     total: StepMetrics,
+    steps: usize,
+    /// Steps that were laid out before the tokens of the step before were known.
+    steps_ahead: usize,
 }
 
-/// Generates from prompts of which `at_a_time` come before each step, and checks each step.
-fn run(
-    prompts: &[Vec<u32>],
+/// Prompts and how they come.
+#[derive(Clone, Copy)]
+struct Coming<'a> {
+    prompts: &'a [Vec<u32>],
     limit: usize,
+    /// So many before each step.
     at_a_time: usize,
-    bounds: Bounds,
-    means: Means,
-) -> Outcome {
+}
+
+/// Generates from prompts, and checks each step. A device of its own begins with a step before the tokens of the
+/// one before are known, where that can be.
+fn run(coming: Coming, bounds: Bounds, means: Means, has_own_device: bool) -> Outcome {
+    let Coming { prompts, limit, at_a_time } = coming;
     let mut schedule = Schedule::new(bounds, means);
     let mut fake = Fake { cache: vec![[0; BLOCK]; bounds.blocks] };
     let mut outcome = Outcome { answers: vec![None; prompts.len()], ..Outcome::default() };
     let mut coming = prompts.iter().enumerate();
     let work: usize = prompts.iter().map(|prompt| prompt.len() + limit).sum();
-    for steps in 0.. {
+    let mut launched: Option<(Step, Vec<u32>)> = None;
+    loop {
         for (owner, prompt) in coming.by_ref().take(at_a_time) {
             let _ = schedule.push(prompt.clone(), limit, owner);
         }
-        if schedule.is_empty() && coming.len() == 0 {
-            break;
+        let (mut step, tokens) = match launched.take() {
+            Some(launched) => launched,
+            None if schedule.is_empty() && coming.len() == 0 => break,
+            None => {
+                let step = schedule.plan();
+                check_step(&schedule, &step, bounds);
+                let tokens = fake.compute(&step, &[]);
+                (step, tokens)
+            }
+        };
+        if let Some(next) = has_own_device.then(|| schedule.plan_ahead(&step)).flatten() {
+            check_step(&schedule, &next, bounds);
+            outcome.steps_ahead += 1;
+            let tokens = fake.compute(&next, &tokens);
+            launched = Some((next, tokens));
         }
-        let step = schedule.plan();
-        assert!(steps <= work + prompts.len(), "somebody starves");
-        check_step(&schedule, &step, bounds);
-        let tokens = fake.compute(&step);
-        for (sequence, closed) in schedule.take(&step, &tokens, &[END]) {
+        outcome.steps += 1;
+        assert!(outcome.steps <= work + 2 * prompts.len() + 1, "somebody starves");
+        for (sequence, closed) in schedule.take(&mut step, &tokens, &[END]) {
             let answer = (sequence.generated().to_vec(), closed);
             assert!(outcome.answers[sequence.owner].replace(answer).is_none(), "answered once");
         }
         let tables: Vec<&[u32]> = schedule.running.iter().map(|one| &one.table[..]).collect();
         schedule.blocks.check(&tables);
-        let (total, step) = (&mut outcome.total, schedule.metrics());
-        total.cached_tokens += step.cached_tokens;
-        total.prompt_tokens += step.prompt_tokens;
-        total.drafted_tokens += step.drafted_tokens;
-        total.accepted_tokens += step.accepted_tokens;
-        total.generated_tokens += step.generated_tokens;
-        total.preemptions += step.preemptions;
+        add(&mut outcome.total, &step.metrics);
     }
     assert_eq!(schedule.blocks.held(), 0, "blocks were lost");
     outcome
+}
+
+fn add(total: &mut StepMetrics, step: &StepMetrics) {
+    total.admitted_tokens += step.admitted_tokens;
+    total.cached_tokens += step.cached_tokens;
+    total.prompt_tokens += step.prompt_tokens;
+    total.drafted_tokens += step.drafted_tokens;
+    total.accepted_tokens += step.accepted_tokens;
+    total.generated_tokens += step.generated_tokens;
+    total.preemptions += step.preemptions;
 }
 
 fn check_step(schedule: &Schedule<usize>, step: &Step, bounds: Bounds) {
@@ -120,8 +149,11 @@ fn check_step(schedule: &Schedule<usize>, step: &Step, bounds: Bounds) {
     assert!(step.runs.len() <= bounds.sequences_max);
     let owners = schedule.running.iter().chain(&schedule.waiting).map(|one| one.owner);
     assert!(owners.is_sorted(), "sequences run and wait in the order they came in");
-    let Some(oldest) = schedule.running.first() else {
-        return assert!(schedule.waiting.is_empty(), "whoever is first is never kept waiting");
+    let Some(oldest) = schedule.running.iter().find(|one| !one.is_over()) else {
+        return assert!(
+            step.runs.is_empty() || schedule.waiting.is_empty(),
+            "whoever is first is never kept waiting"
+        );
     };
     let run = &step.runs[0];
     assert!(run.rows > 0 && run.table == oldest.table, "the oldest always goes on");
@@ -162,11 +194,15 @@ fn chain(rounds: usize, length: usize, limit: usize) -> Vec<Vec<u32>> {
 
 /// All answers are those of the model alone; what happened on the way.
 fn check(prompts: &[Vec<u32>], limit: usize, bounds: Bounds, means: Means) -> StepMetrics {
-    let outcome = run(prompts, limit, 1, bounds, means);
-    for (prompt, answer) in prompts.iter().zip(&outcome.answers) {
-        assert_eq!(answer.as_ref(), Some(&alone(prompt, limit)));
+    let coming = Coming { prompts, limit, at_a_time: 1 };
+    let outcomes = [false, true].map(|own_device| run(coming, bounds, means, own_device));
+    for outcome in &outcomes {
+        for (prompt, answer) in prompts.iter().zip(&outcome.answers) {
+            assert_eq!(answer.as_ref(), Some(&alone(prompt, limit)));
+        }
     }
-    outcome.total
+    let [plain, _] = outcomes;
+    plain.total
 }
 
 #[test]
@@ -180,7 +216,8 @@ fn a_sequence_ends_where_the_model_closes_it_or_at_its_limit() {
 #[test]
 fn a_prompt_that_can_never_fit_is_handed_back() {
     let prompts = [prompt(0, 12 * BLOCK), prompt(0, 5), Vec::new()];
-    let found = run(&prompts, 8, 3, BOUNDS, PLAIN).answers;
+    let coming = Coming { prompts: &prompts, limit: 8, at_a_time: 3 };
+    let found = run(coming, BOUNDS, PLAIN, false).answers;
     assert_eq!(found, [None, Some(alone(&prompts[1], 8)), None]);
 }
 
@@ -191,8 +228,9 @@ fn first_steps(bounds: Bounds, lengths: &[usize], steps: usize) -> Vec<Vec<(usiz
         schedule.push(vec![1; length], 4, owner).unwrap();
     }
     let step = |_| {
-        let step = schedule.plan();
-        schedule.take(&step, &vec![7; step.samples.len()], &[END]);
+        let mut step = schedule.plan();
+        let sampled = vec![7; step.samples.len()];
+        schedule.take(&mut step, &sampled, &[END]);
         step.runs.iter().map(|run| (run.rows, run.position)).collect()
     };
     (0..steps).map(step).collect()
@@ -257,6 +295,48 @@ fn the_youngest_goes_back_when_blocks_run_out() {
     assert!(total.preemptions > 0);
 }
 
+#[test]
+fn what_a_sequence_finds_of_itself_is_no_hit() {
+    // As above, but that full blocks of what went back are found again.
+    let prompts = [1, 2, 3].map(|first| prompt(first, 2 * BLOCK - 4));
+    let bounds = Bounds { sequences_max: 3, step_tokens_max: 400, blocks: 8, ..BOUNDS };
+    let total = check(&prompts, 100, bounds, Means { prefix_reuse: PrefixReuse::On, ..PLAIN });
+    assert!(total.preemptions > 0);
+    let admitted: usize = prompts.iter().map(Vec::len).sum();
+    assert_eq!((total.admitted_tokens, total.cached_tokens), (admitted as u64, 0));
+}
+
+/// Steps, and those of them that were laid out ahead.
+fn ahead(prompts: &[Vec<u32>], limit: usize, bounds: Bounds, means: Means) -> (usize, usize) {
+    let coming = Coming { prompts, limit, at_a_time: prompts.len() };
+    let outcome = run(coming, bounds, means, true);
+    (outcome.steps, outcome.steps_ahead)
+}
+
+#[test]
+fn a_device_of_its_own_always_has_the_next_step() {
+    let prompts: Vec<_> = (1..9).map(|length| prompt(length, 20 * length as usize)).collect();
+    let bounds = Bounds { blocks: 40, ..BOUNDS };
+    let (steps, steps_ahead) = ahead(&prompts, 40, bounds, PLAIN);
+    assert_eq!(steps_ahead, steps - 1, "all but the first");
+    // Behind the last token of whoever is closed there is a row that nobody looks at, and no more.
+    let coming = Coming { prompts: &prompts, limit: 40, at_a_time: prompts.len() };
+    let [one, other] = [false, true].map(|own_device| run(coming, bounds, PLAIN, own_device));
+    assert_eq!(other.total.generated_tokens, one.total.generated_tokens);
+    assert!(other.steps <= one.steps + prompts.len(), "{} and {}", other.steps, one.steps);
+}
+
+#[test]
+fn what_depends_on_tokens_waits_for_them() {
+    // Guesses, and whoever might lose its blocks; a step of prompts alone is foreseen all the same.
+    let (steps, steps_ahead) = ahead(&[prompt(1, 120)], 10, BOUNDS, ALL);
+    assert!(steps_ahead == 2 && steps > 4, "{steps_ahead} of {steps}");
+    let prompts = [1, 2, 3].map(|first| prompt(first, BLOCK - 4));
+    let bounds = Bounds { sequences_max: 3, step_tokens_max: 200, blocks: 5, ..BOUNDS };
+    let (steps, steps_ahead) = ahead(&prompts, 100, bounds, PLAIN);
+    assert!(steps_ahead > 0 && steps_ahead < steps - 1, "{steps_ahead} of {steps}");
+}
+
 proptest! {
     #[test]
     fn every_answer_is_that_of_the_model_alone(
@@ -264,7 +344,7 @@ proptest! {
         shape in (1usize..6, 1usize..200, 1usize..20, 1usize..4),
         limit in 1usize..90,
         at_a_time in 1usize..5,
-        reuse in any::<bool>(),
+        (reuse, own_device) in any::<(bool, bool)>(),
         speculation in prop::sample::select(
             vec![Speculation::Off, Speculation::Auto, Speculation::Always]
         ),
@@ -277,7 +357,8 @@ proptest! {
             prompts.extend(chain(rounds, length, limit));
             prompts.push(prompt(first, length));
         }
-        let found = run(&prompts, limit, at_a_time, bounds, Means { prefix_reuse, speculation });
+        let coming = Coming { prompts: &prompts, limit, at_a_time };
+        let found = run(coming, bounds, Means { prefix_reuse, speculation }, own_device);
         for (prompt, answer) in prompts.iter().zip(found.answers) {
             let fits = (prompt.len() + limit).div_ceil(BLOCK) <= blocks;
             prop_assert_eq!(answer, fits.then(|| alone(prompt, limit)));

@@ -70,6 +70,15 @@ pub struct StepRows<'a> {
     pub samples: &'a [u32],
 }
 
+/// A row of a step whose id is a token that the step before samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// The row.
+    pub row: u32,
+    /// Which sample of the step before.
+    pub sample: u32,
+}
+
 /// Keys and values of one layer.
 #[derive(Debug)]
 pub struct LayerCache {

@@ -4,11 +4,12 @@
 #![expect(unsafe_code, reason = "calls of the CUDA driver and of cuBLAS")]
 
 use super::machine::{
-    Argument, Element, Function, Launch, Machine, Memory, Operand, Place, Product,
+    Argument, Element, Function, Launch, Machine, Mark, Memory, Operand, Place, Product,
 };
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result::gemm_ex, sys as blas};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelArg, result, sys,
+    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PushKernelArg, result,
+    sys,
 };
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, Layout, Result, Storage, bail};
@@ -22,7 +23,7 @@ macro_rules! ptx {
     };
 }
 
-const SOURCES: [(&str, &str); 19] = ptx![
+const SOURCES: [(&str, &str); 20] = ptx![
     "adamw",
     "argmax",
     "attention_merge",
@@ -31,6 +32,7 @@ const SOURCES: [(&str, &str); 19] = ptx![
     "cross_entropy",
     "embed",
     "embedding_gradient",
+    "fill_ids",
     "packed_along",
     "packed_forward",
     "packed_keys",
@@ -47,11 +49,12 @@ const SOURCES: [(&str, &str); 19] = ptx![
 /// Bytes of shared memory that a kernel may use unless it asks for more.
 const SHARED_UNASKED: u32 = 48 << 10;
 
-/// A GPU and its one stream.
+/// A GPU, the one stream that all work is on, and one for what comes back while that is at more.
 #[derive(Debug)]
 pub(crate) struct Gpu {
     device: CudaDevice,
     stream: Arc<CudaStream>,
+    back: Arc<CudaStream>,
     blas: Blas,
 }
 
@@ -67,11 +70,16 @@ impl std::fmt::Debug for Blas {
 #[derive(Clone, Debug)]
 pub(crate) struct DriverFunction(CudaFunction);
 
+/// A place on the main stream.
+pub(crate) type Event = CudaEvent;
+
 impl Gpu {
     /// The machine of a device of the tensor library.
     pub(crate) fn new(device: &CudaDevice) -> Result<Self> {
         let blas = Blas(device.cublas_handle());
-        Ok(Gpu { stream: device.cuda_stream(), device: device.clone(), blas })
+        let stream = device.cuda_stream();
+        let back = stream.context().new_stream().w()?;
+        Ok(Gpu { stream, back, device: device.clone(), blas })
     }
 
     /// Where the first element of a tensor stands.
@@ -199,6 +207,23 @@ impl Machine for Gpu {
         self.stream.synchronize().w()
     }
 
+    fn mark(&self) -> Result<Mark> {
+        Ok(Mark::Event(self.stream.record_event(None).w()?))
+    }
+
+    fn download_at(&self, mark: &Mark, from: &Memory, into: &mut [u8]) -> Result<()> {
+        #[allow(irrefutable_let_patterns, reason = "tests have a second machine")]
+        let Mark::Event(event) = mark else { bail!("a mark of another machine") };
+        let from = from.address(0, into.len());
+        event.synchronize().w()?;
+        if into.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: `from` has so many bytes, which the main stream has written; `into` is borrowed until the copy is there.
+        unsafe { result::memcpy_dtoh_async(into, from, self.back.cu_stream()) }.w()?;
+        self.back.synchronize().w()
+    }
+
     fn function(&self, file: &str, name: &str, shared: u32) -> Result<Function> {
         let Some((_, ptx)) = SOURCES.iter().find(|(source, _)| *source == file) else {
             bail!("there are no kernels called {file:?}")
@@ -301,10 +326,6 @@ impl Machine for Gpu {
             )
         }
         .w()
-    }
-
-    fn wait(&self) -> Result<()> {
-        self.stream.synchronize().w()
     }
 
     fn free_bytes(&self) -> Result<usize> {

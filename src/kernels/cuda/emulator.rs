@@ -9,7 +9,7 @@
 use super::footprint::uncounted;
 use super::kernels::with_bytes;
 use super::machine::{
-    Argument, Element, Function, Launch, Machine, Memory, Operand, Place, Product,
+    Argument, Element, Function, Launch, Machine, Mark, Memory, Operand, Place, Product,
 };
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Result, Tensor, bail};
@@ -31,7 +31,7 @@ const HEADERS: [(&str, &str); 6] = sources![
     "tiles.cuh",
 ];
 
-const SOURCES: [(&str, &str); 19] = sources![
+const SOURCES: [(&str, &str); 20] = sources![
     "adamw.cu",
     "argmax.cu",
     "attention_merge.cu",
@@ -40,6 +40,7 @@ const SOURCES: [(&str, &str); 19] = sources![
     "cross_entropy.cu",
     "embed.cu",
     "embedding_gradient.cu",
+    "fill_ids.cu",
     "packed_along.cu",
     "packed_forward.cu",
     "packed_keys.cu",
@@ -234,6 +235,14 @@ impl Machine for Emulator {
         Ok(())
     }
 
+    fn mark(&self) -> Result<Mark> {
+        Ok(Mark::Emulated)
+    }
+
+    fn download_at(&self, _: &Mark, from: &Memory, into: &mut [u8]) -> Result<()> {
+        self.download(from, into)
+    }
+
     fn function(&self, file: &str, name: &str, shared: u32) -> Result<Function> {
         assert!(SOURCES.iter().any(|(source, _)| *source == format!("{file}.cu")), "{file}");
         let symbol = CString::new(format!("emulate_{name}")).expect("a plain name");
@@ -314,10 +323,6 @@ impl Machine for Emulator {
             }
             Ok(())
         })
-    }
-
-    fn wait(&self) -> Result<()> {
-        Ok(())
     }
 
     fn free_bytes(&self) -> Result<usize> {

@@ -4,10 +4,10 @@
 #![expect(unsafe_code, reason = "launches of kernels")]
 
 use super::attend::Attention;
-use super::machine::{Argument, Element, Function, Launch, Machine, Matrix, Memory, Product};
+use super::machine::{Argument, Element, Function, Launch, Machine, Mark, Matrix, Memory, Product};
 use super::plan::{Limits, Plan, Section};
 use crate::kernels::attention::Heads;
-use crate::kernels::cached::{BLOCK, StepRows};
+use crate::kernels::cached::{BLOCK, Expected, StepRows};
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 use std::sync::Arc;
 
@@ -16,6 +16,9 @@ pub(crate) const VECTOR: usize = 4;
 
 /// Threads of a block that has a row of its own.
 const ROW_THREADS: u32 = 256;
+
+/// Threads of a block that have a row each.
+const FILL_THREADS: u32 = 128;
 
 /// Threads of a block that finds the largest of a row.
 const ARGMAX_THREADS: u32 = 1024;
@@ -33,6 +36,7 @@ pub(crate) struct Kernels {
     rope_store: Function,
     swiglu: Function,
     argmax: Function,
+    fill_ids: Function,
 }
 
 /// Cosines and sines of all positions, in f32.
@@ -105,6 +109,7 @@ impl Kernels {
             rope_store: typed("rope_store")?,
             swiglu: typed("swiglu")?,
             argmax: machine.function("argmax", "argmax", 0)?,
+            fill_ids: machine.function("fill_ids", "fill_ids", 0)?,
             machine,
             element,
             heads,
@@ -119,11 +124,6 @@ impl Kernels {
     /// Bytes that are free.
     pub(crate) fn free_bytes(&self) -> Result<usize> {
         self.machine.free_bytes()
-    }
-
-    /// Waits until all that was launched is done.
-    pub(crate) fn wait(&self) -> Result<()> {
-        self.machine.wait()
     }
 
     /// Brings tensors in host memory, whose rows have the same columns, onto the machine, one below the other.
@@ -181,6 +181,37 @@ impl Kernels {
             floats => Some(self.machine.allocate(4 * floats)?),
         };
         Ok(DeviceStep { plan, words, partials, rows: rows.ids.len(), limits })
+    }
+
+    /// Puts tokens of the step before where they are ids of a step.
+    ///
+    /// # Errors
+    /// If there is no such row or token.
+    pub(crate) fn fill_ids(
+        &self,
+        step: &DeviceStep,
+        tokens: &Columns,
+        expected: &[Expected],
+    ) -> Result<()> {
+        let beyond =
+            |one: &&Expected| one.row as usize >= step.rows || one.sample as usize >= tokens.rows;
+        if let Some(Expected { row, sample }) = expected.iter().find(beyond) {
+            bail!("row {row} of {} is to be token {sample} of {}", step.rows, tokens.rows)
+        }
+        let pairs = expected.iter().flat_map(|one| [one.row, one.sample]);
+        let bytes: Vec<u8> = pairs.flat_map(u32::to_ne_bytes).collect();
+        let pairs = self.machine.allocate(bytes.len())?;
+        self.machine.upload(&bytes, &pairs, 0)?;
+        let arguments = [
+            Argument::Address(tokens.memory.address(0, 4 * tokens.rows)),
+            Argument::Address(pairs.address(0, bytes.len())),
+            Argument::Address(step.section(step.plan.ids, 1)),
+            Argument::Word(expected.len() as u32),
+        ];
+        let blocks = expected.len().div_ceil(FILL_THREADS as usize);
+        // SAFETY: rows and tokens are there, as found above, and each row is filled by one thread. Tokens are columns of
+        // logits, of which there are as many as the table of embeddings has rows.
+        unsafe { self.launch(&self.fill_ids, [blocks, 1, 1], FILL_THREADS, &arguments) }
     }
 
     /// The rows of `table (vocabulary, width)` for the ids of a step, as a new stream: `(rows, width)`, f32.
@@ -369,10 +400,15 @@ impl Kernels {
         unsafe { self.launch(&self.argmax, [logits.rows, 1, 1], ARGMAX_THREADS, &arguments) }
     }
 
-    /// The columns that were found, in host memory.
-    pub(crate) fn download_columns(&self, found: &Columns) -> Result<Vec<u32>> {
+    /// The place behind all that was launched so far.
+    pub(crate) fn mark(&self) -> Result<Mark> {
+        self.machine.mark()
+    }
+
+    /// The columns that were found before `mark`, in host memory.
+    pub(crate) fn download_columns(&self, found: &Columns, mark: &Mark) -> Result<Vec<u32>> {
         let mut bytes = vec![0; 4 * found.rows];
-        self.machine.download(&found.memory, &mut bytes)?;
+        self.machine.download_at(mark, &found.memory, &mut bytes)?;
         Ok(bytes.as_chunks().0.iter().map(|&word| u32::from_ne_bytes(word)).collect())
     }
 

@@ -124,6 +124,15 @@ pub(crate) enum Function {
     Emulated(super::emulator::EmulatedFunction),
 }
 
+/// A place in the order of what a machine was asked for.
+#[derive(Debug)]
+pub(crate) enum Mark {
+    #[cfg(feature = "cuda")]
+    Event(super::driver::Event),
+    #[cfg(test)]
+    Emulated,
+}
+
 /// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Argument {
@@ -225,6 +234,12 @@ pub(crate) trait Machine: Debug + Send + Sync {
     /// Copies the first bytes of `from`, when all that was asked before is done.
     fn download(&self, from: &Memory, into: &mut [u8]) -> Result<()>;
 
+    /// The place behind all that was asked so far.
+    fn mark(&self) -> Result<Mark>;
+
+    /// Copies the first bytes of `from`, when all that was asked before `mark` is done, and not what was asked since.
+    fn download_at(&self, mark: &Mark, from: &Memory, into: &mut [u8]) -> Result<()>;
+
     /// Loads the kernel `name` of the source file `file`, for so much [`Launch::shared`] at most.
     fn function(&self, file: &str, name: &str, shared: u32) -> Result<Function>;
 
@@ -247,9 +262,6 @@ pub(crate) trait Machine: Debug + Send + Sync {
     /// # Safety
     /// The addresses are those of matrices of these shapes and types in memory of this machine that lives.
     unsafe fn product(&self, product: &Product) -> Result<()>;
-
-    /// Waits until all that was asked is done.
-    fn wait(&self) -> Result<()>;
 
     /// Bytes that are free.
     fn free_bytes(&self) -> Result<usize>;

@@ -5,7 +5,7 @@ use super::machine::{Element, Matrix};
 use super::plan::Limits;
 use super::testing::{Tested, machines};
 use crate::kernels::attention::Heads;
-use crate::kernels::cached::{BLOCK, LayerCache, Run, StepRows};
+use crate::kernels::cached::{BLOCK, Expected, LayerCache, Run, StepRows};
 use crate::kernels::first_of_largest;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rope::{RopeTable, Turn, rope};
@@ -198,9 +198,41 @@ fn the_first_of_the_largest_is_found() {
             let found = bench.kernels.columns_of(8).unwrap();
             bench.kernels.argmax(&others, &found, 0).unwrap();
             bench.kernels.argmax(&logits, &found, 3).unwrap();
-            let found = bench.kernels.download_columns(&found).unwrap();
+            let mark = bench.kernels.mark().unwrap();
+            let found = bench.kernels.download_columns(&found, &mark).unwrap();
             assert_eq!(found[3..], twin, "{columns} columns");
             assert_eq!(found[..3], first_of_each(&bench.down(&others)), "{columns} columns");
+        }
+    }
+}
+
+#[test]
+fn ids_that_are_expected_are_tokens_of_the_step_before() {
+    for tested in machines() {
+        let bench = Bench::new(&tested, Element::F32, HEADS);
+        let table = random(&[400, 8], DType::F32);
+        let on_machine = bench.up(&table, Element::F32);
+        let logits = bench.up(&random(&[150, 400], DType::F32), Element::F32);
+        let tokens = bench.kernels.columns_of(150).unwrap();
+        bench.kernels.argmax(&logits, &tokens, 0).unwrap();
+        let mut ids: Vec<u32> = (0..200).collect();
+        let positions: Vec<u32> = (0..200).collect();
+        let runs = [Run { first_row: 0, rows: 200, position: 0, table: vec![0, 1, 2, 3] }];
+        let rows = StepRows { ids: &ids, positions: &positions, runs: &runs, samples: &[] };
+        let limits = Limits { ids: 400, positions: 200, blocks: 4 };
+        let step = bench.kernels.begin(&rows, limits).unwrap();
+        let expected: Vec<Expected> =
+            (0..140).map(|i| Expected { row: 199 - i, sample: (i * 7) % 150 }).collect();
+        bench.kernels.fill_ids(&step, &tokens, &expected).unwrap();
+        let found = bench.down(&bench.kernels.embed(&on_machine, &step).unwrap());
+        let largest = first_of_each(&bench.down(&logits));
+        for Expected { row, sample } in expected {
+            ids[row as usize] = largest[sample as usize];
+        }
+        let twin = table.index_select(&Tensor::new(ids, &Device::Cpu).unwrap(), 0).unwrap();
+        assert_eq!(found.to_vec2::<f32>().unwrap(), twin.to_vec2::<f32>().unwrap());
+        for beyond in [Expected { row: 200, sample: 0 }, Expected { row: 0, sample: 150 }] {
+            assert!(bench.kernels.fill_ids(&step, &tokens, &[beyond]).is_err(), "{beyond:?}");
         }
     }
 }
