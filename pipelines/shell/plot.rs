@@ -256,7 +256,7 @@ fn label(value: f64, distance: f64) -> String {
         1e9.. => format!("{:.*}G", decimals(distance / 1e9), value / 1e9),
         1e6.. => format!("{:.*}M", decimals(distance / 1e6), value / 1e6),
         1e4.. => format!("{:.*}K", decimals(distance / 1e3), value / 1e3),
-        _ if size < 2e-3 => {
+        _ if distance < 9e-4 && size < 1e-2 => {
             let power = 10f64.powf(size.log10().floor());
             format!("{:.*e}", decimals(distance / power), value).replace(".0e", "e")
         }
@@ -301,6 +301,7 @@ mod tests {
         check((2.9, 7.2), 0.0, &["4", "6"]);
         check((0.0, 1.04), 0.0, &["0", "0.5", "1.0"]);
         check((0.0, 0.00104), 0.0, &["0", "5e-4", "1e-3"]);
+        check((0.0, 0.0031), 0.0, &["0", "0.001", "0.002", "0.003"]);
         check((1.0, 2010.0), 1.0, &["1000", "2000"]);
         check((1.0, 3.0), 1.0, &["1", "2", "3"]);
         check((0.0, 52_000.0), 0.0, &["0", "20K", "40K"]);
