@@ -163,7 +163,7 @@ impl Source {
         ensure!(
             origin["model"]["tokenizer"] == digest(&model),
             "the sequences in {:?} were made with another tokenizer than that of {:?}: their ids \
-             would mean something else; name the right one with --tokenizer",
+             would mean something else; for a shape, name the right one with --tokenizer",
             args.shards,
             args.train.model
         );

@@ -12,6 +12,7 @@ use headwater::format::jsonl::Fields;
 use headwater::kernels::bf16_unit;
 use headwater::kernels::packed::WeightType;
 use headwater::model::config::ModelConfig;
+use headwater::model::shape::Shape;
 use headwater::train::checkpoint::Retention;
 use headwater::train::guard::{Guards, OnFault};
 use headwater::train::held_out::HeldOut;
@@ -48,7 +49,8 @@ pub struct TrainArgs {
     /// Steps of warm-up [default: a tenth of the steps, at most 1000]
     #[arg(long, value_name = "N")]
     pub warmup: Option<u64>,
-    /// Steps over which the rate falls [default: as many as the input is estimated to give]
+    /// Steps over which the rate falls: the run ends with its input, not with them [default: as many as the
+    /// input is estimated to give]
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
     /// How the rate falls: along a cosine, or held and falling in the last steps
@@ -206,10 +208,16 @@ impl TrainArgs {
     /// The model to train, with its tokenizer.
     ///
     /// # Errors
-    /// If it cannot be found.
+    /// If it cannot be found, or has a tokenizer of its own and another one is named.
     pub fn model(&self, length: usize) -> Result<Model> {
-        let tokenizer = Model::trained(self.tokenizer.as_deref().unwrap_or(BUNDLED))?.tokenizer;
-        Model::named(self.model_name(), &tokenizer, length)
+        let name = self.model_name();
+        ensure!(
+            self.tokenizer.is_none() || Shape::named(name).is_some(),
+            "--tokenizer is for a shape: the model {name:?} has a tokenizer of its own"
+        );
+        let tokenizer = self.tokenizer.as_deref().unwrap_or(BUNDLED);
+        let tokenizer = Model::trained(tokenizer).context("--tokenizer")?.tokenizer;
+        Model::named(name, &tokenizer, length)
     }
 
     /// How the rate falls.
@@ -410,6 +418,18 @@ mod tests {
             "--batch 4 --micro-batch-tokens 256",
             Err("too few for 2 devices: raise --batch"),
         );
+    }
+
+    #[test]
+    fn a_tokenizer_is_named_for_a_shape_only() {
+        let model = |flags: &[&str]| {
+            let needed = ["--input", "x.jsonl", "--out", "x", "--tokenizer", BUNDLED];
+            let args = RunArgs::of(needed.iter().chain(flags)).expect("flags that exist").train;
+            args.model(64).map(|model| model.name).map_err(|error| error.to_string())
+        };
+        assert_eq!(model(&["--model", "2m"]), Ok("2m".into()));
+        assert!(model(&["--model", BUNDLED]).is_err_and(|why| why.contains("--tokenizer")));
+        assert!(model(&["--model", "/no/such"]).is_err_and(|why| why.contains("--tokenizer")));
     }
 
     #[test]
