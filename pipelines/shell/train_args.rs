@@ -309,6 +309,7 @@ impl TrainArgs {
         );
         let micro_batch = self.micro_batch_tokens(&devices[0]);
         check_dealing(self.batch(length), length, micro_batch, devices.len())?;
+        check_sums(devices.len())?;
         model.check_trainable()
     }
 
@@ -346,6 +347,25 @@ pub fn probability(value: &str) -> std::result::Result<f64, String> {
         Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
         _ => Err("a probability is 0 or more and below 1".into()),
     }
+}
+
+/// Checks that NCCL, as the environment sets it up, adds up over so many devices in one order.
+///
+/// # Errors
+/// If it may choose another order for each sum.
+pub fn check_sums(devices: usize) -> Result<()> {
+    check_algorithm(devices, std::env::var("NCCL_ALGO").ok().as_deref())
+}
+
+fn check_algorithm(devices: usize, algorithm: Option<&str>) -> Result<()> {
+    let is_ring = algorithm.is_some_and(|name| name.eq_ignore_ascii_case("ring"));
+    ensure!(
+        devices <= 2 || is_ring, // two numbers have one sum
+        "{devices} devices add up in an order of their own each time unless NCCL_ALGO=Ring is set in the \
+         environment; it is {}",
+        algorithm.map_or("not set".into(), |name| format!("{name:?}"))
+    );
+    Ok(())
 }
 
 /// Checks a learning rate.
@@ -418,6 +438,23 @@ mod tests {
             "--batch 4 --micro-batch-tokens 256",
             Err("too few for 2 devices: raise --batch"),
         );
+    }
+
+    #[test]
+    fn more_than_two_devices_add_up_in_a_ring() {
+        let check = |devices, algorithm, said: Option<&str>| {
+            let found = check_algorithm(devices, algorithm).map_err(|error| error.to_string());
+            match said {
+                None => assert_eq!(found, Ok(()), "{devices} {algorithm:?}"),
+                Some(said) => assert!(found.is_err_and(|why| why.contains(said)), "{said}"),
+            }
+        };
+        check(1, None, None);
+        check(2, Some("Tree"), None);
+        check(3, Some("Ring"), None);
+        check(8, Some("ring"), None);
+        check(3, None, Some("unless NCCL_ALGO=Ring is set in the environment; it is not set"));
+        check(4, Some("^Ring"), Some("it is \"^Ring\""));
     }
 
     #[test]
