@@ -186,6 +186,7 @@ fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     let out = place.path().join("run");
     let mut arguments = small_run(&documents, &general, &out).join(" ");
     arguments += &format!(" --eval {} {} --eval-every 4", web.display(), books.display());
+    arguments += " --steps 77 --warmup 5";
     check(&words(&format!("{arguments} --dry-run")), 0, "web: 2 documents");
     let printed = check(&words(&arguments), 0, "unknown      0");
     assert!(printed.contains("2 records rejected (malformed_json 1, no_text 1)"), "{printed}");
@@ -213,6 +214,24 @@ fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     check(&words(&format!("{arguments} --strict")), 3, "held out");
     let other = arguments.replace("--eval-every 4", "--eval-every 5");
     check(&words(&other), 2, "held_out.every: 4 in the folder, 5 now");
+
+    let again = format!("train --shards {} --out x --dry-run", out.display());
+    let planned = |flags: &str| {
+        let plan = command(&words(&format!("{again} {flags}"))).output().unwrap();
+        let plan = String::from_utf8([plan.stdout, plan.stderr].concat()).unwrap();
+        assert!(plan.contains(" steps of "), "{plan}");
+        ["77 steps", "warm-up 5"].map(|said| plan.contains(said))
+    };
+    assert_eq!(planned("--model 2m --batch 2"), [true; 2]);
+    assert_eq!(planned("--model 2m --batch 2 --warmup 6"), [true, false]);
+    for other in [
+        "--model 7m --batch 2",
+        "--model 2m",
+        "--model 2m --batch 2 --epochs 2",
+        "--model 2m --batch 2 --steps 9",
+    ] {
+        assert_eq!(planned(other), [false; 2], "{other}");
+    }
 }
 
 #[test]
