@@ -77,6 +77,7 @@ pub fn run(args: &Train) -> Result<ExitCode> {
     let published = args.train.resolve(&MODELS).map_err(wrong_use)?;
     let args = &args;
     let source = Source::open(args).map_err(wrong_use)?;
+    let args = &source.planned(args);
     let sequences = source.sequences;
     let (device, seed) = (&source.devices[0], args.machine.seed);
     let settings =
@@ -143,6 +144,8 @@ struct Source {
     devices: Vec<Device>,
     /// Names of the sources of the sequences.
     mixed: Vec<String>,
+    /// How the run that made them trained a model that is called as this one, if it did.
+    in_place: Option<TrainSettings>,
     held_out: HeldOut,
 }
 
@@ -163,13 +166,38 @@ impl Source {
         ensure!(
             origin["model"]["tokenizer"] == digest(&model),
             "the sequences in {:?} were made with another tokenizer than that of {:?}: their ids \
-             would mean something else; name the right one with --tokenizer",
+             would mean something else; for a shape, name the right one with --tokenizer",
             args.shards,
             args.train.model
         );
         let held_out = args.train.held_out(&Fields::detected(), &model, length)?;
         let mixed = mixed(&origin);
-        Ok(Source { shards, manifest, sequences, length, model, devices, mixed, held_out })
+        let is_same = origin["model"]["name"] == model.name.as_str();
+        let in_place = serde_json::from_value(origin["training"].clone()).ok();
+        Ok(Source {
+            shards,
+            manifest,
+            sequences,
+            length,
+            model,
+            devices,
+            mixed,
+            in_place: in_place.filter(|_| is_same),
+            held_out,
+        })
+    }
+
+    /// The flags, with steps and warm-up of the training in place where this one repeats it: its steps were those that
+    /// the input was estimated to give.
+    fn planned(&self, args: &Train) -> Train {
+        let mut args = args.clone();
+        let Some(in_place) = &self.in_place else { return args };
+        let repeats = args.train.batch(self.length) == in_place.batch_sequences && args.epochs == 1;
+        if repeats && args.train.steps.is_none() {
+            args.train.steps = Some(in_place.schedule.total_steps);
+            args.train.warmup.get_or_insert(in_place.schedule.warmup_steps);
+        }
+        args
     }
 
     fn describe(&self, args: &Train, settings: &TrainSettings) -> String {

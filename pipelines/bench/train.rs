@@ -14,7 +14,7 @@ use crate::shell::models::{BUNDLED, Model};
 use crate::shell::plan::{OPTIMIZER, bytes, count};
 use crate::shell::summary::{device_memory, peak_memory};
 use crate::shell::terminal::{show, tell};
-use crate::shell::train_args::{Compute, micro_batch_tokens, probability};
+use crate::shell::train_args::{Compute, check_sums, micro_batch_tokens, probability};
 use crate::shell::wrong_use;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
@@ -179,6 +179,7 @@ impl Setup {
         let setup = Setup { model, devices, compute, sequences, item_tokens };
         let micro_batch = setup.micro_batch_tokens(args);
         check_dealing(args.batch, args.length, micro_batch, setup.devices.len())?;
+        check_sums(setup.devices.len())?;
         Ok(setup)
     }
 

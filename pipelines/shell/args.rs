@@ -32,12 +32,35 @@ pub struct RunArgs {
     #[command(flatten)]
     pub train: TrainArgs,
     /// Write shards only
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = HOW_TO_TRAIN)]
     pub no_train: bool,
     #[allow(missing_docs)] // a comment would become help
     #[command(flatten)]
     pub machine: MachineArgs,
 }
+
+/// What says nothing where nothing is trained: all flags of training but those that decide what is written into shards.
+const HOW_TO_TRAIN: [&str; 19] = [
+    "batch",
+    "batch_tokens",
+    "rate",
+    "warmup",
+    "steps",
+    "schedule",
+    "decay_share",
+    "train_dtype",
+    "micro_batch_tokens",
+    "recompute",
+    "z_loss",
+    "hidden_dropout",
+    "on_nonfinite",
+    "on_spike",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+    "eval",
+    "eval_every",
+];
 
 /// What is read, and where everything goes.
 #[derive(Args, Clone, Debug)]
@@ -376,6 +399,24 @@ mod tests {
         let args = RunArgs::of(needed.iter().chain(flags)).expect("flags that exist");
         let found = args.engine.steps.settings(true, 0).ok().map(|settings| settings.means);
         assert_eq!(found, expected, "{flags:?}");
+    }
+
+    #[test]
+    fn flags_of_training_are_refused_where_nothing_is_trained() {
+        let line = |flags: &[&str]| {
+            let needed = ["--input", "x.jsonl", "--out", "x"];
+            let found = RunArgs::of(needed.iter().chain(flags)).map(drop);
+            found.map_err(|error| error.to_string())
+        };
+        assert_eq!(line(&["--no-train", "--model", "2m", "--tokenizer", "x"]), Ok(()));
+        let refused = line(&["--z-loss", "1e-4", "--no-train"]).expect_err("both");
+        assert!(refused.contains("cannot be used with"), "{refused}");
+        let command = TrainArgs::augment_args(Command::new("train"));
+        let of_shards = ["published", "model", "tokenizer"];
+        let mut flags: Vec<&str> =
+            command.get_arguments().map(|flag| flag.get_id().as_str()).collect();
+        flags.retain(|flag| !of_shards.contains(flag));
+        assert_eq!(flags, HOW_TO_TRAIN);
     }
 
     #[test]

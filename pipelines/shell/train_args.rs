@@ -12,6 +12,7 @@ use headwater::format::jsonl::Fields;
 use headwater::kernels::bf16_unit;
 use headwater::kernels::packed::WeightType;
 use headwater::model::config::ModelConfig;
+use headwater::model::shape::Shape;
 use headwater::train::checkpoint::Retention;
 use headwater::train::guard::{Guards, OnFault};
 use headwater::train::held_out::HeldOut;
@@ -48,7 +49,8 @@ pub struct TrainArgs {
     /// Steps of warm-up [default: a tenth of the steps, at most 1000]
     #[arg(long, value_name = "N")]
     pub warmup: Option<u64>,
-    /// Steps over which the rate falls [default: as many as the input is estimated to give]
+    /// Steps over which the rate falls: the run ends with its input, not with them [default: as many as the
+    /// input is estimated to give]
     #[arg(long, value_name = "N")]
     pub steps: Option<u64>,
     /// How the rate falls: along a cosine, or held and falling in the last steps
@@ -206,10 +208,16 @@ impl TrainArgs {
     /// The model to train, with its tokenizer.
     ///
     /// # Errors
-    /// If it cannot be found.
+    /// If it cannot be found, or has a tokenizer of its own and another one is named.
     pub fn model(&self, length: usize) -> Result<Model> {
-        let tokenizer = Model::trained(self.tokenizer.as_deref().unwrap_or(BUNDLED))?.tokenizer;
-        Model::named(self.model_name(), &tokenizer, length)
+        let name = self.model_name();
+        ensure!(
+            self.tokenizer.is_none() || Shape::named(name).is_some(),
+            "--tokenizer is for a shape: the model {name:?} has a tokenizer of its own"
+        );
+        let tokenizer = self.tokenizer.as_deref().unwrap_or(BUNDLED);
+        let tokenizer = Model::trained(tokenizer).context("--tokenizer")?.tokenizer;
+        Model::named(name, &tokenizer, length)
     }
 
     /// How the rate falls.
@@ -301,6 +309,7 @@ impl TrainArgs {
         );
         let micro_batch = self.micro_batch_tokens(&devices[0]);
         check_dealing(self.batch(length), length, micro_batch, devices.len())?;
+        check_sums(devices.len())?;
         model.check_trainable()
     }
 
@@ -338,6 +347,25 @@ pub fn probability(value: &str) -> std::result::Result<f64, String> {
         Ok(number) if (0.0..1.0).contains(&number) => Ok(number),
         _ => Err("a probability is 0 or more and below 1".into()),
     }
+}
+
+/// Checks that NCCL, as the environment sets it up, adds up over so many devices in one order.
+///
+/// # Errors
+/// If it may choose another order for each sum.
+pub fn check_sums(devices: usize) -> Result<()> {
+    check_algorithm(devices, std::env::var("NCCL_ALGO").ok().as_deref())
+}
+
+fn check_algorithm(devices: usize, algorithm: Option<&str>) -> Result<()> {
+    let is_ring = algorithm.is_some_and(|name| name.eq_ignore_ascii_case("ring"));
+    ensure!(
+        devices <= 2 || is_ring, // two numbers have one sum
+        "{devices} devices add up in an order of their own each time unless NCCL_ALGO=Ring is set in the \
+         environment; it is {}",
+        algorithm.map_or("not set".into(), |name| format!("{name:?}"))
+    );
+    Ok(())
 }
 
 /// Checks a learning rate.
@@ -410,6 +438,35 @@ mod tests {
             "--batch 4 --micro-batch-tokens 256",
             Err("too few for 2 devices: raise --batch"),
         );
+    }
+
+    #[test]
+    fn more_than_two_devices_add_up_in_a_ring() {
+        let check = |devices, algorithm, said: Option<&str>| {
+            let found = check_algorithm(devices, algorithm).map_err(|error| error.to_string());
+            match said {
+                None => assert_eq!(found, Ok(()), "{devices} {algorithm:?}"),
+                Some(said) => assert!(found.is_err_and(|why| why.contains(said)), "{said}"),
+            }
+        };
+        check(1, None, None);
+        check(2, Some("Tree"), None);
+        check(3, Some("Ring"), None);
+        check(8, Some("ring"), None);
+        check(3, None, Some("unless NCCL_ALGO=Ring is set in the environment; it is not set"));
+        check(4, Some("^Ring"), Some("it is \"^Ring\""));
+    }
+
+    #[test]
+    fn a_tokenizer_is_named_for_a_shape_only() {
+        let model = |flags: &[&str]| {
+            let needed = ["--input", "x.jsonl", "--out", "x", "--tokenizer", BUNDLED];
+            let args = RunArgs::of(needed.iter().chain(flags)).expect("flags that exist").train;
+            args.model(64).map(|model| model.name).map_err(|error| error.to_string())
+        };
+        assert_eq!(model(&["--model", "2m"]), Ok("2m".into()));
+        assert!(model(&["--model", BUNDLED]).is_err_and(|why| why.contains("--tokenizer")));
+        assert!(model(&["--model", "/no/such"]).is_err_and(|why| why.contains("--tokenizer")));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Whole steps on a tiny model: what is skipped, what is resumed, what is measured.
 
+mod export;
 mod gpus;
 mod memory;
 mod replicas;

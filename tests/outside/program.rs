@@ -258,8 +258,15 @@ fn the_trainer_is_measured_on_random_tokens() {
         for name in positive {
             assert!(figures[name].as_f64().unwrap() > 0.0, "{name} in {figures}");
         }
-        let loss = |name: &str| figures[name].as_f64().unwrap();
-        assert!(loss("last_loss") < loss("first_loss"), "{figures}");
+        let figure = |name: &str| figures[name].as_f64().unwrap();
+        assert!(figure("last_loss") < figure("first_loss"), "{figures}");
+        let peak = figures["ceiling"]["peak_operations_per_s"].as_f64().unwrap();
+        let of_peak = figure("mfu") * peak / figure("operations_per_s");
+        assert!((of_peak - 1.0).abs() < 1e-6, "{of_peak} in {figures}");
+        // Six for each parameter, all of which multiply (the head is tied), and a little for attention.
+        let of_a_token = figure("operations_per_s") / figure("tokens_per_s");
+        let of_parameters = of_a_token / (6.0 * figure("parameters"));
+        assert!((1.0..1.1).contains(&of_parameters), "{of_parameters} in {figures}");
     }
     check(&["bench", "train", "--item-tokens", "513"], 2, "--item-tokens");
     check(&["bench", "train", "--model", "7q"], 2, "7q");

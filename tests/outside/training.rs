@@ -28,10 +28,10 @@ fn held_out(folder: &Path) -> [PathBuf; 2] {
 fn shards(folder: &Path) -> PathBuf {
     let (documents, general) = corpus(folder);
     let run = folder.join("shards");
-    let mut arguments = small_run(&documents, &general, &run);
-    arguments.push("--no-train".into());
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    check(&arguments, 0, "what became of everything");
+    let arguments = small_run(&documents, &general, &run).join(" ");
+    let arguments =
+        arguments.replace("--batch 2", "--no-train").replace("--checkpoint-every 3", "");
+    check(&words(&arguments), 0, "what became of everything");
     run
 }
 
@@ -186,6 +186,7 @@ fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     let out = place.path().join("run");
     let mut arguments = small_run(&documents, &general, &out).join(" ");
     arguments += &format!(" --eval {} {} --eval-every 4", web.display(), books.display());
+    arguments += " --steps 77 --warmup 5";
     check(&words(&format!("{arguments} --dry-run")), 0, "web: 2 documents");
     let printed = check(&words(&arguments), 0, "unknown      0");
     assert!(printed.contains("2 records rejected (malformed_json 1, no_text 1)"), "{printed}");
@@ -213,6 +214,24 @@ fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     check(&words(&format!("{arguments} --strict")), 3, "held out");
     let other = arguments.replace("--eval-every 4", "--eval-every 5");
     check(&words(&other), 2, "held_out.every: 4 in the folder, 5 now");
+
+    let again = format!("train --shards {} --out x --dry-run", out.display());
+    let planned = |flags: &str| {
+        let plan = command(&words(&format!("{again} {flags}"))).output().unwrap();
+        let plan = String::from_utf8([plan.stdout, plan.stderr].concat()).unwrap();
+        assert!(plan.contains(" steps of "), "{plan}");
+        ["77 steps", "warm-up 5"].map(|said| plan.contains(said))
+    };
+    assert_eq!(planned("--model 2m --batch 2"), [true; 2]);
+    assert_eq!(planned("--model 2m --batch 2 --warmup 6"), [true, false]);
+    for other in [
+        "--model 7m --batch 2",
+        "--model 2m",
+        "--model 2m --batch 2 --epochs 2",
+        "--model 2m --batch 2 --steps 9",
+    ] {
+        assert_eq!(planned(other), [false; 2], "{other}");
+    }
 }
 
 #[test]
@@ -233,7 +252,7 @@ fn flags_of_training_that_cannot_work_are_explained() {
         ("--eval /no/such/file.txt", "/no/such/file.txt"),
         ("--eval x.pdf", "x.pdf"),
         (&format!("--eval {empty}"), "malformed_json"),
-        (&format!("--eval {empty} --no-train"), "--no-train"),
+        ("--no-train", "cannot be used with"),
     ] {
         check(&words(&format!("{base} {flags}")), 2, said);
     }
@@ -271,13 +290,19 @@ fn full_shards(folder: &Path) -> PathBuf {
 fn a_training_takes_the_memory_that_its_dry_run_tells() {
     let place = tempfile::tempdir().unwrap();
     let shards = full_shards(place.path());
-    let ways = ["--batch-tokens 2500", "--batch 1 --recompute", "--batch 2 --train-dtype bf16"];
+    let ways = [
+        "--model 10m --batch-tokens 2500",
+        "--model 10m --batch 1 --recompute",
+        "--model 10m --batch 2 --train-dtype bf16",
+        "--model 2m --batch 2 --train-dtype bf16",
+        "--model 2m --batch 4 --micro-batch-tokens 2048",
+    ];
     let few = format!("train --shards {} --out x --batch-tokens 511", shards.display());
     check(&words(&few), 2, "--batch-tokens 511 holds no sequence of 512 tokens");
     for (which, how) in ways.iter().enumerate() {
         let out = place.path().join(which.to_string());
         let arguments = format!(
-            "train --shards {} --out {} --model 10m --checkpoint-every 3 --progress none {how}",
+            "train --shards {} --out {} --checkpoint-every 3 --progress none {how}",
             shards.display(),
             out.display()
         );

@@ -45,7 +45,8 @@ fn steps_in_tensors_are_those_of_the_cpu() {
 
 #[test]
 fn a_resumed_run_in_tensors_ends_with_the_same_bits() {
-    for tested in machines().into_iter().filter(|tested| tested.is_invariant).take(1) {
+    // Both runs take products of the same shapes in the same order, which cuBLAS computes to the same bits.
+    for tested in machines() {
         for (compute, recompute, dropped) in [(F32, false, 0.0), (BF16, true, 0.3)] {
             let place = tempfile::tempdir().unwrap();
             let settings = dropping(settings(recompute, 1e-2), dropped);
