@@ -116,6 +116,10 @@ fn run(coming: Coming, bounds: Bounds, means: Means, has_own_device: bool) -> Ou
         };
         if let Some(next) = has_own_device.then(|| schedule.plan_ahead(&step)).flatten() {
             check_step(&schedule, &next, bounds);
+            assert!(
+                step.samples.is_empty() || next.metrics.preemptions == 0,
+                "a token is not known"
+            );
             outcome.steps_ahead += 1;
             let tokens = fake.compute(&next, &tokens);
             launched = Some((next, tokens));
