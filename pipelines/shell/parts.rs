@@ -1,6 +1,7 @@
 //! Everything a dataflow is wired from, opened once and shared by its workers.
 
 use super::memory::training_bytes;
+use super::metrics;
 use super::models::Model;
 use super::plan::{Plan, training_configuration};
 use super::settings::Settings;
@@ -84,7 +85,8 @@ impl Parts {
             }
             None => (None, None),
         };
-        let counters = Arc::new(EngineCounters::with_log(&settings.out.join("engine.jsonl"))?);
+        let counters =
+            Arc::new(EngineCounters::with_log(&settings.out.join("engine.jsonl"), metrics::now)?);
         let start = |model, counters, next| -> Result<Queue> {
             let engines = start_engines(settings, model, counters, next)?;
             match &store {

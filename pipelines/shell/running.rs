@@ -86,6 +86,7 @@ pub fn run(
     };
     drop(progress);
     let manifest = parts.folder.manifest()?;
+    parts.engine.rest()?;
     let summary = Summary::new(settings, &parts, manifest, trained, start.elapsed().as_secs_f64())?;
     summary.write_ledger(&parts.folder)?;
     report::write(&settings.out, &summary.figures())?;

@@ -260,7 +260,9 @@ fn kernels_for_gpus_answer_as_the_cpu_does() {
             let (found, counts) = generate_with(model, settings, &few(), &[END]);
             assert!(found == alone, "answers differ on {}", machine.name);
             assert!(counts["cached_tokens"] > 0, "{counts:?}");
-            assert_eq!(counts["drafted_tokens"] > 0, settings.means == ALL, "{counts:?}");
+            let guesses = settings.means == ALL;
+            assert_eq!(counts["drafted_tokens"] > 0, guesses, "{counts:?}");
+            assert!(guesses || 2 * counts["steps_ahead"] > counts["steps"], "{counts:?}");
         }
     }
 }

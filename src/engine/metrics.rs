@@ -33,6 +33,8 @@ pub struct StepMetrics {
     pub blocks_held: u64,
     /// Blocks of the cache.
     pub blocks: u64,
+    /// Whether it was laid out before the tokens of the step before were known.
+    pub is_ahead: bool,
 }
 
 /// What an engine has done so far.
@@ -42,6 +44,8 @@ pub struct EngineCounters {
     pub requests: AtomicU64,
     /// Steps.
     pub steps: AtomicU64,
+    /// Those of them that were laid out before the tokens of the step before were known.
+    pub steps_ahead: AtomicU64,
     /// Sequences of all steps: divided by the steps, the mean batch.
     pub sequences: AtomicU64,
     /// Prompt tokens computed.
@@ -71,12 +75,12 @@ pub struct EngineCounters {
 }
 
 impl EngineCounters {
-    /// Counts that also write down what steps do, behind what a file holds ([`StepLog`]).
+    /// Counts that also write down what steps do, behind what a file holds ([`StepLog::open`]).
     ///
     /// # Errors
     /// If the disk refuses.
-    pub fn with_log(path: &Path) -> Result<Self> {
-        Ok(EngineCounters { log: Some(Mutex::new(StepLog::open(path)?)), ..Self::default() })
+    pub fn with_log(path: &Path, now: fn() -> f64) -> Result<Self> {
+        Ok(EngineCounters { log: Some(Mutex::new(StepLog::open(path, now)?)), ..Self::default() })
     }
 
     /// Adds a step that took so long and left sequences with so many blocks.
@@ -86,6 +90,7 @@ impl EngineCounters {
     pub fn note(&self, step: &StepMetrics, seconds: f64, blocks_held: usize) -> Result<()> {
         for (total, amount) in [
             (&self.steps, 1),
+            (&self.steps_ahead, u64::from(step.is_ahead)),
             (&self.sequences, step.sequences),
             (&self.prompt_tokens, step.prompt_tokens),
             (&self.decode_tokens, step.decode_tokens),
@@ -120,10 +125,11 @@ impl EngineCounters {
     }
 
     /// Name and value of each count, for whoever writes them down.
-    pub fn figures(&self) -> [(&'static str, u64); 14] {
+    pub fn figures(&self) -> [(&'static str, u64); 15] {
         [
             ("requests", &self.requests),
             ("steps", &self.steps),
+            ("steps_ahead", &self.steps_ahead),
             ("sequences", &self.sequences),
             ("prompt_tokens", &self.prompt_tokens),
             ("decode_tokens", &self.decode_tokens),

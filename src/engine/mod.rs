@@ -188,13 +188,15 @@ impl Engine {
     fn take(&mut self, step: &mut Step, sampled: &[u32], seconds: f64) -> Result<()> {
         let done = self.schedule.take(step, sampled, &self.ends);
         self.schedule.measured(step, seconds);
+        // Before the answers are out: whoever has the last may look at the counts.
+        self.counters.note(&step.metrics, seconds, self.schedule.blocks_held())?;
         for (sequence, closed) in done {
             let finish = if closed { Finish::Stop } else { Finish::Length };
             let tokens = sequence.generated().to_vec();
             self.counters.requests.fetch_add(1, Relaxed);
             sequence.owner.complete(tokens, finish);
         }
-        self.counters.note(&step.metrics, seconds, self.schedule.blocks_held())
+        Ok(())
     }
 }
 

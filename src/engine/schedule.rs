@@ -8,8 +8,8 @@
 //!
 //! Everything is bounded: sequences that run, tokens of a step, blocks of the cache. A sequence is admitted
 //! when there are blocks for its tokens so far, and takes more as it grows. Sequences run and wait in the
-//! order they came in. The oldest has a row in every step, and takes blocks from the youngest, so it comes
-//! to its end, and so does the next.
+//! order they came in. The oldest has a row in every step, until its last token is only waited for, and takes blocks from
+//! the youngest, so it comes to its end, and so does the next.
 
 mod ahead;
 mod means;
@@ -178,9 +178,9 @@ impl<T> Schedule<T> {
         self.len() == 0
     }
 
-    /// Whether another prompt would only wait.
+    /// Whether there are as many sequences as may run at a time, though some may have to wait for blocks.
     pub fn is_full(&self) -> bool {
-        !self.waiting.is_empty() || self.going_on() >= self.bounds.sequences_max
+        self.waiting.len() + self.going_on() >= self.bounds.sequences_max
     }
 
     /// Sequences that run, but for those whose last token is only waited for.

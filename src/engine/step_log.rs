@@ -6,7 +6,6 @@ use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 /// Steps of a line at most.
 pub const STEPS: u64 = 256;
@@ -16,6 +15,7 @@ pub const STEPS: u64 = 256;
 pub struct StepLog {
     path: PathBuf,
     file: File,
+    now: fn() -> f64,
     line: Line,
 }
 
@@ -25,6 +25,7 @@ struct Line {
     /// When the last of them ended.
     unix_time: f64,
     steps: u64,
+    steps_ahead: u64,
     seconds: f64,
     /// Sequences of a step, in the mean.
     batch_mean: f64,
@@ -44,11 +45,11 @@ struct Line {
 }
 
 impl StepLog {
-    /// Goes on behind what the file holds. A line that was cut off is ended.
+    /// Goes on behind what the file holds. A line that was cut off is ended. `now` is the time, in seconds since 1970.
     ///
     /// # Errors
     /// If the disk refuses.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, now: fn() -> f64) -> Result<Self> {
         let options = || OpenOptions::new().create(true).read(true).append(true).open(path);
         let mut file = options().map_err(Error::file("open", path))?;
         let mut end = || -> std::io::Result<()> {
@@ -63,7 +64,7 @@ impl StepLog {
             Ok(())
         };
         end().map_err(Error::file("read", path))?;
-        Ok(StepLog { path: path.into(), file, line: Line::default() })
+        Ok(StepLog { path: path.into(), file, now, line: Line::default() })
     }
 
     /// Adds a step that took so long.
@@ -77,6 +78,7 @@ impl StepLog {
         line.batch_mean += step.sequences as f64;
         line.cache_use += step.blocks_held as f64 / step.blocks.max(1) as f64;
         for (total, amount) in [
+            (&mut line.steps_ahead, u64::from(step.is_ahead)),
             (&mut line.prompt_tokens, step.prompt_tokens),
             (&mut line.decode_tokens, step.decode_tokens),
             (&mut line.generated_tokens, step.generated_tokens),
@@ -101,8 +103,7 @@ impl StepLog {
         if line.steps == 0 {
             return Ok(());
         }
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        line.unix_time = now.map_or(0.0, |since| since.as_secs_f64());
+        line.unix_time = (self.now)();
         line.batch_mean /= line.steps as f64;
         line.cache_use /= line.steps as f64;
         line.prefix_hit_rate = (line.admitted_tokens > 0)
@@ -132,7 +133,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("engine.jsonl");
         std::fs::write(&path, "{\"steps\":7}\n{\"ste").unwrap();
-        let mut log = StepLog::open(&path).unwrap();
+        let mut log = StepLog::open(&path, || 5.5).unwrap();
         log.end_line().unwrap();
         log.note(&StepMetrics { admitted_tokens: 100, cached_tokens: 64, ..step(2) }, 0.5).unwrap();
         for _ in 0..STEPS {
@@ -153,6 +154,6 @@ mod tests {
             (&mean.into(), &(mean / 8.0).into())
         );
         assert_eq!((&lines[3]["steps"], &lines[3]["prefix_hit_rate"]), (&1.into(), &Value::Null));
-        assert_eq!(lines[3]["seconds"], 0.25);
+        assert_eq!((&lines[3]["seconds"], &lines[3]["unix_time"]), (&0.25.into(), &5.5.into()));
     }
 }

@@ -44,6 +44,7 @@ impl<T> Schedule<T> {
                 step.expected.push(Expected { row: run.first_row as u32, sample });
             }
         }
+        step.metrics.is_ahead = true;
         (!step.runs.is_empty()).then_some(step)
     }
 

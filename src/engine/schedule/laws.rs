@@ -120,6 +120,7 @@ fn run(coming: Coming, bounds: Bounds, means: Means, has_own_device: bool) -> Ou
                 step.samples.is_empty() || next.metrics.preemptions == 0,
                 "a token is not known"
             );
+            assert!(next.metrics.is_ahead);
             outcome.steps_ahead += 1;
             let tokens = fake.compute(&next, &tokens);
             launched = Some((next, tokens));
@@ -260,6 +261,27 @@ fn a_prompt_takes_what_no_other_wants() {
     let bounds = Bounds { prompts_at_once: 3, ..BOUNDS };
     assert_eq!(first_steps(bounds, &[90], 1), [vec![(50, 0)]]);
     assert_eq!(first_steps(bounds, &[90, 5], 1), [vec![(45, 0), (5, 0)]]);
+}
+
+#[test]
+fn as_many_prompts_are_taken_in_as_may_run_and_all_of_them_at_once() {
+    let bounds = Bounds { sequences_max: 5, ..BOUNDS };
+    let mut schedule = Schedule::new(bounds, PLAIN);
+    let push_all = |schedule: &mut Schedule<usize>| {
+        let mut taken = 0;
+        while !schedule.is_full() {
+            schedule.push(vec![1; 4], 2, taken).unwrap();
+            taken += 1;
+        }
+        taken
+    };
+    assert_eq!(push_all(&mut schedule), 5);
+    let mut step = schedule.plan();
+    assert_eq!((step.runs.len(), push_all(&mut schedule)), (5, 0));
+    schedule.take(&mut step, &[7; 5], &[END]);
+    let mut step = schedule.plan();
+    assert!(schedule.take(&mut step, &[7, 7, END, 7, 7], &[END]).len() == 5 && !schedule.is_full());
+    assert_eq!(push_all(&mut schedule), 5);
 }
 
 #[test]

@@ -110,7 +110,8 @@ impl Gpu {
 
 /// Makes a device cheap to use, once, before anything is on it.
 ///
-/// All that a device does is on its one stream, in order, so uses of memory need not be recorded. Memory that is
+/// All that a device does is on its one stream, in order, so uses of memory need not be recorded: what is read on another is
+/// there before, and the reader waits for it before it gives the memory back. Memory that is
 /// given back is kept for the next that is asked for, and not handed to the system at every wait.
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
     // SAFETY: the tensor library puts all work of a device on one stream, and we move no memory between devices.
