@@ -25,6 +25,7 @@ pub mod embedding;
 pub(crate) mod fetch;
 pub(crate) mod layout;
 pub(crate) mod linear;
+pub(crate) mod mapped;
 pub(crate) mod matmul;
 pub mod packed;
 mod pairs;

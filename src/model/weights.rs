@@ -1,12 +1,9 @@
 //! Parameters by name, from a Hugging Face directory, a GGUF file, or from memory.
 
-// Reason: a checkpoint is mapped into memory, so that a model larger than the free memory can be loaded
-// one parameter at a time. The files must not change while they are read, as with any mapped file.
-#![expect(unsafe_code, reason = "memory-mapped checkpoints")]
-
 use super::precision::Precision;
 use crate::error::{Context, Error, Result};
 use crate::gguf::Gguf;
+use crate::kernels::mapped::mapped;
 use crate::kernels::packed::PackedWeight;
 use candle_core::safetensors::{BufferedSafetensors, MmapedSafetensors};
 use candle_core::{DType, Device, Tensor};
@@ -33,9 +30,7 @@ impl Weights {
     /// If neither is there, or a file is not a checkpoint.
     pub fn open(directory: &Path) -> Result<Self> {
         let paths = checkpoint_files(directory)?;
-        // SAFETY: the mapping lives as long as `self`; see the reason at the top of this file.
-        let files = unsafe { MmapedSafetensors::multi(&paths) }
-            .map_err(|error| Error::malformed(directory, error))?;
+        let files = mapped(&paths).map_err(|error| Error::malformed(directory, error))?;
         Ok(Weights { files: Files::Mapped(files), origin: directory.to_owned() })
     }
 
