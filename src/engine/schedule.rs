@@ -319,6 +319,10 @@ impl<T> Schedule<T> {
                 PrefixReuse::Off => Vec::new(),
                 PrefixReuse::On => self.blocks.find(&tokens[..tokens.len() - 1]), // a row is left
             };
+            if self.means.prefix_reuse == PrefixReuse::On && self.is_on_its_way(tokens, found.len())
+            {
+                return;
+            }
             let idle = found.iter().filter(|&&block| self.blocks.is_idle(block)).count();
             let fresh = tokens.len().div_ceil(BLOCK) - found.len();
             // Each of those that run is about to want a block: whoever comes leaves them one.
@@ -341,6 +345,17 @@ impl<T> Schedule<T> {
             }
             self.running.push(sequence);
         }
+    }
+
+    /// Whether a running sequence begins with the same tokens, and is about to compute the block behind those that were
+    /// found: whoever waits for it need not compute it again.
+    fn is_on_its_way(&self, tokens: &[u32], found: usize) -> bool {
+        let end = (found + 1) * BLOCK;
+        // The last token has a row in any case.
+        let Some(wanted) = tokens[..tokens.len() - 1].get(..end) else { return false };
+        let computes =
+            |one: &Sequence<T>| one.filed <= found && one.tokens.get(..end) == Some(wanted);
+        self.running.iter().any(computes)
     }
 
     /// Makes sure that a sequence has blocks for so many more rows, at the cost of younger ones. False if

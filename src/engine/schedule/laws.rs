@@ -285,6 +285,21 @@ fn as_many_prompts_are_taken_in_as_may_run_and_all_of_them_at_once() {
 }
 
 #[test]
+fn what_begins_alike_is_computed_once_though_it_comes_at_once() {
+    let beginning = prompt(0, 3 * BLOCK + 5);
+    let other = prompt(1, 20);
+    let prompts = [0, 1, 2].map(|end| [beginning.clone(), prompt(end, 30)].concat());
+    let prompts = [&prompts[..], &[other]].concat();
+    let bounds = Bounds { sequences_max: 4, step_tokens_max: 500, blocks: 40, ..BOUNDS };
+    let means = Means { prefix_reuse: PrefixReuse::On, ..PLAIN };
+    for has_own_device in [false, true] {
+        let coming = Coming { prompts: &prompts, limit: 30, at_a_time: 4 };
+        let outcome = run(coming, bounds, means, has_own_device);
+        assert_eq!(outcome.total.cached_tokens, 2 * 3 * BLOCK as u64);
+    }
+}
+
+#[test]
 fn a_round_computes_only_what_the_round_before_did_not() {
     let prompts = chain(4, 100, 40);
     let bounds = Bounds { sequences_max: 1, step_tokens_max: 300, blocks: 20, ..BOUNDS };
