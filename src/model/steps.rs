@@ -84,7 +84,7 @@ mod tests {
     use super::super::shape::Shape;
     use super::super::{Form, Llama};
     use super::*;
-    use crate::kernels::cached::{BLOCK, Run};
+    use crate::kernels::cached::{BLOCK, Expected, Run};
     use crate::kernels::first_of_largest;
     use crate::kernels::packed::WeightType;
     use crate::seed;
@@ -152,6 +152,29 @@ mod tests {
                 assert_eq!(parts, threads, "rows for as many parts");
                 assert_eq!(found, whole, "{kind:?} on {threads} threads");
             }
+        }
+    }
+
+    #[test]
+    fn ids_that_are_expected_are_tokens_of_the_step_before() {
+        let model = model(WeightType::F32);
+        let mut cache = model.cache(1).unwrap();
+        let run = |rows, position| [Run { first_row: 0, rows, position, table: vec![0] }];
+        let (prompt, next) = (run(3, 0), run(1, 3));
+        let (ids, positions) = ([5, 6, 7], [0, 1, 2]);
+        let rows = StepRows { ids: &ids, positions: &positions, runs: &prompt, samples: &[2] };
+        let before = model.launch(&mut cache, &rows, None).unwrap();
+        let token = before.tokens().unwrap()[0];
+        let mut step = |id: u32, expected: &[Expected]| {
+            let rows = StepRows { ids: &[id], positions: &[3], runs: &next, samples: &[0] };
+            let launched = model.launch(&mut cache, &rows, Some((&before, expected)));
+            launched.and_then(|launched| launched.tokens())
+        };
+        let known = step(token, &[]).unwrap();
+        let other = (0..90).find(|&id| step(id, &[]).unwrap() != known).expect("ids matter");
+        assert_eq!(step(other, &[Expected { row: 0, sample: 0 }]).unwrap(), known);
+        for beyond in [Expected { row: 1, sample: 0 }, Expected { row: 0, sample: 1 }] {
+            assert!(step(0, &[beyond]).is_err(), "{beyond:?}");
         }
     }
 }
