@@ -195,9 +195,13 @@ impl<T> Schedule<T> {
 
     /// Takes in how many seconds a step took: costs decide how much is guessed.
     pub fn measured(&mut self, step: &Step, seconds: f64) {
-        let sampled_rows = step.samples.len();
-        let prompt_rows = step.metrics.prompt_tokens as usize;
-        self.odds.measured(Measured { prompt_rows, sampled_rows, seconds });
+        let StepMetrics { prompt_tokens, decode_tokens, drafted_tokens, .. } = step.metrics;
+        self.odds.measured(Measured {
+            prompt_rows: prompt_tokens,
+            sequences: decode_tokens,
+            guessed_rows: drafted_tokens,
+            seconds,
+        });
     }
 
     /// Admits what fits and lays out the next step.
