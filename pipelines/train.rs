@@ -90,15 +90,19 @@ pub fn run(args: &Train) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     begin()?;
-    let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
     let devices = &source.devices;
     let compute = args.train.train_dtype.dtype(&devices[0]);
-    let trainer = match latest(&args.out)? {
-        Some(checkpoint) => Trainer::resume(&checkpoint, settings, compute, devices)?,
-        None => {
-            let values = source.model.parameters(args.machine.seed, &devices[0])?;
-            Trainer::new(&source.model.config, values, settings, compute, devices)?
-        }
+    let new = || -> Result<Trainer> {
+        let values = source.model.parameters(args.machine.seed, &devices[0])?;
+        Ok(Trainer::new(&source.model.config, values, settings, compute, devices)?)
+    };
+    // A new folder is made for a model that can be trained.
+    let begun = (!args.out.exists()).then(new).transpose()?;
+    let _lock = RunFolder::claim(&args.out, &source.configuration(args, &settings)?)?.lock()?;
+    let trainer = match (latest(&args.out)?, begun) {
+        (Some(checkpoint), _) => Trainer::resume(&checkpoint, settings, compute, devices)?,
+        (None, Some(trainer)) => trainer,
+        (None, None) => new()?,
     };
     let start = Instant::now();
     let (meters, meter) = (Arc::new(Meters::default()), Arc::new(TrainMeter::default()));
@@ -168,7 +172,7 @@ impl Source {
             "the sequences in {:?} were made with another tokenizer than that of {:?}: their ids \
              would mean something else; for a shape, name the right one with --tokenizer",
             args.shards,
-            args.train.model
+            model.name
         );
         let held_out = args.train.held_out(&Fields::detected(), &model, length)?;
         let mixed = mixed(&origin);

@@ -221,7 +221,7 @@ impl Setup {
         let mut trainer = Trainer::new(config, values, settings, self.compute, &self.devices)?;
         let first = trainer.step(&self.sequences)?.loss;
         self.wait()?;
-        let (mut steps, mut last) = (Vec::with_capacity(args.steps), first);
+        let (mut steps, mut last) = (Vec::new(), first);
         for _ in 0..args.steps {
             let start = Instant::now();
             last = trainer.step(&self.sequences)?.loss;

@@ -46,6 +46,9 @@ pub struct Measured {
     pub peak_operations_per_s: Option<f64>,
     /// The part of waiting for sequences in the time of waiting and the step.
     pub data_wait_share: f64,
+    /// Milliseconds between the step before and waiting for the sequences of this one: losses of what is held out, the copy
+    /// for a checkpoint, and waiting for the checkpoint before it.
+    pub overhead_ms: f64,
     /// The most resident memory the process had so far.
     pub memory_bytes: u64,
     /// The most bytes that were in use on each of the GPUs that train at a time, added up; none on a CPU, and where a GPU does
@@ -84,6 +87,8 @@ pub(super) struct Gauge {
     config: ModelConfig,
     devices: Vec<Device>,
     compute: DType,
+    /// When the last step ended.
+    ended: Instant,
     /// When the trainer last had nothing to do but wait for sequences.
     idle: Instant,
 }
@@ -94,11 +99,13 @@ impl Gauge {
     /// # Errors
     /// If the trainer cannot be looked at.
     pub(super) fn new(trainer: &Trainer) -> Result<Self> {
+        let now = Instant::now();
         Ok(Gauge {
             config: trainer.config().clone(),
             devices: trainer.devices().to_vec(),
             compute: trainer.compute(),
-            idle: Instant::now(),
+            ended: now,
+            idle: now,
         })
     }
 
@@ -108,8 +115,10 @@ impl Gauge {
     }
 
     /// What a step on `batch` took that began at `start` and has just ended.
-    pub(super) fn measure(&self, batch: &[Sequence], start: Instant) -> Measured {
+    pub(super) fn measure(&mut self, batch: &[Sequence], start: Instant) -> Measured {
         let (spent, waited) = (start.elapsed(), start.duration_since(self.idle));
+        let overhead = self.idle.duration_since(self.ended);
+        self.ended = start + spent;
         let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         let rate = operations(&self.config, batch) / spent.as_secs_f64();
         let peak = peak(&self.devices[0], self.compute, &self.config)
@@ -121,6 +130,7 @@ impl Gauge {
             mfu: peak.map(|peak| rounded(rate / peak, 4)),
             peak_operations_per_s: peak.map(f64::round),
             data_wait_share: rounded(share(waited, spent), 4),
+            overhead_ms: rounded(1e3 * overhead.as_secs_f64(), 1),
             memory_bytes: peak_memory(),
             device_memory_bytes: device_memory(&self.devices),
         }
@@ -236,6 +246,8 @@ pub struct Totals {
     pub peak_operations_per_s: Option<f64>,
     /// The part of waiting for sequences in the time of waiting and of steps.
     pub data_wait_share: f64,
+    /// The part of evaluating and of checkpoints in all time between the first step and the last.
+    pub overhead_share: f64,
     /// The most resident memory of a process that trained.
     pub memory_bytes: u64,
     /// The most that the GPUs had in use; none on a CPU.
@@ -252,6 +264,7 @@ impl Totals {
             let Measured { step_ms, data_wait_share: share, .. } = line.measured;
             step_ms * share / (1.0 - share).max(f64::MIN_POSITIVE)
         });
+        let overhead = sum(&|line| line.measured.overhead_ms);
         let known: Vec<(f64, f64)> = lines
             .iter()
             .filter_map(|line| Some((line.measured.mfu?, line.measured.step_ms)))
@@ -263,6 +276,7 @@ impl Totals {
             mfu: (weight > 0.0).then(|| used / weight),
             peak_operations_per_s: last.measured.peak_operations_per_s,
             data_wait_share: waited / (waited + ms),
+            overhead_share: overhead / (overhead + waited + ms),
             memory_bytes: lines.iter().map(|line| line.measured.memory_bytes).max()?,
             device_memory_bytes: lines.iter().filter_map(|l| l.measured.device_memory_bytes).max(),
         })
@@ -277,9 +291,11 @@ impl Totals {
             _ => "MFU not known".into(),
         };
         format!(
-            "{:.0} tokens/s, {mfu}, {:.1} % of the time waiting for sequences",
+            "{:.0} tokens/s, {mfu}, {:.1} % of the time waiting for sequences, {:.1} % beside steps for evaluation and \
+             checkpoints",
             self.tokens_per_s,
-            100.0 * self.data_wait_share
+            100.0 * self.data_wait_share,
+            100.0 * self.overhead_share
         )
     }
 }
@@ -308,6 +324,10 @@ mod tests {
         assert!((totals.mfu.unwrap() - 0.3).abs() < 1e-12);
         assert!((totals.data_wait_share - 0.5).abs() < 1e-12);
         assert!((totals.tokens_per_s - 500.0).abs() < 1e-9);
+        let mut behind_a_checkpoint = line(300.0, None, 0.0);
+        behind_a_checkpoint.measured.overhead_ms = 100.0;
+        let totals = Totals::of(&[line(600.0, None, 0.0), behind_a_checkpoint]).unwrap();
+        assert!((totals.overhead_share - 0.1).abs() < 1e-12);
         assert_eq!(Totals::of(&[line(1.0, None, 0.0)]).unwrap().mfu, None);
     }
 

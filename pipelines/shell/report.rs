@@ -71,7 +71,14 @@ fn training(lines: &[Line], totals: &Totals) -> Vec<(&'static str, String)> {
         ),
         ("speed", format!("{:.0} tokens/s", totals.tokens_per_s)),
         ("MFU", mfu),
-        ("waiting", format!("{:.1} % of the time, for sequences", 100.0 * totals.data_wait_share)),
+        (
+            "waiting",
+            format!(
+                "{:.1} % of the time for sequences, {:.1} % for evaluation and checkpoints",
+                100.0 * totals.data_wait_share,
+                100.0 * totals.overhead_share
+            ),
+        ),
         ("peak memory", memory),
     ]
 }

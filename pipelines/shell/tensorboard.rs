@@ -11,19 +11,20 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What readers look for in the names of files.
 const PREFIX: &str = "events.out.tfevents.";
 
 /// What is shown, and which field of a line it is.
-const SCALARS: [(&str, &str); 8] = [
+const SCALARS: [(&str, &str); 9] = [
     ("train/loss", "loss"),
     ("train/grad_norm", "grad_norm"),
     ("train/lr", "lr"),
     ("train/tokens_per_s", "tokens_per_s"),
     ("train/mfu", "mfu"),
     ("train/data_wait_share", "data_wait_share"),
+    ("train/overhead_ms", "overhead_ms"),
     ("train/memory_bytes", "memory_bytes"),
     ("train/device_memory_bytes", "device_memory_bytes"),
 ];
@@ -31,6 +32,7 @@ const SCALARS: [(&str, &str); 8] = [
 /// The file of events.
 pub(super) struct Board {
     file: File,
+    path: PathBuf,
 }
 
 impl Board {
@@ -49,9 +51,12 @@ impl Board {
         bytes.extend(history(run, now)?);
         durable::write(&path, &bytes)?;
         for (name, _) in old {
-            std::fs::remove_file(folder.join(name))?;
+            let old = folder.join(name);
+            std::fs::remove_file(&old).with_context(|| format!("could not remove {old:?}"))?;
         }
-        Ok(Board { file: OpenOptions::new().append(true).open(&path)? })
+        let file = OpenOptions::new().append(true).open(&path);
+        let file = file.with_context(|| format!("could not open {path:?}"))?;
+        Ok(Board { file, path })
     }
 
     /// Shows the line of a step.
@@ -59,7 +64,7 @@ impl Board {
     /// # Errors
     /// If the disk refuses.
     pub(super) fn step(&mut self, line: &Value) -> Result<()> {
-        Ok(self.file.write_all(&record(line))?)
+        self.write(&record(line))
     }
 
     /// Shows what was measured of held-out sources, at `now` seconds since 1970.
@@ -68,7 +73,11 @@ impl Board {
     /// If the disk refuses.
     pub(super) fn evaluations(&mut self, now: f64, evaluations: &[Evaluation]) -> Result<()> {
         let records: Vec<u8> = evaluations.iter().flat_map(|one| evaluation(now, one)).collect();
-        Ok(self.file.write_all(&records)?)
+        self.write(&records)
+    }
+
+    fn write(&mut self, records: &[u8]) -> Result<()> {
+        self.file.write_all(records).with_context(|| format!("could not write {:?}", self.path))
     }
 }
 

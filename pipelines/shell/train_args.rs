@@ -40,7 +40,7 @@ pub struct TrainArgs {
     /// Sequences of one step [default: 8]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Tokens of one step, instead of --batch: as many sequences as fit
+    /// Tokens of one step, instead of --batch: as many sequences as fit if all are full
     #[arg(long, value_name = "N", conflicts_with = "batch")]
     pub batch_tokens: Option<usize>,
     /// Peak learning rate [default: 1e-3 for random weights, 1e-5 for a loaded model]
@@ -292,6 +292,12 @@ impl TrainArgs {
             );
         }
         ensure!(self.steps != Some(0), "--steps must be 1 at least");
+        if let (Some(warmup), Some(steps)) = (self.warmup, self.steps) {
+            ensure!(
+                warmup <= steps,
+                "--warmup {warmup} is more than --steps {steps}: the rate would never reach its peak"
+            );
+        }
         ensure!(self.micro_batch_tokens != Some(0), "--micro-batch-tokens must be 1 at least");
         let z_loss = self.z_loss;
         ensure!(z_loss.is_finite() && z_loss >= 0.0, "--z-loss must be 0 or more, not {z_loss}");
@@ -422,6 +428,8 @@ mod tests {
     fn flags_of_training_are_checked_against_each_other() {
         check("", Ok(Decay::Cosine));
         check("--schedule wsd", Ok(Decay::Wsd { decay_percent: 10 }));
+        check("--warmup 9 --steps 9", Ok(Decay::Cosine));
+        check("--warmup 10 --steps 9", Err("would never reach its peak"));
         check("--schedule wsd --decay-share 25", Ok(Decay::Wsd { decay_percent: 25 }));
         check("--decay-share 25", Err("--schedule wsd"));
         check("--schedule wsd --decay-share 101", Err("--decay-share"));

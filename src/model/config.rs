@@ -170,18 +170,6 @@ impl ModelConfig {
         sizes.map(|(_, shape)| shape.iter().map(|&n| n as u64).product::<u64>()).sum()
     }
 
-    /// Floating-point operations to train on one token of a sequence of `length` tokens: six for each
-    /// weight of a matrix product, and twelve for each head element of each visible position
-    /// (Chowdhery et al., 2022, appendix B; arXiv 2204.02311, halved for causal attention).
-    pub fn training_flops_per_token(&self, length: usize) -> f64 {
-        let embedding = (self.vocab_size * self.hidden_size) as u64;
-        let looked_up = if self.tie_word_embeddings { 0 } else { embedding };
-        let products = (self.parameter_count() - looked_up) as f64;
-        let visible = self.sliding_window.map_or(length, |window| window.min(length)) as f64 / 2.0;
-        let attention = (self.num_hidden_layers * self.num_attention_heads * self.head_dim) as f64;
-        6.0 * products + 12.0 * attention * visible
-    }
-
     /// How rows divide into heads.
     pub fn heads(&self) -> Heads {
         Heads {
@@ -334,8 +322,19 @@ impl Raw {
         if self.attention_bias || self.mlp_bias {
             return Err("biases in projections are not supported".into());
         }
-        if self.num_hidden_layers == 0 {
-            return Err("a model has one layer at least".into());
+        for (name, size) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+        ] {
+            if size == 0 {
+                return Err(format!("{name} must be 1 at least"));
+            }
+        }
+        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
+            return Err(format!("rms_norm_eps must be 0 or more, not {}", self.rms_norm_eps));
         }
         let key_value = self.num_key_value_heads.unwrap_or(self.num_attention_heads);
         if key_value == 0 || !self.num_attention_heads.is_multiple_of(key_value) {
@@ -346,6 +345,9 @@ impl Raw {
         }
         let rope = self.rope_parameters.or(self.rope_scaling);
         let rope_theta = self.rope_theta.or(rope.as_ref().and_then(|rope| rope.rope_theta));
+        if let Some(theta) = rope_theta.filter(|theta| !(theta.is_finite() && *theta > 0.0)) {
+            return Err(format!("rope_theta must be above 0, not {theta}"));
+        }
         Ok(ModelConfig {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
@@ -462,8 +464,15 @@ mod tests {
             |json| json["model_type"] = json!("gpt2"),
             Err("model_type \"gpt2\" is not of the Llama and Mistral family"),
         );
-        check(|c| c["num_hidden_layers"] = json!(0), Err("a model has one layer at least"));
-        check(|json| json["num_hidden_layers"] = json!(0), Err("a model has one layer at least"));
+        for name in ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size"] {
+            let expected = format!("{name} must be 1 at least");
+            check(|json| json[name] = json!(0), Err(&expected));
+        }
+        check(
+            |json| json["rms_norm_eps"] = json!(-1.0),
+            Err("rms_norm_eps must be 0 or more, not -1"),
+        );
+        check(|json| json["rope_theta"] = json!(0.0), Err("rope_theta must be above 0, not 0"));
         check(
             |json| json["hidden_act"] = json!("gelu"),
             Err("hidden_act \"gelu\" is not supported, only \"silu\""),

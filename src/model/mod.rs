@@ -14,6 +14,7 @@ pub(crate) mod host;
 pub mod launched;
 pub mod layers;
 mod load;
+mod operations;
 mod packed;
 pub mod precision;
 #[cfg(test)]
@@ -108,14 +109,15 @@ impl Llama {
     /// In 8 bits the table of embeddings is in bf16, and normalisations are in f32.
     ///
     /// # Errors
-    /// If a parameter is missing or has another shape than `config` says, or the device does not compute
-    /// in this precision.
+    /// If a parameter is missing, has another shape than `config` says or is none that it says, or the device does not
+    /// compute in this precision.
     pub fn load(
         config: &ModelConfig,
         weights: &Weights,
         precision: Precision,
         device: &Device,
     ) -> LoadResult<Self> {
+        weights.check_all_used(config)?;
         let form = match device.is_cpu() {
             true => Form::PackedAs(precision.packed()),
             false => precision.tensors().map(|_| Form::Gpu)?,

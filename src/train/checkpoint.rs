@@ -12,17 +12,20 @@ use super::guard::Recent;
 use super::replicas::Group;
 use super::{Progress, TrainSettings, Trainer};
 use crate::error::{Error, Result};
-use crate::format::durable;
+use crate::format::{durable, input};
 use crate::model::config::ModelConfig;
 use crate::model::weights::Weights;
 use crate::tokenizer::Tokenizer;
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 const PREFIX: &str = "step-";
+
+/// The other files that a training goes on from.
+const RESUMED: [&str; 3] = ["config.json", "model.safetensors", "optimizer.safetensors"];
 
 /// `trainer.json`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +33,9 @@ struct State {
     progress: Progress,
     settings: TrainSettings,
     recent: Recent,
+    /// xxh3-128 of the other files, by name. None of checkpoints that were written before there were digests.
+    #[serde(default)]
+    digests: BTreeMap<String, String>,
 }
 
 /// Which checkpoints stay.
@@ -73,7 +79,11 @@ impl Snapshot {
         remove(&temporary)?;
         write_model(&temporary, &self.config, &self.values, DType::F32, tokenizer)?;
         save_tensors(&temporary.join("optimizer.safetensors"), &self.moments)?;
-        let state = serde_json::to_value(&self.state).expect("plain");
+        let mut state = self.state.clone();
+        for name in RESUMED {
+            state.digests.insert(name.into(), digest_of(&temporary.join(name))?);
+        }
+        let state = serde_json::to_value(&state).expect("plain");
         write_json(&temporary.join("trainer.json"), &state)?;
         durable::publish_directory(&temporary, &path)?;
         Ok(path)
@@ -96,7 +106,7 @@ impl Trainer {
             moments.push((format!("{name}.mean_square"), copy(mean_square)?));
         }
         let (progress, settings, recent) = (self.progress, self.settings, self.recent.clone());
-        let state = State { progress, settings, recent };
+        let state = State { progress, settings, recent, digests: BTreeMap::new() };
         Ok(Snapshot { config: self.config.clone(), values, moments, state })
     }
 
@@ -116,7 +126,7 @@ impl Trainer {
     /// Goes on from a checkpoint.
     ///
     /// # Errors
-    /// If a file of it is missing or malformed, or a device fails.
+    /// If a file of it is missing, malformed or not what was written, or a device fails.
     pub fn resume(
         directory: &Path,
         settings: TrainSettings,
@@ -132,19 +142,30 @@ impl Trainer {
         compute: DType,
         group: Group,
     ) -> Result<Self> {
+        let State { progress, settings: _, recent, digests } = read_state(directory)?;
+        for (name, digest) in &digests {
+            let path = directory.join(name);
+            if digest_of(&path)? != *digest {
+                return Err(Error::malformed(&path, "its bytes are not those that were written"));
+            }
+        }
         let config = ModelConfig::read(directory)?;
         let weights = Weights::open(directory)?;
         let device = group.devices[0].clone();
-        let values = super::loaded(&config, &weights, &device)?;
+        // As they were written, whatever they are.
+        let get = |weights: &Weights, name: &str, shape: &[usize]| {
+            weights.get(name, shape, DType::F32, &device)
+        };
+        let parameters = config.parameters();
+        let value =
+            |(name, shape): &(String, Vec<usize>)| Ok((name.clone(), get(&weights, name, shape)?));
+        let values = parameters.iter().map(value).collect::<Result<Vec<_>>>()?;
         let mut trainer = Trainer::of(&config, values, settings, compute, group)?;
-        let path = directory.join("optimizer.safetensors");
-        let bytes = fs::read(&path).map_err(Error::file("read", &path))?;
-        let state = Weights::from_bytes(bytes, &path.display().to_string())?;
-        for (name, shape) in config.parameters() {
-            let get = |moment| state.get(&format!("{name}.{moment}"), &shape, DType::F32, &device);
-            trainer.replicas.set_moments(&name, &get("mean")?, &get("mean_square")?)?;
+        let state = Weights::of_file(&directory.join("optimizer.safetensors"))?;
+        for (name, shape) in &parameters {
+            let moment = |moment| get(&state, &format!("{name}.{moment}"), shape);
+            trainer.replicas.set_moments(name, &moment("mean")?, &moment("mean_square")?)?;
         }
-        let State { progress, settings: _, recent } = read_state(directory)?;
         (trainer.progress, trainer.recent) = (progress, recent);
         Ok(trainer)
     }
@@ -227,6 +248,11 @@ fn remove(directory: &Path) -> Result<()> {
 /// If `trainer.json` is missing or malformed.
 pub fn progress(directory: &Path) -> Result<Progress> {
     Ok(read_state(directory)?.progress)
+}
+
+/// xxh3-128 of the bytes of a file.
+fn digest_of(path: &Path) -> Result<String> {
+    Ok(format!("{:032x}", input::digest(path)?))
 }
 
 fn read_state(directory: &Path) -> Result<State> {

@@ -358,14 +358,16 @@ fn micro_batches(sequences: &[Sequence], tokens_max: usize) -> Vec<Batch> {
 /// The parameters of a checkpoint, in f32.
 ///
 /// # Errors
-/// If one is missing or has another shape.
+/// If one is missing, has another shape or is not finite, or there is one that the model does not have.
 pub fn loaded(
     config: &ModelConfig,
     weights: &Weights,
     device: &Device,
 ) -> Result<Vec<(String, Tensor)>> {
+    weights.check_all_used(config)?;
     let load = |(name, shape): (String, Vec<usize>)| {
-        Ok((name.clone(), weights.get(&name, &shape, DType::F32, device)?))
+        let value = weights.finite(&name, &shape, device)?;
+        Ok((name, value))
     };
     config.parameters().into_iter().map(load).collect()
 }

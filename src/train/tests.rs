@@ -360,3 +360,30 @@ fn checkpoints_are_written_beside_the_steps_and_are_those_of_their_step() {
     let error = failing.write(&trainer).unwrap_err().to_string();
     assert!(error.contains("/no/such/log"), "{error}");
 }
+
+#[test]
+fn a_checkpoint_whose_bytes_changed_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let mut trainer = trainer(settings(false, 1e-2));
+    trainer.step(&sequences(0)).unwrap();
+    let path = trainer.snapshot().unwrap().save(place.path(), &small()).unwrap();
+    let again = || Trainer::resume(&path, *trainer.settings(), DType::F32, &[Device::Cpu]);
+    for name in ["config.json", "model.safetensors", "optimizer.safetensors"] {
+        let file = path.join(name);
+        let whole = std::fs::read(&file).unwrap();
+        let mut bytes = whole.clone();
+        *bytes.last_mut().unwrap() ^= 1;
+        std::fs::write(&file, &bytes).unwrap();
+        let error = again().map(drop).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("not those that were written"), "{error}");
+        std::fs::write(&file, &whole).unwrap();
+    }
+    assert_eq!(bits(&again().unwrap()), bits(&trainer));
+    // As it was before there were digests.
+    let state = path.join("trainer.json");
+    let mut json: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&state).unwrap()).unwrap();
+    json.as_object_mut().unwrap().remove("digests").unwrap();
+    std::fs::write(&state, json.to_string()).unwrap();
+    assert_eq!(bits(&again().unwrap()), bits(&trainer));
+}

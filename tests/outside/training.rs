@@ -291,18 +291,19 @@ fn a_training_takes_the_memory_that_its_dry_run_tells() {
     let place = tempfile::tempdir().unwrap();
     let shards = full_shards(place.path());
     let ways = [
-        "--model 10m --batch-tokens 2500",
-        "--model 10m --batch 1 --recompute",
-        "--model 10m --batch 2 --train-dtype bf16",
-        "--model 2m --batch 2 --train-dtype bf16",
-        "--model 2m --batch 4 --micro-batch-tokens 2048",
+        "--checkpoint-every 3 --model 10m --batch-tokens 2500",
+        "--checkpoint-every 3 --model 10m --batch 1 --recompute",
+        "--checkpoint-every 3 --model 10m --batch 2 --train-dtype bf16",
+        "--checkpoint-every 3 --model 2m --batch 2 --train-dtype bf16",
+        "--checkpoint-every 3 --model 2m --batch 4 --micro-batch-tokens 2048",
+        "--checkpoint-every 1 --model 2m --batch 4",
     ];
     let few = format!("train --shards {} --out x --batch-tokens 511", shards.display());
     check(&words(&few), 2, "--batch-tokens 511 holds no sequence of 512 tokens");
     for (which, how) in ways.iter().enumerate() {
         let out = place.path().join(which.to_string());
         let arguments = format!(
-            "train --shards {} --out {} --checkpoint-every 3 --progress none {how}",
+            "train --shards {} --out {} --progress none {how}",
             shards.display(),
             out.display()
         );
