@@ -246,7 +246,7 @@ pub struct Totals {
     pub peak_operations_per_s: Option<f64>,
     /// The part of waiting for sequences in the time of waiting and of steps.
     pub data_wait_share: f64,
-    /// The part of evaluating and of checkpoints in all time between the first step and the last.
+    /// The part of evaluating and of checkpoints in all time up to the last step.
     pub overhead_share: f64,
     /// The most resident memory of a process that trained.
     pub memory_bytes: u64,

@@ -210,6 +210,12 @@ fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     assert_eq!(json("run.json")["held_out"]["every"], 4);
     let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
     assert!(metrics.contains("\"general\":{\"learned\":"), "{metrics}");
+    for behind_an_evaluation in [0, 4] {
+        let line = metrics.lines().nth(behind_an_evaluation).unwrap();
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert!(line["overhead_ms"].as_f64() > Some(0.0), "{line}");
+    }
+    refuses_what_is_damaged(&arguments, &out, place.path());
 
     check(&words(&format!("{arguments} --strict")), 3, "held out");
     let other = arguments.replace("--eval-every 4", "--eval-every 5");
@@ -232,6 +238,30 @@ fn held_out_texts_are_measured_while_a_run_trains_and_bad_ones_are_counted() {
     ] {
         assert_eq!(planned(other), [false; 2], "{other}");
     }
+}
+
+/// A line of metrics, and the weights of a model.
+fn refuses_what_is_damaged(arguments: &str, out: &Path, place: &Path) {
+    let log = out.join("metrics.jsonl");
+    let whole = std::fs::read_to_string(&log).unwrap();
+    let damaged = whole.replacen("\"step\":3,", "\"step\":x,", 1);
+    std::fs::write(&log, &damaged).unwrap();
+    check(&words(arguments), 1, "metrics.jsonl\" is damaged");
+    assert_eq!(std::fs::read_to_string(&log).unwrap(), damaged, "all other lines are still there");
+    std::fs::write(&log, whole).unwrap();
+
+    let last = checkpoints(out).0.pop().unwrap();
+    let (from, model) = (out.join(format!("checkpoints/step-{last:08}")), place.join("broken"));
+    std::fs::create_dir(&model).unwrap();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(from.join(name), model.join(name)).unwrap();
+    }
+    std::fs::write(model.join("model.safetensors"), "none").unwrap();
+    let new = place.join("new");
+    let [shards, model, trained] = [out, &model, &new].map(|path| path.display());
+    let train = format!("train --shards {shards} --model {model} --batch 2 --out {trained}");
+    check(&words(&train), 1, "broken");
+    assert!(!new.exists(), "a model that cannot be loaded leaves no folder behind");
 }
 
 #[test]

@@ -68,7 +68,6 @@ fn a_training_leaves_metrics_events_and_a_report() {
         let of_a_token = measured.mfu.unwrap() * peak / measured.tokens_per_s;
         assert!(FLOPS_OF_A_TOKEN.contains(&of_a_token), "{of_a_token}: {measured:?}");
         assert!((0.0..1.0).contains(&measured.data_wait_share), "{measured:?}");
-        assert!(measured.overhead_ms >= 0.0, "{measured:?}");
         assert!(measured.memory_bytes > 1 << 20 && measured.peak_operations_per_s > Some(1e9));
     }
     let summary: serde_json::Value = serde_json::from_str(&printed).unwrap();
