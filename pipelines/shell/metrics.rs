@@ -186,7 +186,7 @@ pub fn peak(device: &Device, compute: DType, config: &ModelConfig) -> Option<f64
     let place = match kind {
         WeightType::F32 => 0,
         WeightType::Bf16x3 => 1,
-        WeightType::Bf16 | WeightType::Int8 => 2,
+        WeightType::Bf16 | WeightType::BlockFloat | WeightType::Int8 => 2,
     };
     let mut best = CPU[place].lock().unwrap_or_else(PoisonError::into_inner);
     let now = Instant::now();

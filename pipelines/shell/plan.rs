@@ -160,7 +160,9 @@ impl Plan {
         };
         let synthesis = match synthesizer.precision.packed() {
             WeightType::F32 | WeightType::Bf16x3 => flops / rate(WeightType::F32, DType::F32)?,
-            WeightType::Bf16 | WeightType::Int8 => flops / rate(WeightType::Bf16, DType::BF16)?,
+            WeightType::Bf16 | WeightType::BlockFloat | WeightType::Int8 => {
+                flops / rate(WeightType::for_bf16(), DType::BF16)?
+            }
         };
         let training = match &settings.train {
             None => 0.0,

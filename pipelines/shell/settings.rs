@@ -217,6 +217,9 @@ impl Settings {
         match (self.synthesizes_on_cpu(), precision.packed()) {
             (false, _) => format!("cuda {}", precision.name()),
             (true, WeightType::F32 | WeightType::Bf16x3) => format!("cpu {}", precision.name()),
+            (true, WeightType::BlockFloat) => {
+                format!("cpu {} (block floating point)", precision.name())
+            }
             (true, WeightType::Bf16 | WeightType::Int8) => {
                 format!("cpu {} ({})", precision.name(), bf16_unit())
             }

@@ -149,7 +149,7 @@ fn an_answer_does_not_depend_on_its_company_or_its_chunks() {
 
 #[test]
 fn in_16_and_8_bits_too_an_answer_does_not_depend_on_its_company() {
-    for kind in [WeightType::Bf16, WeightType::Int8] {
+    for kind in [WeightType::Bf16, WeightType::BlockFloat, WeightType::Int8] {
         let answers = |settings, asked: &[Ask], ends: &[u32]| {
             generate_with(model(Form::PackedAs(kind)), settings, asked, ends)
         };

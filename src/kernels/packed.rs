@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! weight (out, in)   ─▶  panels of 32 outputs:  [panel][word][32]
-//! word               =   1 input in f32, 2 in bf16, 4 in 8 bits
+//! word               =   1 input in f32, 2 in bf16 and block floating point, 4 in 8 bits
 //! ```
 //!
 //! Rows are brought to the type of the weight when they come. Each output is one chain over its inputs in
@@ -18,7 +18,7 @@ use super::real::simd;
 use super::rows::Rows;
 use super::storage::{elements, tensor};
 use super::tiles::{Ahead, PANEL, PanelTile, whole_tile};
-use super::{ROWS_PER_TASK, bf16x3, columns, layout, pairs, product};
+use super::{ROWS_PER_TASK, bf16x3, block_float, columns, groups, layout, pairs, product};
 use candle_core::{DType, Result, Tensor, bail};
 use rayon::prelude::*;
 use std::iter::repeat_n;
@@ -36,17 +36,25 @@ pub enum WeightType {
     /// Three of bf16 that add up to each number, and rows likewise: as exact as f32, and faster where a matrix unit
     /// multiplies bf16 (Henry, Tang and Heinecke, 2019; arXiv 1904.06376).
     Bf16x3,
+    /// Integers of 13 bits with a scale for each output and 128 inputs, and rows likewise: what bf16 becomes where
+    /// [`WeightType::for_bf16`] says so, at least as exact; sums within a group are exact, between groups in f32.
+    BlockFloat,
     /// 8 bits with a scale for each output and 128 inputs, and rows likewise; sums within a group are
     /// exact, between groups in f32.
     Int8,
 }
 
 impl WeightType {
+    /// What weights in bf16 are packed into for products on this CPU.
+    pub fn for_bf16() -> Self {
+        if block_float::pays() { WeightType::BlockFloat } else { WeightType::Bf16 }
+    }
+
     /// The type that keys and values are kept in beside such weights.
     pub fn cache_type(self) -> DType {
         match self {
             WeightType::F32 | WeightType::Bf16x3 => DType::F32,
-            WeightType::Bf16 | WeightType::Int8 => DType::BF16,
+            WeightType::Bf16 | WeightType::BlockFloat | WeightType::Int8 => DType::BF16,
         }
     }
 
@@ -54,6 +62,7 @@ impl WeightType {
     pub(crate) fn words(self, inputs: usize) -> usize {
         match self {
             WeightType::Int8 => quads::words(inputs),
+            WeightType::BlockFloat => block_float::words(inputs),
             kind => kind.in_panels().count(inputs),
         }
     }
@@ -62,28 +71,37 @@ impl WeightType {
     pub(crate) fn row_words(self, inputs: usize) -> usize {
         match self {
             WeightType::Int8 => quads::words(inputs),
+            WeightType::BlockFloat => block_float::words(inputs),
             kind => kind.in_rows().count(inputs),
+        }
+    }
+
+    /// Groups of `inputs` elements, where integers have scales.
+    pub(crate) fn groups(self, inputs: usize) -> usize {
+        match self {
+            WeightType::BlockFloat | WeightType::Int8 => inputs.div_ceil(groups::INPUTS),
+            WeightType::F32 | WeightType::Bf16 | WeightType::Bf16x3 => 0,
         }
     }
 
     /// How numbers stand in panels.
     ///
     /// # Panics
-    /// With 8 bits, which have scales.
+    /// With integers, which have scales.
     #[inline(always)]
     pub(crate) fn in_panels(self) -> Words {
         match self {
             WeightType::F32 => Words::F32,
             WeightType::Bf16 => Words::Pairs,
             WeightType::Bf16x3 => Words::Parts,
-            WeightType::Int8 => unreachable!("8 bits have scales"),
+            WeightType::BlockFloat | WeightType::Int8 => unreachable!("integers have scales"),
         }
     }
 
     /// How numbers stand in rows: in bf16 already widened, where the CPU does not multiply bf16.
     ///
     /// # Panics
-    /// With 8 bits, which have scales.
+    /// With integers, which have scales.
     #[inline(always)]
     pub(crate) fn in_rows(self) -> Words {
         match self {
@@ -95,7 +113,7 @@ impl WeightType {
     /// `out[row]` = the 32 outputs of `panel` for each row; rows are `stride` words apart.
     ///
     /// # Panics
-    /// With 8 bits, which need scales.
+    /// With integers, which need scales.
     #[inline]
     pub(crate) fn tile(
         self,
@@ -112,7 +130,7 @@ impl WeightType {
             }
             WeightType::Bf16 => pairs::tile(rows, stride, panel, ahead, out),
             WeightType::Bf16x3 => bf16x3::tile(rows, stride, panel, out),
-            WeightType::Int8 => unreachable!("8 bits have scales"),
+            WeightType::BlockFloat | WeightType::Int8 => unreachable!("integers have scales"),
         }
     }
 }
@@ -123,7 +141,7 @@ pub struct PackedWeight {
     kind: WeightType,
     /// Those of another weight may be behind them: memory is used again.
     words: Arc<Aligned<u32>>,
-    /// `[panel][group][32]`, for 8 bits.
+    /// `[panel][group][32]`, where integers have scales.
     scales: Arc<[f32]>,
     outputs: usize,
     inputs: usize,
@@ -165,10 +183,7 @@ impl PackedWeight {
         read: impl Fn(usize, &mut [f32]) -> std::result::Result<(), E> + Send + Sync,
     ) -> std::result::Result<Self, E> {
         let (panels, depth) = (outputs.div_ceil(PANEL), kind.words(inputs));
-        let groups = match kind {
-            WeightType::Int8 => depth.div_ceil(quads::GROUP),
-            _ => 0,
-        };
+        let groups = kind.groups(inputs);
         let mut all_words = Aligned::zeros(panels * depth * PANEL);
         let mut scales: Arc<[f32]> = repeat_n(0.0, panels * groups * PANEL).collect();
         let all_scales = Arc::get_mut(&mut scales).expect("it was just made");
@@ -294,12 +309,9 @@ impl PackedWeight {
         &self.words[..self.panels() * self.depth() * PANEL]
     }
 
-    /// The scales of a panel, for 8 bits.
+    /// The scales of a panel, where integers have them.
     pub(crate) fn scales(&self, panel: usize) -> &[f32] {
-        let length = match self.kind {
-            WeightType::Int8 => self.depth().div_ceil(quads::GROUP) * PANEL,
-            _ => 0,
-        };
+        let length = self.kind.groups(self.inputs) * PANEL;
         &self.scales[panel * length..][..length]
     }
 }
@@ -326,6 +338,9 @@ fn lay_out<E>(
                 let put = |word: usize, bytes| own[word] = bytes;
                 quads::quantise_weight(&weight, put, &mut own_scales);
             }
+            WeightType::BlockFloat => {
+                block_float::quantise_weight(&weight, &mut own, &mut own_scales);
+            }
         }
         for (word, &own) in own.iter().enumerate() {
             words[word * PANEL + lane] = own;
@@ -343,8 +358,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const KINDS: [WeightType; 4] =
-        [WeightType::F32, WeightType::Bf16, WeightType::Bf16x3, WeightType::Int8];
+    const KINDS: [WeightType; 5] = [
+        WeightType::F32,
+        WeightType::Bf16,
+        WeightType::Bf16x3,
+        WeightType::BlockFloat,
+        WeightType::Int8,
+    ];
 
     fn check(rows: usize, outputs: usize, inputs: usize) {
         let (x, weight) =

@@ -8,11 +8,12 @@
 //! met them, however long the rows are; of these, each part is read once for a panel. A sum goes on where the
 //! part before left it: it is the same chain of multiply-adds, cut or not.
 
+use super::groups::{GroupedPanel, GroupedRows};
 use super::packed::{PackedWeight, WeightType};
 use super::pairs::are_widened;
-use super::quads::{self, QuadPanel, QuadRows};
 use super::rows::Rows;
 use super::tiles::{Ahead, PANEL, PanelTile, ROWS, rows_at_once, whole_tile};
+use super::{block_float, quads};
 
 /// Inputs of a part at most: 128 KiB of a panel in f32 and as much of 32 rows (docs/engine.md has what was tried).
 const PART_INPUTS: usize = 1024;
@@ -48,7 +49,7 @@ pub(crate) fn parts(weight: &PackedWeight, rows: usize) -> impl Iterator<Item = 
     let in_f32 = match kind {
         WeightType::F32 => true,
         WeightType::Bf16 => are_widened(),
-        WeightType::Bf16x3 | WeightType::Int8 => false,
+        WeightType::Bf16x3 | WeightType::BlockFloat | WeightType::Int8 => false,
     };
     let pays = in_f32 && rows > ROWS_AT_ONCE;
     let count = if pays { weight.inputs().div_ceil(PART_INPUTS).max(1) } else { 1 };
@@ -71,7 +72,7 @@ pub(crate) fn part_of_row(kind: WeightType, words: usize) -> usize {
 pub(crate) struct Panel<'a> {
     kind: WeightType,
     words: &'a [u32],
-    /// `[group][32]`, for 8 bits.
+    /// `[group][32]`, where integers have scales.
     scales: &'a [f32],
 }
 
@@ -104,15 +105,19 @@ impl Panel<'_> {
                 debug_assert!(part.is_first() && part.is_last());
                 self.kind.tile(words, stride, panel, ahead, out);
             }
-            WeightType::Int8 => {
+            WeightType::BlockFloat | WeightType::Int8 => {
                 debug_assert!(part.is_first() && part.is_last());
-                let rows = QuadRows {
+                let tile = match self.kind {
+                    WeightType::Int8 => quads::tile,
+                    _ => block_float::tile,
+                };
+                let rows = GroupedRows {
                     words,
                     stride,
                     groups: rows.groups_from(first),
                     group_stride: rows.group_stride(),
                 };
-                quads::tile(rows, QuadPanel { words: panel, scales: self.scales }, ahead, out);
+                tile(rows, GroupedPanel { words: panel, scales: self.scales }, ahead, out);
             }
         }
     }

@@ -43,6 +43,7 @@ pub fn operations_per_second(kind: WeightType, turns: usize) -> f64 {
         WeightType::F32 => floats,
         WeightType::Bf16 => pairs,
         WeightType::Bf16x3 => parts,
+        WeightType::BlockFloat => integers,
         WeightType::Int8 => quads,
     };
     best(turns, || {
@@ -160,6 +161,16 @@ fn pairs() -> usize {
     floats()
 }
 
+/// The same in block floating point.
+fn integers() -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        // SAFETY: the CPU has the instructions.
+        return unsafe { avx2::integers() };
+    }
+    floats()
+}
+
 /// The same in 8 bits.
 fn quads() -> usize {
     #[cfg(target_arch = "x86_64")]
@@ -183,12 +194,27 @@ fn quads() -> usize {
 mod avx2 {
     use super::{CHAINS_OF_256_BITS, LENGTH, black_box};
     use std::arch::x86_64::{
-        _mm256_add_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8,
+        __m256i, _mm256_add_epi32, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_set1_epi8,
         _mm256_set1_epi16, _mm256_setzero_si256, _mm256_sign_epi8, _mm256_storeu_si256,
     };
 
     /// Bytes of a vector: four products are added up in each of its numbers.
     const BYTES: usize = 32;
+
+    /// What a product takes: sums of pairs, and the sum with what came before.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn integers() -> usize {
+        let factor = _mm256_set1_epi16(black_box(1));
+        let mut sums = [_mm256_setzero_si256(); CHAINS_OF_256_BITS];
+        for _ in 0..LENGTH {
+            for sum in &mut sums {
+                // What came before takes part, so that nothing is computed once for all.
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(factor, *sum));
+            }
+        }
+        used(sums);
+        BYTES * CHAINS_OF_256_BITS * LENGTH
+    }
 
     /// What a product takes: a sign, products of bytes, sums of pairs, and the sum with what came before.
     #[target_feature(enable = "avx2,fma")]
@@ -202,13 +228,18 @@ mod avx2 {
                 *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
             }
         }
+        used(sums);
+        2 * BYTES * CHAINS_OF_256_BITS * LENGTH
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn used(sums: [__m256i; CHAINS_OF_256_BITS]) {
         let mut out = [[0u8; BYTES]; CHAINS_OF_256_BITS];
         for (sum, out) in sums.into_iter().zip(&mut out) {
             // SAFETY: an array of 32 bytes is a vector.
             unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), sum) };
         }
         black_box(out);
-        2 * BYTES * CHAINS_OF_256_BITS * LENGTH
     }
 }
 
@@ -265,7 +296,7 @@ mod tests {
         let sums = floats() / (2 * LENGTH);
         let known = [CHAINS, 4 * CHAINS, 8 * CHAINS_OF_256_BITS, 16 * CHAINS];
         assert!(known.contains(&sums), "{sums} sums");
-        for wider in [pairs(), quads()] {
+        for wider in [pairs(), integers(), quads()] {
             assert!(wider >= floats());
         }
         // Six products of parts are one of whole numbers.

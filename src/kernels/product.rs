@@ -33,7 +33,7 @@ pub(crate) fn rows_of_part(kind: WeightType) -> usize {
     match kind {
         _ if has_wide_vectors() => 128,
         WeightType::F32 | WeightType::Bf16x3 => 16,
-        WeightType::Bf16 => 12,
+        WeightType::Bf16 | WeightType::BlockFloat => 12,
         WeightType::Int8 => 8,
     }
 }

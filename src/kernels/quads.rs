@@ -20,63 +20,25 @@ mod avx2;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use super::groups::{Group, GroupedPanel, GroupedRows, INPUTS, LANES, SHIFT, chunk, scales_by};
 use super::real::simd;
 use super::tiles::{Ahead, PANEL};
 
 /// Words of one group.
-pub(crate) const GROUP: usize = 32;
+pub(crate) const GROUP: usize = INPUTS / 4;
 
 /// Words of a row of `inputs` elements.
 pub(crate) fn words(inputs: usize) -> usize {
     inputs.div_ceil(4)
 }
 
-/// One group of a quantised row.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Group {
-    /// What a unit is worth.
-    pub(crate) scale: f32,
-    /// -128 times the sum of the bytes: takes back the offset of the weights.
-    pub(crate) correction: i32,
-}
-
-/// Quantised rows.
-#[derive(Clone, Copy)]
-pub(crate) struct QuadRows<'a> {
-    pub(crate) words: &'a [u32],
-    /// Words from one row to the next.
-    pub(crate) stride: usize,
-    pub(crate) groups: &'a [Group],
-    /// Groups from one row to the next.
-    pub(crate) group_stride: usize,
-}
-
-/// A panel of quantised weights.
-#[derive(Clone, Copy)]
-pub(crate) struct QuadPanel<'a> {
-    /// `[word][32]`
-    pub(crate) words: &'a [u32],
-    /// `[group][32]`
-    pub(crate) scales: &'a [f32],
-}
-
-/// Elements that are quantised side by side.
-const LANES: usize = 16;
-
-/// 1.5 * 2^23: adding it rounds, ties to even, and leaves the integer in the low bits.
-const SHIFT: f32 = 12_582_912.0;
-
 /// Quantises elements of the range -127..=127 after scaling, at most a group of them, and gives their bytes
 /// by words; returns their sum. To be inlined into a vectorised loop.
 #[inline(always)]
 fn quantise(x: &[f32], inverse: f32, mut put: impl FnMut(usize, u32)) -> i32 {
     let mut sums = [0i32; LANES];
-    for (chunk, x) in x.chunks(LANES).enumerate() {
-        let mut padded = [0.0; LANES];
-        let x = x.first_chunk::<LANES>().unwrap_or_else(|| {
-            padded[..x.len()].copy_from_slice(x);
-            &padded
-        });
+    for (index, x) in x.chunks(LANES).enumerate() {
+        let x = chunk(x);
         let mut bytes = [0u8; LANES];
         for lane in 0..LANES {
             let bits = x[lane].mul_add(inverse, SHIFT).to_bits();
@@ -85,37 +47,26 @@ fn quantise(x: &[f32], inverse: f32, mut put: impl FnMut(usize, u32)) -> i32 {
             bytes[lane] = bits as u8;
         }
         for (word, &bytes) in bytes.as_chunks::<4>().0.iter().enumerate() {
-            put(chunk * LANES / 4 + word, u32::from_le_bytes(bytes));
+            put(index * LANES / 4 + word, u32::from_le_bytes(bytes));
         }
     }
     sums.iter().fold(0, |sum, own| sum.wrapping_add(*own))
 }
 
-/// The scale of a group, and its inverse. A group that holds what is not finite is worth nothing that is a number.
+/// The scale of a group, and its inverse.
 #[inline(always)]
 fn scales(x: &[f32]) -> (f32, f32) {
-    const SIGN: u32 = 1 << 31;
-    // Sizes are ordered as their bits are, with infinity and what is no number behind all others.
-    let mut lanes = [0u32; 16];
-    let (whole, rest) = x.as_chunks::<16>();
-    for x in whole {
-        for lane in 0..16 {
-            lanes[lane] = lanes[lane].max(x[lane].to_bits() & !SIGN);
-        }
-    }
-    let rest = rest.iter().map(|x| x.to_bits() & !SIGN);
-    let top = f32::from_bits(rest.chain(lanes).fold(0, u32::max));
-    if !top.is_finite() {
-        return (f32::NAN, 0.0);
-    }
-    // Below this the inverse would be infinite.
-    if top > 1e-30 { (top / 127.0, 127.0 / top) } else { (0.0, 0.0) }
+    scales_by(
+        x,
+        #[inline(always)]
+        |top| (top / 127.0, 127.0 / top),
+    )
 }
 
 /// Quantises a row.
 #[inline(always)]
 pub(crate) fn quantise_row(x: &[f32], words: &mut [u32], groups: &mut [Group]) {
-    let chunks = x.chunks(4 * GROUP).zip(words.chunks_mut(GROUP));
+    let chunks = x.chunks(INPUTS).zip(words.chunks_mut(GROUP));
     for ((x, words), group) in chunks.zip(groups) {
         let (scale, inverse) = scales(x);
         let sum = match <&mut [u32; GROUP]>::try_from(&mut *words) {
@@ -137,7 +88,7 @@ pub(crate) fn quantise_weight(x: &[f32], mut put: impl FnMut(usize, u32), scale:
     simd(
         #[inline(always)]
         || {
-            for (group, x) in x.chunks(4 * GROUP).enumerate() {
+            for (group, x) in x.chunks(INPUTS).enumerate() {
                 let (unit, inverse) = scales(x);
                 scale[group] = unit;
                 quantise(x, inverse, |word, bytes| {
@@ -154,8 +105,8 @@ pub(crate) fn quantise_weight(x: &[f32], mut put: impl FnMut(usize, u32), scale:
 
 /// `out[row]` = the 32 outputs of `panel` for each row.
 pub(crate) fn tile(
-    rows: QuadRows<'_>,
-    panel: QuadPanel<'_>,
+    rows: GroupedRows<'_>,
+    panel: GroupedPanel<'_>,
     ahead: Ahead<'_>,
     out: &mut [[f32; PANEL]],
 ) {
@@ -175,7 +126,7 @@ pub(crate) fn tile(
     portable(rows, panel, out);
 }
 
-fn portable(rows: QuadRows<'_>, panel: QuadPanel<'_>, out: &mut [[f32; PANEL]]) {
+fn portable(rows: GroupedRows<'_>, panel: GroupedPanel<'_>, out: &mut [[f32; PANEL]]) {
     simd(
         #[inline(always)]
         || {
@@ -209,7 +160,7 @@ fn portable(rows: QuadRows<'_>, panel: QuadPanel<'_>, out: &mut [[f32; PANEL]]) 
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::{Ahead, GROUP, PANEL, QuadPanel, QuadRows};
+    use super::{Ahead, GROUP, GroupedPanel, GroupedRows, PANEL};
     use crate::kernels::tiles::by_rows;
     use std::arch::x86_64::{
         _MM_HINT_T1, _mm_prefetch, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps,
@@ -224,27 +175,22 @@ mod avx512 {
     }
 
     pub(super) fn tile(
-        rows: QuadRows<'_>,
-        panel: QuadPanel<'_>,
+        rows: GroupedRows<'_>,
+        panel: GroupedPanel<'_>,
         ahead: Ahead<'_>,
         out: &mut [[f32; PANEL]],
     ) {
         assert!(is_there());
         by_rows!(out.len(), first, ROWS => {
-            let rows = QuadRows {
-                words: &rows.words[first * rows.stride..],
-                groups: &rows.groups[first * rows.group_stride..],
-                ..rows
-            };
             // SAFETY: the CPU has the instructions, as asserted above.
-            unsafe { rows_tile::<ROWS>(rows, panel, ahead, &mut out[first..]) }
+            unsafe { rows_tile::<ROWS>(rows.from(first), panel, ahead, &mut out[first..]) }
         });
     }
 
     #[target_feature(enable = "avx512f,avx512vnni")]
     fn rows_tile<const ROWS: usize>(
-        rows: QuadRows<'_>,
-        panel: QuadPanel<'_>,
+        rows: GroupedRows<'_>,
+        panel: GroupedPanel<'_>,
         ahead: Ahead<'_>,
         out: &mut [[f32; PANEL]],
     ) {
@@ -323,13 +269,13 @@ mod tests {
             quantise_weight(x, |word, bytes| panel[word * PANEL + lane] = bytes, &mut own);
             own.iter().enumerate().for_each(|(group, &s)| scales[group * PANEL + lane] = s);
         }
-        let rows = QuadRows {
+        let rows = GroupedRows {
             words: &packed,
             stride: depth + 1,
             groups: &groups,
             group_stride: groups_each,
         };
-        let panel = QuadPanel { words: &panel, scales: &scales };
+        let panel = GroupedPanel { words: &panel, scales: &scales };
         let run = |kernel: &dyn Fn(&mut [[f32; PANEL]])| {
             let mut out = vec![[7.0; PANEL]; count];
             kernel(&mut out);

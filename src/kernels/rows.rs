@@ -6,13 +6,14 @@
 use super::ROWS_PER_TASK;
 use super::aligned::Aligned;
 use super::columns::{self, parts};
+use super::groups::Group;
 use super::layout::{self, INPUTS, SQUARE, squares_of_columns};
 use super::matmul::View;
 use super::packed::{PackedWeight, WeightType};
-use super::quads::{self, Group};
 use super::real::simd;
 use super::share::{Target, each};
 use super::tiles::ROWS;
+use super::{block_float, quads};
 
 /// Rows in words. Its memory is used again for the next ones.
 #[derive(Debug, Default)]
@@ -48,6 +49,7 @@ impl RowMut<'_> {
     pub(crate) fn set(self, x: &[f32]) {
         match self.kind {
             WeightType::Int8 => quads::quantise_row(x, self.words, self.groups),
+            WeightType::BlockFloat => block_float::quantise_row(x, self.words, self.groups),
             kind => layout::row(kind.in_rows(), x, self.words),
         }
     }
@@ -175,10 +177,7 @@ impl Rows {
         self.stride = stride(self.depth);
         let length = words_of_rows(kind, count, inputs);
         self.words.make_room(length);
-        self.group_stride = match kind {
-            WeightType::Int8 => self.depth.div_ceil(quads::GROUP),
-            _ => 0,
-        };
+        self.group_stride = kind.groups(inputs);
         self.groups.resize(count * self.group_stride, Group::default());
     }
 

@@ -289,6 +289,7 @@ mod tests {
             (WeightType::F32, None),
             (WeightType::Bf16, Some(40)),
             (WeightType::Bf16x3, None),
+            (WeightType::BlockFloat, None),
             (WeightType::Int8, None),
         ] {
             let model = model_with(Form::PackedAs(kind), window);
@@ -307,6 +308,7 @@ mod tests {
     fn packed_blocks_equal_plain_ones_as_far_as_their_type_goes() {
         check(Form::Packed, 1e-10);
         check(Form::PackedAs(WeightType::Bf16), 3e-4);
+        check(Form::PackedAs(WeightType::BlockFloat), 3e-4);
         check(Form::PackedAs(WeightType::Int8), 3e-3);
     }
 }

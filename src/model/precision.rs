@@ -9,7 +9,8 @@ use candle_core::DType;
 pub enum Precision {
     /// 32 bits.
     F32,
-    /// 16 bits with the exponents of 32.
+    /// 16 bits with the exponents of 32. Where a CPU multiplies integers faster than these, it computes with integers of
+    /// 13 bits that share exponents ([`WeightType::for_bf16`]).
     Bf16,
     /// 16 bits with 11 of them for the value. A CPU computes with these values in 32 bits.
     F16,
@@ -80,18 +81,23 @@ impl Precision {
     pub fn packed(self) -> WeightType {
         match self {
             Precision::F32 | Precision::F16 => WeightType::F32,
-            Precision::Bf16 => WeightType::Bf16,
+            Precision::Bf16 => WeightType::for_bf16(),
             Precision::Int8 => WeightType::Int8,
         }
     }
 
     /// About how many bytes so many parameters take.
     pub fn bytes(self, parameters: u64, on_cpu: bool) -> u64 {
-        match self {
-            Precision::F16 if on_cpu => 4 * parameters,
+        let scales = parameters / 32; // one of 4 bytes for 128 parameters
+        let own = match self {
             Precision::F32 => 4 * parameters,
+            Precision::F16 if on_cpu => 4 * parameters,
             Precision::Bf16 | Precision::F16 => 2 * parameters,
-            Precision::Int8 => parameters + parameters / 32, // a scale of 4 bytes for 128 of them
+            Precision::Int8 => parameters,
+        };
+        match self.packed() {
+            WeightType::BlockFloat | WeightType::Int8 if on_cpu => own + scales,
+            _ => own,
         }
     }
 }

@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_step_in_parts_computes_the_same_bits() {
-        for kind in [WeightType::F32, WeightType::Bf16, WeightType::Int8] {
+        for kind in [WeightType::F32, WeightType::Bf16, WeightType::BlockFloat, WeightType::Int8] {
             let model = model(kind);
             let on = |threads| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

@@ -20,7 +20,8 @@ mod unit;
 pub(crate) use unit::chains;
 
 use super::bf16x3::PARTS;
-use super::quads::{self, QuadPanel, QuadRows};
+use super::groups::{GroupedPanel, GroupedRows};
+use super::quads;
 use super::real::simd;
 use super::tiles::{self, Ahead, PANEL};
 use parts::parts_of_squares;
@@ -180,8 +181,8 @@ pub(crate) fn parts_tile(rows: &[u32], stride: usize, panel: &[u32], out: &mut [
 
 /// `out[row]` = the 32 outputs of `panel` for each row, in 8 bits.
 pub(crate) fn quads_tile(
-    rows: QuadRows<'_>,
-    panel: QuadPanel<'_>,
+    rows: GroupedRows<'_>,
+    panel: GroupedPanel<'_>,
     ahead: Ahead<'_>,
     out: &mut [[f32; PANEL]],
 ) {

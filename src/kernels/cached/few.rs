@@ -25,7 +25,7 @@ pub(super) fn are_few(layout: Layout, queries: usize) -> bool {
     let in_f32 = match layout.kind {
         WeightType::F32 => true,
         WeightType::Bf16 => are_widened(),
-        WeightType::Bf16x3 | WeightType::Int8 => false,
+        WeightType::Bf16x3 | WeightType::BlockFloat | WeightType::Int8 => false,
     };
     in_f32 && queries <= QUERIES_MAX
 }

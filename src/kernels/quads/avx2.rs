@@ -1,7 +1,7 @@
 //! The same in vectors of 256 bits, for CPUs that do not multiply and add bytes in one instruction.
 
 use super::super::fetch::{Span, Steps};
-use super::{Ahead, GROUP, PANEL, QuadPanel, QuadRows};
+use super::{Ahead, GROUP, GroupedPanel, GroupedRows, PANEL};
 use std::arch::x86_64::{
     __m256i, _mm256_abs_epi8, _mm256_add_epi32, _mm256_cvtepi32_ps, _mm256_fmadd_ps,
     _mm256_loadu_ps, _mm256_loadu_si256, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_mul_ps,
@@ -22,8 +22,8 @@ pub(super) fn is_there() -> bool {
 }
 
 pub(super) fn tile(
-    rows: QuadRows<'_>,
-    panel: QuadPanel<'_>,
+    rows: GroupedRows<'_>,
+    panel: GroupedPanel<'_>,
     ahead: Ahead<'_>,
     out: &mut [[f32; PANEL]],
 ) {
@@ -31,11 +31,7 @@ pub(super) fn tile(
     let (ahead, count) = (ahead.beside(panel.words.len() / PANEL), out.len());
     for (index, out) in out.chunks_mut(ROWS).enumerate() {
         let first = index * ROWS;
-        let rows = QuadRows {
-            words: &rows.words[first * rows.stride..],
-            groups: &rows.groups[first * rows.group_stride..],
-            ..rows
-        };
+        let rows = rows.from(first);
         let ahead = ahead.part(first..first + out.len(), count);
         // SAFETY: the CPU has the instructions, as asserted above.
         unsafe {
@@ -51,8 +47,8 @@ pub(super) fn tile(
 
 #[target_feature(enable = "avx2,fma")]
 fn rows_tile<const ROWS: usize>(
-    rows: QuadRows<'_>,
-    panel: QuadPanel<'_>,
+    rows: GroupedRows<'_>,
+    panel: GroupedPanel<'_>,
     ahead: Span<'_>,
     out: &mut [[f32; PANEL]],
 ) {
