@@ -24,10 +24,10 @@ pub(crate) const ROWS: usize = 32;
 /// Rows of a tile of vectors: 12 by two vectors fill the 32 registers of a 512-bit unit.
 pub(crate) const VECTOR_ROWS: usize = 12;
 
-/// Rows that a tile takes at a time.
+/// Rows that a tile takes at a time. No matrix unit multiplies f32, or integers of 13 bits.
 pub(crate) fn rows_at_once(kind: WeightType) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if kind != WeightType::F32 && amx::is_there() {
+    if !matches!(kind, WeightType::F32 | WeightType::BlockFloat) && amx::is_there() {
         return amx::ROWS;
     }
     let _ = kind;
